@@ -1,0 +1,174 @@
+"""Times the networks at their real width on random weights: one DiT block, one VAE chunk, whole DiT steps.
+
+    python -m solostep.benchmarks.full_width block vae
+    python -m solostep.benchmarks.full_width step --steps 2
+
+Weights and activations are random normal numbers of realistic size, never zeros (a GPU is faster on zeros). A time is
+the median of the repeats, taken with device events after a warm-up; memory is the allocator's peak beside what was
+there before. Nothing is left out of a time: both guidance branches go through, one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from solostep.engine.config import GenerationSettings, TransformerConfig, VAEConfig
+from solostep.engine.models.transformer import StepVideoTransformer, TransformerBlock, rope_table
+from solostep.engine.models.vae import Decoder, Encoder
+from solostep.engine.runtime import numerics, pick_device
+from solostep.engine.sampling import GuidedVelocity
+from solostep.engine.scheduler import euler_step, make_sigmas
+from solostep.engine.text import PromptEmbedding
+
+TEXT_TOKENS = 397
+"""CLIP's 77 and all of Step-LLM's 320: the longest text."""
+
+
+def random_weights(make: Callable[[], nn.Module], device: torch.device, seed: int = 0) -> Any:
+    """Builds a network in bf16 right on the device, with weights of variance 1 / fan-in and norms of one."""
+    with torch.device("meta"):
+        module = make()
+    module = module.to(torch.bfloat16).to_empty(device=device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if parameter.ndim < 2:
+            parameter.fill_(float(name.endswith("weight")))
+        else:
+            fan_in = parameter[0].numel() if "scale_shift" not in name else 16
+            parameter.normal_(0, fan_in**-0.5, generator=generator)
+    return module
+
+
+def timed(run: Callable[[], object], device: torch.device, repeats: int, warm_up: int = 1) -> dict[str, Any]:
+    """Seconds of each repeat, their median, and peak memory above what was allocated before."""
+    for _ in range(warm_up):
+        run()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    seconds = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize(device)
+        seconds.append(start.elapsed_time(end) / 1e3)
+    peak = torch.cuda.max_memory_allocated(device)
+    return {
+        "seconds": round(statistics.median(seconds), 4),
+        "all_seconds": [round(s, 4) for s in seconds],
+        "peak_above_gib": round((peak - before) / 2**30, 2),
+        "peak_gib": round(peak / 2**30, 2),
+    }
+
+
+def bench_block(settings: GenerationSettings, device: torch.device, repeats: int) -> dict[str, Any]:
+    """One block of the 30B DiT, both guidance branches."""
+    config = TransformerConfig()
+    dim = config.inner_dim
+    block = random_weights(lambda: TransformerBlock(dim, config.attention_head_dim), device)
+    fhw = (settings.latent_frames, settings.latent_height, settings.latent_width)
+    tokens = fhw[0] * fhw[1] * fhw[2]
+    rope = rope_table(fhw, torch.bfloat16, device)
+    rows = [torch.randn(1, tokens, dim, device=device, dtype=torch.bfloat16) for _ in range(2)]
+    context = [torch.randn(1, TEXT_TOKENS, dim, device=device, dtype=torch.bfloat16) for _ in range(2)]
+    modulation = torch.randn(1, 6 * dim, device=device, dtype=torch.bfloat16) / 4
+
+    def run() -> None:
+        for row, text in zip(rows, context, strict=True):
+            block(row, text, modulation, rope)
+
+    result = timed(run, device, repeats)
+    flop = 2 * (4 * tokens**2 * dim + 26 * tokens * dim**2)  # attention; qkv 3, wo, q, o, feed-forward 8, each 2 S d^2
+    return result | {"tokens": tokens, "tflops": round(flop / result["seconds"] / 1e12, 1)}
+
+
+def bench_vae(settings: GenerationSettings, device: torch.device, repeats: int, decode: bool = True) -> dict[str, Any]:
+    """One chunk of 17 frames through the full-width VAE."""
+    config = VAEConfig()
+    network = random_weights(lambda: Decoder(config) if decode else Encoder(config), device)
+    shape = (1, config.z_channels, 3, settings.latent_height, settings.latent_width)
+    if not decode:
+        shape = (1, 3, 17, settings.height, settings.width)
+    x = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    out = network(x)
+    if not bool(torch.isfinite(out).all()):
+        raise RuntimeError("the VAE gave numbers that are not finite")
+    return timed(lambda: network(x), device, repeats) | {"output": list(out.shape)}
+
+
+def bench_step(settings: GenerationSettings, device: torch.device, steps: int) -> dict[str, Any]:
+    """Whole denoising steps of the 48-block DiT: model, guidance and Euler step."""
+    config = TransformerConfig()
+    model: StepVideoTransformer = random_weights(lambda: StepVideoTransformer(config), device)
+    weights = torch.cuda.memory_allocated(device)
+    llm, clip = (torch.randn(n, c).bfloat16() for n, c in zip((320, 77), config.caption_channels, strict=True))
+    velocity = GuidedVelocity(model, [PromptEmbedding(llm, clip, TEXT_TOKENS)] * 2, settings)
+    shape = (1, settings.latent_frames, config.in_channels, settings.latent_height, settings.latent_width)
+    latents = torch.randn(shape, device=device)
+    sigmas = make_sigmas(50, settings.time_shift)
+    states = [latents]
+
+    def run() -> None:
+        i = len(states) - 1
+        states.append(euler_step(states[-1], velocity(states[-1], sigmas[i]), sigmas[i], sigmas[i + 1]))
+
+    result = timed(run, device, steps, warm_up=0)
+    if not bool(torch.isfinite(states[-1]).all()):
+        raise RuntimeError("the latents are not finite")
+    return result | {"weights_gib": round(weights / 2**30, 2)}
+
+
+def commit() -> str:
+    """The commit that was measured, with a plus if the tree differs from it."""
+    root = Path(__file__).resolve().parent
+    try:
+        run = ["git", "-C", str(root), "describe", "--always", "--dirty=+"]
+        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=["block", "vae", "vae-encode", "step"])
+    parser.add_argument("--frames", type=int, default=204)
+    parser.add_argument("--height", type=int, default=544)
+    parser.add_argument("--width", type=int, default=992)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("-o", "--output", type=Path, help="append the result as a JSON line")
+    args = parser.parse_args()
+    device = pick_device("cuda")
+    settings = GenerationSettings(num_frames=args.frames, height=args.height, width=args.width)
+    for what in args.what:
+        with numerics():
+            if what == "block":
+                result = bench_block(settings, device, args.repeats)
+            elif what == "step":
+                result = bench_step(settings, device, args.steps)
+            else:
+                result = bench_vae(settings, device, args.repeats, decode=what == "vae")
+        torch.cuda.empty_cache()
+        line = {
+            "what": what, "clip": f"{settings.height}x{settings.width}x{settings.num_frames}", **result,
+            "card": torch.cuda.get_device_name(device), "torch": torch.__version__, "cuda": torch.version.cuda,
+            "commit": commit(),
+        }  # fmt: skip
+        print(json.dumps(line), flush=True)
+        if args.output is not None:
+            with args.output.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The pipeline and what a user touches: configuration, networks, scheduler, video, interfaces."""

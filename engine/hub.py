@@ -1,0 +1,66 @@
+"""Finding a model: a folder as it is, or a Hugging Face id that is downloaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .errors import CheckpointError, UsageError, first_line
+
+HUB_IDS = {
+    "t2v": "stepfun-ai/stepvideo-t2v",
+    "turbo": "stepfun-ai/stepvideo-t2v-turbo",
+    "ti2v": "stepfun-ai/stepvideo-ti2v",
+}
+HUB_FILES = [
+    "model_index.json",
+    "scheduler/*",
+    "transformer/*",
+    "vae/vae_v2.safetensors",
+    "vae/config.json",
+    "step_llm/*",
+    "hunyuan_clip/*",
+]
+"""What is needed of a release: not the version-1 VAE, not the closed library."""
+
+
+def by_hand(model: str, folder: Path | str = "DIR") -> str:
+    """How to download a model without this program."""
+    known = HUB_IDS.get(model, model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) else HUB_IDS["t2v"])
+    patterns = " ".join(f"--include '{p}'" for p in HUB_FILES)
+    return f"hf download {known} --local-dir {folder} {patterns}"
+
+
+def resolve_model(model: str | Path) -> tuple[Path, str]:
+    """A folder, as it is, or a Hugging Face id (``stepfun-ai/stepvideo-t2v``, or t2v, turbo, ti2v), downloaded.
+
+    Returns:
+        The folder, and the name to remember it by.
+
+    Raises:
+        UsageError: neither a folder nor an id.
+        CheckpointError: the download failed; the message holds the command to do it by hand.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve(), str(path.resolve())
+    if path.is_file():
+        raise UsageError(f"{model} is a file; --model takes the folder of a whole model (see `solostep info --help`).")
+    name = HUB_IDS.get(str(model), str(model))
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
+        raise UsageError(
+            f"{model} is neither a folder nor a Hugging Face id such as {HUB_IDS['t2v']}; check --model for a typo."
+        )
+    return _download(name), name
+
+
+def _download(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub raises a dozen unrelated types for 'no network', 'no such repository', ...
+        raise CheckpointError(
+            f"{repo_id} is not a folder here and could not be downloaded ({first_line(error)}); "
+            f"download it by hand with `{by_hand(repo_id)}` and give --model DIR."
+        ) from error

@@ -1,0 +1,1 @@
+"""What calls the pipeline for a user: the command line and its like. None owns a loop."""

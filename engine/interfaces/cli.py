@@ -1,0 +1,409 @@
+"""The command line. Results go to stdout, everything else to stderr.
+
+Exit codes: 0 done, 2 wrong use (nothing was started), 1 failed (what was computed is kept; the message says where).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+
+from ..config import FPS, PRECISIONS
+from ..errors import SolostepError, UsageError
+from ..progress import ConsoleProgress
+from .console import say, set_up
+from .outputs import free_name, latents_beside, read_prompts, slug
+
+if TYPE_CHECKING:
+    from ..pipeline import StepVideoPipeline
+    from ..request import Request
+
+app = typer.Typer(
+    name="solostep",
+    help="Step-Video, the 30-billion-parameter text-to-video model, on one graphics card.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console(stderr=True)
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def _guarded(command: _Command) -> _Command:
+    """Turns errors into one sentence and an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        set_up(console)
+        try:
+            return command(*args, **kwargs)
+        except SolostepError as error:
+            say(console, "error", str(error))
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            say(console, "note", "Stopped. Finished steps are kept: the same command goes on from them.")
+            raise typer.Exit(1) from None
+        except BrokenPipeError:
+            raise typer.Exit(1) from None
+
+    return run  # type: ignore[return-value]
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m",
+        help="A model folder, a Hugging Face id (stepfun-ai/stepvideo-t2v), or t2v, turbo, ti2v. "
+        "Default: a tiny embedded demo model.",
+    ),
+]  # fmt: skip
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="File to write (a folder with --prompts). Default: a name from the prompt."),
+]
+Precision = Annotated[
+    str,
+    typer.Option(help=f"{' or '.join(PRECISIONS)}. fp32 takes twice the memory and is several times slower."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: the first CUDA card, else the CPU.")]
+PresetName = Annotated[
+    str | None, typer.Option(help="Defaults to use: t2v, turbo or ti2v. Needed only if the model's name hides it.")
+]
+Codec = Annotated[str, typer.Option(help="h264, h265, av1, lossless (large), or png (a folder of pictures).")]
+Quality = Annotated[
+    float | None, typer.Option(min=0, max=100, help="0 to 100; higher is better and larger. Default: by codec.")
+]
+Fps = Annotated[float, typer.Option(min=1, max=240, help="Frames a second of the file; the model is made for 25.")]
+NoMetadata = Annotated[
+    bool, typer.Option("--no-metadata", help="Leave prompt, seed and settings out of the video file.")
+]
+Postprocess = Annotated[
+    bool,
+    typer.Option(
+        "--official-postprocess", help="Crop to 540p and denoise over time, as the official program does. Loses detail."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the record (JSON) on stdout instead of the path.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are already there.")]
+
+
+@app.command()
+@_guarded
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What the video shows. English or Chinese.")] = None,
+    model: Model = None,
+    output: Output = None,
+    image: Annotated[
+        Path | None, typer.Option(help="First frame: makes it image-to-video (needs an image-to-video model).")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A file of prompts, a line or a JSON object each. Finished ones are passed over."),
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="What the video must not show.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Repeats a video. Default: drawn, and recorded.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Rounded down to a multiple of 17. Cost grows faster.")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels, rounded down to a multiple of 16.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels, rounded down to a multiple of 16.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; time grows with them.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="How closely to follow the prompt. At 1 or less: half the time, looser.")
+    ] = None,
+    time_shift: Annotated[float | None, typer.Option(help="Spends more steps on the noisy end when higher.")] = None,
+    motion_score: Annotated[float | None, typer.Option(help="Image-to-video: amount of motion, 2 to 20.")] = None,
+    num_videos: Annotated[int, typer.Option(min=1, help="Videos of this prompt, seeds seed, seed + 1, ...")] = 1,
+    raw_prompt: Annotated[
+        bool, typer.Option("--raw-prompt", help="Leave out the official additions to prompt and negative prompt.")
+    ] = False,
+    precision: Precision = "bf16",
+    device: Device = None,
+    preset: PresetName = None,
+    codec: Codec = "h264",
+    quality: Quality = None,
+    fps: Fps = FPS,
+    official_postprocess: Postprocess = False,
+    no_metadata: NoMetadata = False,
+    overwrite: Overwrite = False,
+    keep_loaded: Annotated[
+        bool, typer.Option("--keep-loaded", help="Many videos: keep networks in memory between them, if it is there.")
+    ] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Do not keep prompt embeddings on disk.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a video from a prompt. Stopped at any moment, the same command goes on where it was."""
+    if (prompt is None) == (prompts is None):
+        raise UsageError("Give either a PROMPT or --prompts FILE.")
+    asked = read_prompts(prompts) if prompts is not None else [{"prompt": prompt}]
+    _check_writing(codec, quality)
+    common = {
+        "negative_prompt": negative, "image": None if image is None else str(image), "seed": seed,
+        "num_frames": frames, "height": height, "width": width, "num_inference_steps": steps,
+        "guidance_scale": guidance, "time_shift": time_shift, "motion_score": motion_score, "raw_prompt": raw_prompt,
+    }  # fmt: skip
+    from ..pipeline import StepVideoPipeline
+
+    pipe = StepVideoPipeline.from_pretrained(
+        model, precision, device, preset=preset, keep_loaded=keep_loaded, cache=not no_cache
+    )
+    planned = _plan(pipe, asked, common, num_videos, output, prompts is not None, codec, overwrite)
+    write = {
+        "codec": codec, "quality": quality, "fps": fps, "official_postprocess": official_postprocess,
+        "metadata": not no_metadata,
+    }  # fmt: skip
+    _run(pipe, planned, write, as_json)
+
+
+def _check_writing(codec: str, quality: float | None) -> None:
+    from ..video import CODECS
+
+    if codec not in CODECS:
+        raise UsageError(f"--codec {codec} is unknown; choose one of {', '.join(CODECS)}.")
+    if quality is not None and codec in ("lossless", "png"):
+        raise UsageError(f"--quality does not go with --codec {codec}, which loses nothing.")
+
+
+def _plan(
+    pipe: StepVideoPipeline,
+    asked: list[dict[str, Any]],
+    common: dict[str, Any],
+    num_videos: int,
+    output: Path | None,
+    in_folder: bool,
+    codec: str,
+    overwrite: bool,
+) -> list[tuple[Request, Path, bool]]:
+    """Every request with its output file, and whether it is already there; all checks before any work."""
+    suffix = {"png": ""}.get(codec, ".mp4")
+    folder = Path(".")
+    if in_folder:
+        folder = output or Path("videos")
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"--output {folder} is a file; with --prompts it is the folder for the videos.")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--output {folder} cannot be made ({error.strerror}); choose another folder.") from None
+    planned = []
+    for number, values in enumerate(asked, 1):
+        settings = common | {k: v for k, v in values.items() if k not in ("prompt", "output")}
+        for n in range(num_videos):
+            mine = dict(settings)
+            if mine["seed"] is not None and n and isinstance(mine["seed"], int):
+                mine["seed"] += n
+            request = pipe.request(values["prompt"], **mine)
+            behind = f"-{n + 1}" if num_videos > 1 else ""
+            if values.get("output") is not None:
+                path = folder / str(values["output"])
+                path = path.with_name(path.stem + behind + path.suffix)
+            elif in_folder:
+                path = folder / f"{number:04d}-{slug(values['prompt'])}{behind}{suffix}"
+            elif output is not None:
+                path = output.with_name(output.stem + behind + output.suffix)
+            else:
+                path = _default_path(pipe, request, slug(values["prompt"]) + behind, suffix)
+            planned.append(_place(pipe, request, path, codec, overwrite))
+    doubled = [p for _, p, _ in planned if sum(p == other for _, other, _ in planned) > 1]
+    if doubled:
+        raise UsageError(f"{doubled[0]} is the output of more than one prompt; give each its own.")
+    return planned
+
+
+def _with_path(request: Request, path: Path) -> Request:
+    from dataclasses import replace
+
+    return replace(request, latents_path=latents_beside(path))
+
+
+def _default_path(pipe: StepVideoPipeline, request: Request, stem: str, suffix: str) -> Path:
+    """A new name from the prompt, or the one of an unfinished run of the same request."""
+
+    def usable(path: Path) -> bool:
+        try:
+            pipe.is_finished(_with_path(request, path))
+        except UsageError:  # the latents beside it belong to another, unfinished run
+            return False
+        return True
+
+    return free_name(Path("."), stem, suffix, usable)
+
+
+def _place(
+    pipe: StepVideoPipeline, request: Request, path: Path, codec: str, overwrite: bool
+) -> tuple[Request, Path, bool]:
+    from ..video import check_output
+
+    if path.exists() and path.is_dir() and codec != "png":
+        raise UsageError(f"--output {path} is a folder; give the name of a file.")
+    check_output(path, codec, (request.settings.width, request.settings.height))
+    request = _with_path(request, path)
+    finished = pipe.is_finished(request)
+    if path.exists() and not overwrite:
+        if not finished:
+            raise UsageError(
+                f"{path} is already there and of another generation; add --overwrite or choose another -o."
+            )
+        return request, path, True
+    if overwrite and finished and request.latents_path is not None:
+        request.latents_path.unlink()
+    return request, path, False
+
+
+def _run(
+    pipe: StepVideoPipeline, planned: list[tuple[Request, Path, bool]], write: dict[str, Any], as_json: bool
+) -> None:
+    from ..request import video_metadata
+    from ..video import VideoWriter
+
+    for note in dict.fromkeys(note for request, _, _ in planned for note in request.settings.notes):
+        say(console, "note", note)
+    if pipe.model.note:
+        say(console, "note", pipe.model.note)
+    for _, path, there in planned:
+        if there:
+            say(console, "note", f"{path} is already finished; --overwrite makes it anew.")
+            _print_result(path, None, as_json)
+    todo = [(request, path) for request, path, there in planned if not there]
+
+    def open_sink(i: int, request: Request, record: dict[str, Any]) -> VideoWriter:
+        settings = request.settings
+        return VideoWriter(
+            todo[i][1], settings.width, settings.height, fps=write["fps"], codec=write["codec"],
+            quality=write["quality"], metadata=video_metadata(record) if write["metadata"] else None,
+            official_postprocess=write["official_postprocess"],
+        )  # fmt: skip
+
+    if not todo:
+        return
+    with ConsoleProgress(console) as progress:
+        results = pipe.generate([request for request, _ in todo], open_sink, progress=progress)
+        for i, (_, path) in enumerate(todo):
+            if len(todo) > 1:
+                progress.label = f"[{i + 1}/{len(todo)}] "
+            record, _ = next(results)
+            _print_result(path, record | {"output": str(path)}, as_json)
+
+
+def _print_result(path: Path, record: dict[str, Any] | None, as_json: bool) -> None:
+    if not as_json:
+        print(path, flush=True)
+        return
+    if record is None:
+        from ..video import read_metadata
+
+        record = {"output": str(path), "already_finished": True, **(read_metadata(path) or {})}
+    print(json.dumps(record, ensure_ascii=False), flush=True)
+
+
+@app.command()
+@_guarded
+def decode(
+    latents: Annotated[Path, typer.Argument(help="A file of latents, finished or not (unfinished ones look noisy).")],
+    model: Model = None,
+    output: Output = None,
+    precision: Annotated[str | None, typer.Option(help="bf16 or fp32. Default: that of the run.")] = None,
+    device: Device = None,
+    codec: Codec = "h264",
+    quality: Quality = None,
+    fps: Fps = FPS,
+    official_postprocess: Postprocess = False,
+    no_metadata: NoMetadata = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make the video of saved latents, with no denoising."""
+    from ..latents import SUFFIX, read_latents
+    from ..pipeline import StepVideoPipeline
+    from ..request import video_metadata
+    from ..video import VideoWriter, check_output
+
+    saved = read_latents(latents)
+    _check_writing(codec, quality)
+    if output is None:
+        output = latents.with_name(latents.name.removesuffix(SUFFIX) + ("" if codec == "png" else ".mp4"))
+    settings = saved.info["settings"]
+    check_output(output, codec, (settings["width"], settings["height"]))
+    if output.exists() and not overwrite:
+        raise UsageError(f"{output} is already there; add --overwrite or choose another -o.")
+    pipe = StepVideoPipeline.from_pretrained(model or saved.info["model"], precision or saved.info["precision"], device)
+    if not saved.finished:
+        say(console, "note", f"{latents} is from step {saved.step} of {saved.steps}: the video will look noisy.")
+
+    def open_sink(i: int, request: Request, record: dict[str, Any]) -> VideoWriter:
+        return VideoWriter(
+            output, settings["width"], settings["height"], fps=fps, codec=codec, quality=quality,
+            metadata=None if no_metadata else video_metadata(record), official_postprocess=official_postprocess,
+        )  # fmt: skip
+
+    with ConsoleProgress(console) as progress:
+        record = pipe.decode(saved, open_sink, progress)
+    _print_result(output, record | {"output": str(output)}, as_json)
+
+
+@app.command()
+@_guarded
+def info(
+    model: Annotated[str | None, typer.Argument(help="A model folder or Hugging Face id. Default: the demo.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model folder holds: networks, sizes, types, and what is missing or damaged (then exit code 1)."""
+    from ..checkpoint import describe
+
+    if model is None:
+        from ..demo import demo_model
+
+        model = str(demo_model())
+    found = describe(model)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False, indent=2))
+    else:
+        from .tables import info_table
+
+        info_table(Console(), found)
+    if found["problems"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_guarded
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder of golden cases (.safetensors with 'component' metadata).")],
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or all.")] = "all",
+    as_json: AsJson = False,
+) -> None:
+    """Run golden cases from the official code against this installation. Exit code 1 if any is over its limit."""
+    from ..golden import verify_folder
+
+    if dtype not in ("fp32", "bf16", "all"):
+        raise UsageError(f"--dtype {dtype} is unknown; choose fp32, bf16 or all.")
+    results = verify_folder(folder, device, ("fp32", "bf16") if dtype == "all" else (dtype,))
+    if as_json:
+        print(json.dumps([r.as_dict() for r in results], ensure_ascii=False, indent=2))
+    else:
+        from .tables import verify_table
+
+        verify_table(Console(), results)
+    if any(not r.passed for r in results):
+        raise typer.Exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("solostep"))
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of ``solostep`` and ``python -m solostep``."""
+    app(prog_name="solostep", args=sys.argv[1:])

@@ -1,0 +1,117 @@
+"""Step-LLM, the text encoder: a causal decoder whose only sense of position is a distance bias.
+
+Attention is softmax(q k / sqrt(D) - slope_head * sqrt(i - j)) over j <= i. The official code calls a closed CUDA
+operator for it; the formula is the public PyTorch form of the same operator in Step-Audio, a variant of ALiBi
+(Press et al. 2022) with the square root of the distance. Without the bias the text has no order at all.
+Official parameter names.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import StepLLMConfig
+from .transformer import RMSNorm
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """One slope a head: 2^(-8 k / n) for the first n = 2^floor(log2 heads), then every second of the next series."""
+    n = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2.0 ** (-8.0 * k / n) for k in range(1, n + 1)]
+    return slopes + [2.0 ** (-4.0 * k / n) for k in range(1, 2 * (num_heads - n) + 1, 2)]
+
+
+def attention_bias(num_heads: int, length: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """``[heads, length, length]``: -slope * sqrt(i - j) for j <= i, -inf above the diagonal.
+
+    Quirk: in bf16 the bias is rounded to bf16 before it is added.
+    """
+    position = torch.arange(length, dtype=torch.float32)
+    distance = position[:, None] - position
+    slopes = torch.tensor(alibi_slopes(num_heads), dtype=torch.float32)
+    bias = -slopes[:, None, None] * distance.clamp(min=0).sqrt()
+    return bias.masked_fill(distance < 0, float("-inf")).to(device, dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; ``wqkv`` holds all query heads first, then k and v of each group."""
+
+    def __init__(self, config: StepLLMConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.groups = config.num_attention_groups
+        self.hidden = config.hidden_size
+        self.wqkv = nn.Linear(self.hidden, self.hidden + 2 * self.groups * self.head_dim, bias=False)
+        self.wo = nn.Linear(self.hidden, self.hidden, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        q, kv = self.wqkv(x).split([self.hidden, 2 * self.groups * self.head_dim], dim=-1)
+        q = q.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        k, v = kv.unflatten(-1, (self.groups, 2 * self.head_dim)).transpose(1, 2).chunk(2, dim=-1)
+        repeat = q.shape[1] // self.groups  # group g serves the query heads g * repeat ... (g + 1) * repeat - 1
+        k, v = (t.repeat_interleave(repeat, dim=1) for t in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.wo(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU; ``w1`` gives [gate, up]."""
+
+    def __init__(self, config: StepLLMConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.hidden_size, 2 * config.ffn_width, bias=False)
+        self.w2 = nn.Linear(config.ffn_width, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w1(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: StepLLMConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), bias)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: StepLLMConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+
+
+class Layers(nn.Module):
+    def __init__(self, config: StepLLMConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+
+
+class StepLLM(nn.Module):
+    """Token ids ``[B, S]`` -> hidden states ``[B, S, hidden]``, with no final norm.
+
+    There is no padding mask, as in the official code: padding stands at the end and attention is causal, so it cannot
+    reach the tokens before it. Rows run one at a time: a prompt's embedding does not depend on its batch.
+    """
+
+    def __init__(self, config: StepLLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = Embeddings(config)
+        self.transformer = Layers(config)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        rows = list(self.tok_embeddings.word_embeddings(input_ids).split(1))
+        bias = attention_bias(self.config.num_attention_heads, input_ids.shape[1], rows[0].dtype, input_ids.device)
+        for layer in self.transformer.layers:
+            rows = [layer(row, bias) for row in rows]
+        return torch.cat(rows)

@@ -1,0 +1,480 @@
+"""One generation, read top to bottom: texts -> noise -> denoise -> decode -> frames.
+
+A network is loaded when its stage begins and freed when it is no longer needed, so the memory of a run is that of its
+largest stage. Latents are on disk after every step (see latents.py): a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import latents as storage
+from .checkpoint import ModelFolder, load, open_model
+from .config import GenerationSettings, cache_dir
+from .errors import OutputError, SolostepError, UsageError
+from .image import load_image
+from .latents import SavedLatents
+from .models.vae import decode_chunks
+from .progress import ConsoleProgress, Progress
+from .request import Collect, FrameSink, Job, Request, Video, describe_device, make_record, settings_dict, tensor_hash
+from .runtime import (
+    Stage,
+    free_memory,
+    measured,
+    numerics,
+    pick_device,
+    pick_dtype,
+    release_memory,
+    require_memory,
+)
+from .sampling import GuidedVelocity, first_frame_condition, initial_noise, to_uint8
+from .scheduler import euler_step, make_sigmas
+from .text import PromptEmbedding, encode_prompts
+
+log = logging.getLogger("solostep")
+
+StepCallback = Callable[["StepVideoPipeline", int, float, dict[str, Tensor]], "dict[str, Tensor] | None"]
+"""As in diffusers: ``(pipe, step, timestep, {"latents"})``, may return ``{"latents": changed}``."""
+
+
+OpenSink = Callable[[int, Request, dict[str, Any]], contextlib.AbstractContextManager[FrameSink]]
+
+
+class StepVideoPipeline:
+    """Step-Video on one device.
+
+    >>> pipe = StepVideoPipeline.from_pretrained("stepfun-ai/stepvideo-t2v")
+    >>> pipe("a cat on a skateboard", seed=1).save("cat.mp4")
+    """
+
+    def __init__(
+        self, model: ModelFolder, precision: str = "bf16", device: str | torch.device | None = None,
+        keep_loaded: bool = False, cache: bool = True,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.precision = precision
+        self.dtype = pick_dtype(precision)
+        self.device = pick_device(device)
+        self.keep_loaded = keep_loaded
+        self.cache = cache_dir() / "embeddings" if cache else None
+        self._networks: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path | None = None, precision: str = "bf16", device: str | torch.device | None = None,
+        *, preset: str | None = None, keep_loaded: bool = False, cache: bool = True,
+    ) -> StepVideoPipeline:  # fmt: skip
+        """Finds and checks a model; its weights are loaded stage by stage, when a video is made.
+
+        Args:
+            model: a folder in the released layout, a Hugging Face id, or None for the small embedded demo model.
+            precision: bf16 (the official numerics) or fp32.
+            device: cpu, cuda, cuda:1; by default the first CUDA card, else the CPU.
+            preset: t2v, turbo or ti2v, where the folder does not say which it is.
+            keep_loaded: keep networks between videos, if the memory is there for all of them at once.
+            cache: keep prompt embeddings on disk (in ``$SOLOSTEP_CACHE`` or ``~/.cache/solostep``).
+
+        Raises:
+            UsageError: unknown precision or device, or not a model.
+            CheckpointError: the model folder is incomplete or damaged; the message names the file or tensor.
+        """
+        pick_dtype(precision)
+        pick_device(device)
+        if model is None:
+            from .demo import demo_model
+
+            model = demo_model()
+        return cls(open_model(model, preset), precision, device, keep_loaded, cache)
+
+    # --- asking for a video ---------------------------------------------------------------------------------------
+
+    def request(
+        self,
+        prompt: str,
+        negative_prompt: str | None = None,
+        image: Any = None,
+        *,
+        seed: int | None = None,
+        latents: Tensor | None = None,
+        latents_path: str | Path | None = None,
+        raw_prompt: bool = False,
+        **settings: Any,
+    ) -> Request:
+        """Checks one request and fills in the preset; ``settings`` are those of :class:`GenerationSettings`.
+
+        Raises:
+            UsageError: an empty prompt, a wrong value, an image the model cannot take or lacks, a wrong noise shape.
+        """
+        preset = self.model.preset
+        if not isinstance(prompt, str) or (not prompt.strip() and not raw_prompt):
+            raise UsageError("The prompt is empty; say what the video shows.")
+        if image is None and self.model.is_image_to_video:
+            raise UsageError(
+                f"{self.model.source} is an image-to-video model; give it a first frame with --image FILE."
+            )
+        if image is not None and not self.model.is_image_to_video:
+            raise UsageError(
+                f"--image needs an image-to-video model, and {self.model.source} is text-to-video; "
+                "leave --image out or choose --model stepfun-ai/stepvideo-ti2v."
+            )
+        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
+            raise UsageError(f"seed (--seed) has to be a whole number from 0 to 2^63 - 1, not {seed!r}.")
+        names = (
+            "num_frames", "height", "width", "num_inference_steps", "guidance_scale", "time_shift", "motion_score",
+        )  # fmt: skip
+        unknown = sorted(set(settings) - set(names))
+        if unknown:
+            raise UsageError(f"Unknown setting {unknown[0]!r}; known are {', '.join(names)}.")
+        values = {n: settings[n] if settings.get(n) is not None else getattr(preset, n) for n in names}
+        made = GenerationSettings(**values, max_frames=preset.max_frames, image_to_video=self.model.is_image_to_video)
+        if latents is not None:
+            channels = self.model.transformer_config.in_channels
+            shape = [1, made.latent_frames, channels, made.latent_height, made.latent_width]
+            if list(latents.shape) != shape:
+                raise UsageError(f"latents have shape {list(latents.shape)} and have to have {shape} for this clip.")
+        negative = negative_prompt or ""
+        return Request(
+            # Plain concatenation, as the official pipeline does it.
+            prompt=prompt if raw_prompt else prompt + preset.positive,
+            negative=negative if raw_prompt else negative + preset.negative,
+            settings=made,
+            seed=seed,
+            image=None if image is None else load_image(image),
+            noise=latents,
+            latents_path=None if latents_path is None else Path(latents_path),
+            asked={"prompt": prompt, "negative_prompt": negative_prompt, "raw_prompt": raw_prompt},
+        )
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | None = None,
+        image: Any = None,
+        motion_score: float | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        time_shift: float | None = None,
+        num_videos_per_prompt: int = 1,
+        seed: int | None = None,
+        latents: Tensor | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        output_type: str = "video",
+        *,
+        raw_prompt: bool = False,
+        latents_path: str | Path | None = None,
+        progress: Progress | bool = True,
+    ) -> Any:
+        """Makes a video (a list of them for several prompts or ``num_videos_per_prompt`` above 1).
+
+        What is None comes from the model's preset. The n-th video of a call has seed ``seed + n``; without a seed one
+        is drawn and recorded. An interrupted call goes on where it was when it is made again with the same arguments:
+        latents are kept after every step, at ``latents_path`` or in the cache folder.
+
+        Args:
+            image: first frame for image-to-video: a file, a Pillow image, uint8 [H, W, 3], float [3, H, W].
+            latents: initial noise [1, f, c, h, w], in place of the seed's.
+            output_type: "video" (a :class:`Video`), "np" (its frames, uint8 [F, H, W, 3]), or "latent"
+                (fp32 [1, f, c, h, w], not decoded).
+            raw_prompt: leave out the official additions to prompt and negative prompt.
+            progress: True shows it on stderr; a function gets (stage, done, total).
+
+        Raises:
+            UsageError, CheckpointError, OutputError, SolostepError: each says what to do.
+        """
+        if output_type not in ("video", "np", "latent"):
+            raise UsageError(f"output_type {output_type!r} is unknown; choose video, np or latent.")
+        if not isinstance(num_videos_per_prompt, int) or num_videos_per_prompt < 1:
+            raise UsageError(f"num_videos_per_prompt has to be a whole number above 0, not {num_videos_per_prompt!r}.")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        count = len(prompts) * num_videos_per_prompt
+        if not prompts:
+            raise UsageError("The list of prompts is empty.")
+        if count > 1 and latents_path is not None:
+            raise UsageError("latents_path is the file of one video; leave it out for several.")
+        requests = []
+        for n in range(count):
+            request = self.request(
+                prompts[n // num_videos_per_prompt], negative_prompt, image,
+                seed=None if seed is None else seed + n, latents=latents, latents_path=latents_path,
+                raw_prompt=raw_prompt, motion_score=motion_score, num_frames=num_frames, height=height, width=width,
+                num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, time_shift=time_shift,
+            )  # fmt: skip
+            requests.append(request)
+        requests[0].settings.warn()
+        sinks = [Collect() for _ in requests]
+        open_sink = None if output_type == "latent" else lambda i, request, record: contextlib.nullcontext(sinks[i])
+        results: list[Any] = []
+        with ConsoleProgress() if progress is True else contextlib.nullcontext(progress or None) as shown:
+            for i, (record, final) in enumerate(self.generate(requests, open_sink, callback_on_step_end, shown)):
+                results.append(final if output_type == "latent" else self._video(sinks[i], record, final, output_type))
+        return results[0] if count == 1 and isinstance(prompt, str) else results
+
+    @staticmethod
+    def _video(sink: Collect, record: dict[str, Any], final: Tensor, output_type: str) -> Any:
+        import numpy as np
+
+        frames = np.concatenate(sink.parts)
+        sink.parts.clear()
+        return frames if output_type == "np" else Video(frames, record, final)
+
+    # --- making it ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        open_sink: OpenSink | None,
+        callback: StepCallback | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """Makes videos one after the other and gives each one's record and final latents when it is done.
+
+        All texts are encoded first, in one pass of the encoders. Frames go to ``open_sink(i, request, record)`` while
+        they are decoded; None leaves out the decoding.
+        """
+        say = progress or (lambda stage, done, total: None)
+        with contextlib.ExitStack() as locks:
+            jobs = [self._open(request, i, locks) for i, request in enumerate(requests)]
+            yield from self._generate(jobs, open_sink, callback, say)
+
+    def _generate(
+        self, jobs: list[Job], open_sink: OpenSink | None, callback: StepCallback | None, say: Progress
+    ) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        shared: list[Stage] = []
+        embeddings: dict[str, PromptEmbedding] = {}
+        waiting = [job for job in jobs if not job.done]
+        if waiting and waiting[0].resumed_from is None:
+            # Shows now, not after the first step, whether the latents can be kept; and keeps a seed that was drawn.
+            storage.save_latents(waiting[0].path, waiting[0].saved)
+        with _readable_errors(self.device), numerics():
+            texts = [t for job in jobs if not job.done for t in job.request.texts]
+            if texts:
+                with measured("text", self.device, shared):
+                    embeddings = encode_prompts(
+                        self.model, texts, self.device, self.dtype, self.cache, _stage(say, "text encoders")
+                    )
+        try:
+            yield from self._each(jobs, embeddings, shared, open_sink, callback, say)
+        finally:  # also when the caller stops early
+            self._free("transformer")
+            self._free("vae")
+
+    def _each(
+        self,
+        jobs: list[Job],
+        embeddings: dict[str, PromptEmbedding],
+        shared: list[Stage],
+        open_sink: OpenSink | None,
+        callback: StepCallback | None,
+        say: Progress,
+    ) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        for i, job in enumerate(jobs):
+            with _readable_errors(self.device, job), numerics():
+                job.stages += [Stage(**vars(s)) for s in shared]
+                if not job.done:
+                    self._condition(job, say)
+                    self._denoise(job, [embeddings[t] for t in job.request.texts], callback, say)
+                last = not any(not other.done for other in jobs[i + 1 :])
+                if last or free_memory(self.device) < self._decode_bytes(job.request.settings):
+                    self._free("transformer")
+                record = make_record(job, self.model, self.precision, self.device)
+                if open_sink is not None:
+                    with _latents_are_kept(job):
+                        self._decode(job, open_sink(i, job.request, record), say)
+                    record = make_record(job, self.model, self.precision, self.device)
+                job.delivered()
+            yield record, job.saved.latents
+
+    def is_finished(self, request: Request) -> bool:
+        """Whether the file at ``latents_path`` already holds the final latents of exactly this request."""
+        if request.latents_path is None:
+            return False
+        saved = storage.find_resumable(request.latents_path, self._identity(request), request.seed)
+        return saved is not None and saved.finished
+
+    def decode(self, saved: SavedLatents, open_sink: OpenSink, progress: Progress | None = None) -> dict[str, Any]:
+        """Makes the video of saved latents, also of unfinished ones (which look noisy). Returns the record."""
+        settings = GenerationSettings(**saved.info["settings"])
+        channels = self.model.vae_config.z_channels
+        if saved.latents.shape[2] != channels:
+            raise UsageError(
+                f"The latents have {saved.latents.shape[2]} channels and the VAE of {self.model.source} has "
+                f"{channels}; give the --model that they were made with."
+            )
+        asked = {k: saved.info.get(k) for k in ("prompt", "negative_prompt", "raw_prompt")}
+        request = Request(asked["prompt"] or "", "", settings, saved.seed, asked=asked)
+        job = Job(request, Path(), saved, resumed_from=saved.step)
+        with _readable_errors(self.device), numerics():
+            self._decode(
+                job,
+                open_sink(0, request, make_record(job, self.model, self.precision, self.device)),
+                progress or (lambda *_: None),
+            )
+            self._free("vae")
+        return make_record(job, self.model, self.precision, self.device)
+
+    def _open(self, request: Request, index: int, locks: contextlib.ExitStack) -> Job:
+        """Finds what an earlier, interrupted run left, or begins anew."""
+        identity = self._identity(request)
+        managed = request.latents_path is None
+        if request.latents_path is None:
+            key = json.dumps([identity, request.seed, index if request.seed is None else 0], sort_keys=True)
+            path = cache_dir() / "runs" / (hashlib.sha256(key.encode()).hexdigest()[:16] + storage.SUFFIX)
+        else:
+            path = request.latents_path
+        storage.lock(path, cache_dir() / "locks", locks)
+        saved = storage.find_resumable(path, identity, request.seed)
+        resumed_from = saved.step if saved is not None else None
+        if saved is None:
+            seed = request.seed if request.seed is not None else secrets.randbelow(2**31)
+            noise, _ = initial_noise(request.settings, self.model.transformer_config.in_channels, seed)
+            saved = SavedLatents(
+                latents=noise if request.noise is None else request.noise.detach().cpu().float(),
+                step=0,
+                steps=request.settings.num_inference_steps,
+                seed=seed,
+                seed_given=request.seed is not None,
+                identity=identity,
+                info={**request.asked, "texts": request.texts, "model": self.model.source, "precision": self.precision,
+                      "preset": self.model.preset.name, "settings": settings_dict(request.settings)},
+            )  # fmt: skip
+        return Job(request, path, saved, resumed_from, managed)
+
+    def _identity(self, request: Request) -> dict[str, Any]:
+        """Everything but the seed that the final latents depend on, in JSON's types."""
+        components = self.model.components
+        networks = ["transformer", "step_llm", "hunyuan_clip"] + ["vae"] * (request.image is not None)
+        return {
+            "model": [components[name].fingerprint for name in networks],
+            "prompt": request.prompt,
+            "negative_prompt": request.negative if request.settings.use_guidance else None,
+            "settings": request.settings.identity(),
+            "precision": self.precision,
+            "image": tensor_hash(request.image),
+            "noise": tensor_hash(request.noise),
+        }
+
+    def _condition(self, job: Job, say: Progress) -> None:
+        """Encodes the first frame, before the DiT takes the memory."""
+        image, settings = job.request.image, job.request.settings
+        if image is None:
+            return
+        with measured("first frame", self.device, job.stages):
+            say("first frame", 0, 1)
+            encoder = load(self.model.components["vae"], self.device, self.dtype, part="encoder")
+            _, generator = initial_noise(settings, self.model.transformer_config.in_channels, job.saved.seed)
+            job.condition = first_frame_condition(encoder, image, settings, generator).cpu()
+            del encoder
+            release_memory(self.device)
+            say("first frame", 1, 1)
+
+    def _denoise(
+        self, job: Job, embeddings: list[PromptEmbedding], callback: StepCallback | None, say: Progress
+    ) -> None:
+        """Runs the steps that are left; the latents are on disk after each."""
+        saved, settings = job.saved, job.request.settings
+        if "transformer" not in self._networks:
+            component = self.model.components["transformer"]
+            with measured("load transformer", self.device, job.stages):
+                require_memory(component.parameters * self.dtype.itemsize, self.device, "The transformer")
+                self._networks["transformer"] = load(
+                    component, self.device, self.dtype, progress=_stage(say, "load transformer")
+                )
+        with measured("denoise", self.device, job.stages):
+            velocity = GuidedVelocity(self._networks["transformer"], embeddings, settings, job.condition)
+            sigmas = make_sigmas(saved.steps, settings.time_shift)
+            latents = saved.latents.to(self.device)
+            say("denoise", saved.step, saved.steps)
+            for step in range(saved.step, saved.steps):
+                latents = euler_step(latents, velocity(latents, sigmas[step]), sigmas[step], sigmas[step + 1])
+                self._keep(job, latents, step + 1)
+                if callback is not None:
+                    changed = (callback(self, step, float(sigmas[step]), {"latents": latents}) or {}).get("latents")
+                    if changed is not None and changed is not latents:
+                        latents = changed.to(self.device, torch.float32)
+                        self._keep(job, latents, step + 1)
+                say("denoise", step + 1, saved.steps)
+
+    def _keep(self, job: Job, latents: Tensor, step: int) -> None:
+        """Puts a finished step on disk. A full disk does not end the run: the video may still find its place."""
+        job.saved.latents, job.saved.step = latents.cpu(), step
+        try:
+            if not job.saved.finished:
+                storage.save_latents(job.path, job.saved)
+                return
+            job.saved_at = storage.save_or_rescue(job.path, job.saved)
+            if job.saved_at != job.path:
+                log.warning("%s could not be written: the latents are kept in %s.", job.path, job.saved_at)
+        except OutputError as error:
+            if not job.save_failed or job.saved.finished:
+                log.warning("%s Going on without: an interruption now loses the steps made since.", error)
+            job.save_failed = True
+
+    def _decode_bytes(self, settings: GenerationSettings) -> int:
+        """Memory to decode one chunk beside the weights: four tensors of the widest level (22 GB at 544x992)."""
+        config = self.model.vae_config
+        widest = max(config.decoder_ch * config.decoder_ch_mult[1], config.decoder_ch * config.decoder_ch_mult[0])
+        weights = self.model.components["vae"].parameters * self.dtype.itemsize
+        return 4 * 20 * settings.height * settings.width * widest * self.dtype.itemsize + weights
+
+    def _decode(self, job: Job, sink: contextlib.AbstractContextManager[FrameSink], say: Progress) -> None:
+        """Decodes chunk by chunk; frames leave as they are ready."""
+        total = job.request.settings.num_frames
+        if "vae" not in self._networks:
+            with measured("load vae", self.device, job.stages):
+                self._networks["vae"] = load(self.model.components["vae"], self.device, self.dtype, part="decoder")
+        with measured("decode and write", self.device, job.stages), sink as open_sink:
+            say("decode", 0, total)
+            latents = job.saved.latents.to(self.device, self.dtype)
+            done = 0
+            for frames in decode_chunks(self._networks["vae"], latents):
+                open_sink.write(to_uint8(frames[0]).cpu().numpy())
+                done += frames.shape[1]
+                say("decode", done, total)
+
+    def _free(self, name: str) -> None:
+        if not self.keep_loaded and self._networks.pop(name, None) is not None:
+            release_memory(self.device)
+
+
+def _stage(say: Progress, name: str) -> Callable[[int, int], None]:
+    return lambda done, total: say(name, done, total)
+
+
+@contextlib.contextmanager
+def _readable_errors(device: torch.device, job: Job | None = None) -> Iterator[None]:
+    """An allocation that failed becomes one sentence that says where the work is and what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        kept = ""
+        if job is not None and job.saved.step:
+            kept = (
+                f" Step {job.saved.step} of {job.saved.steps} is kept in {job.path}: the same command goes on from it."
+            )
+        raise SolostepError(
+            f"{describe_device(device)} ran out of memory; close other programs, or make a smaller or shorter clip "
+            f"(--height, --width, --frames).{kept}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _latents_are_kept(job: Job) -> Iterator[None]:
+    """A video that cannot be written loses nothing, and the error says so."""
+    try:
+        yield
+    except OutputError as error:
+        hint = f" The latents are kept in {job.saved_at}: `solostep decode {job.saved_at}` goes on from there."
+        raise OutputError(f"{error}{hint if job.saved_at else ''}") from error

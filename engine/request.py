@@ -1,0 +1,184 @@
+"""What goes into the pipeline and what comes out: a request, a job on its way, a video and its record."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import latents as storage
+from .checkpoint import ModelFolder
+from .config import FPS, GenerationSettings
+from .latents import SavedLatents
+from .runtime import Stage
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class FrameSink(Protocol):
+    """Where decoded frames go while they are decoded."""
+
+    def write(self, frames: np.ndarray) -> None: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video to make. Built by :meth:`StepVideoPipeline.request`, which fills in the preset."""
+
+    prompt: str
+    negative: str
+    settings: GenerationSettings
+    seed: int | None = None
+    image: Tensor | None = None
+    noise: Tensor | None = None
+    latents_path: Path | None = None
+    asked: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompt, and the negative prompt where guidance needs it."""
+        return [self.prompt, self.negative] if self.settings.use_guidance else [self.prompt]
+
+
+@dataclass
+class Video:
+    """A finished video: ``frames`` uint8 ``[F, H, W, 3]``, its latents and the record of how it was made."""
+
+    frames: np.ndarray
+    record: dict[str, Any]
+    latents: Tensor
+    fps: float = FPS
+
+    def save(
+        self, path: str | Path, codec: str = "h264", quality: float | None = None, metadata: bool = True,
+        official_postprocess: bool = False,
+    ) -> Path:  # fmt: skip
+        """Writes the video; see :class:`solostep.engine.video.VideoWriter`."""
+        from .video import VideoWriter, check_output
+
+        height, width = self.frames.shape[1:3]
+        path = check_output(path, codec, (width, height))
+        described = video_metadata(self.record) if metadata else None
+        with VideoWriter(path, width, height, self.fps, codec, quality, described, official_postprocess) as writer:
+            writer.write(self.frames)
+        return path
+
+
+class Collect:
+    """A sink that keeps the frames."""
+
+    def __init__(self) -> None:
+        self.parts: list[np.ndarray] = []
+
+    def write(self, frames: np.ndarray) -> None:
+        self.parts.append(frames)
+
+
+@dataclass
+class Job:
+    """A request on its way."""
+
+    request: Request
+    path: Path
+    saved: SavedLatents
+    resumed_from: int | None = None
+    managed: bool = False
+    stages: list[Stage] = field(default_factory=list)
+    condition: Tensor | None = None
+    saved_at: Path | None = None
+    save_failed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.saved.finished and self.path.name:
+            self.saved_at = self.path
+
+    @property
+    def done(self) -> bool:
+        return self.saved.finished
+
+    def delivered(self) -> None:
+        """The caller has the video. Files in the cache folder are kept, but the same call begins anew."""
+        if self.managed and self.saved_at == self.path:
+            finished = self.path.with_name("finished-" + self.path.name)
+            self.path.replace(finished)
+            self.saved_at = finished
+            prune(self.path.parent)
+
+
+def prune(folder: Path, keep: int = 16) -> None:
+    """Leaves the newest finished latents in the cache folder and removes older ones."""
+    with contextlib.suppress(OSError):
+        found = sorted(folder.glob("finished-*" + storage.SUFFIX), key=lambda p: p.stat().st_mtime)
+        for old in found[:-keep]:
+            old.unlink(missing_ok=True)
+
+
+def settings_dict(settings: GenerationSettings) -> dict[str, Any]:
+    return {k: v for k, v in vars(settings).items() if k != "notes"}
+
+
+def tensor_hash(tensor: Tensor | None) -> str | None:
+    if tensor is None:
+        return None
+    data = tensor.detach().cpu().float().contiguous()
+    return hashlib.sha256(str(list(data.shape)).encode() + data.numpy().tobytes()).hexdigest()
+
+
+def describe_device(device: torch.device) -> str:
+    """The device by name, for records."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({platform.processor() or platform.machine()})"
+
+
+def versions() -> dict[str, str | None]:
+    """Versions that a result may depend on."""
+    import importlib.metadata as metadata
+
+    found: dict[str, str | None] = {}
+    for name in ("solostep", "torch", "transformers", "sentencepiece", "imageio-ffmpeg"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    found.setdefault("solostep", None)
+    return found | {"python": platform.python_version(), "cuda": torch.version.cuda}
+
+
+def video_metadata(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a record that goes into the video file: what repeats it, and nothing about the machine."""
+    names = ("prompt", "negative_prompt", "raw_prompt", "seed", "settings", "precision", "preset", "solostep")
+    # A hub id says which model it was; of a folder only its own name, not where it lies on somebody's disk.
+    model = str(record["model"])
+    model = Path(model).name if Path(model).is_absolute() else model
+    return {name: record[name] for name in names} | {"model": model, "torch": record["versions"]["torch"]}
+
+
+def make_record(job: Job, model: ModelFolder, precision: str, device: torch.device) -> dict[str, Any]:
+    """Everything needed to repeat a video, and what it took."""
+    saved = job.saved
+    return {
+        "solostep": versions()["solostep"],
+        "model": saved.info.get("model", model.source),
+        "model_fingerprint": model.components["transformer"].fingerprint,
+        "preset": saved.info.get("preset", model.preset.name),
+        **{k: saved.info.get(k) for k in ("prompt", "negative_prompt", "raw_prompt", "texts")},
+        "seed": saved.seed,
+        "settings": saved.info["settings"],
+        "precision": saved.info.get("precision", precision),
+        "image_sha256": saved.identity.get("image"),
+        "noise_sha256": saved.identity.get("noise"),
+        "device": describe_device(device),
+        "versions": versions(),
+        "notes": [*job.request.settings.notes, *([model.note] if model.note else [])],
+        "steps_done": saved.step,
+        "resumed_from_step": job.resumed_from,
+        "latents_file": None if job.saved_at is None else str(job.saved_at),
+        "stages": [s.as_dict() for s in job.stages],
+    }

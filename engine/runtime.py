@@ -1,0 +1,152 @@
+"""The device a run is on: choosing it, its numerics, its free memory, and what a stage took."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .config import PRECISIONS
+from .errors import SolostepError, UsageError
+
+
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """The device asked for, else the first CUDA card, else the CPU.
+
+    Raises:
+        UsageError: not a device, or not here.
+    """
+    if device is None:
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"--device {device} is not a device; use cpu, cuda or cuda:1.") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device} is not supported; use cpu, cuda or cuda:1.")
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(
+                f"--device {device}: this torch ({torch.__version__}) sees no CUDA card; use --device cpu."
+            )
+        chosen = torch.device("cuda", chosen.index or 0)
+        if chosen.index >= torch.cuda.device_count():
+            raise UsageError(f"--device {device}: there are only {torch.cuda.device_count()} CUDA cards.")
+    return chosen
+
+
+def pick_dtype(precision: str) -> torch.dtype:
+    """``bf16`` or ``fp32``.
+
+    Raises:
+        UsageError: an unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(f"--precision {precision} is unknown; choose one of {', '.join(PRECISIONS)}.")
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+@contextlib.contextmanager
+def numerics() -> Iterator[None]:
+    """No gradients, and no TF32: an fp32 run means fp32, in convolutions too (cuDNN's default is TF32)."""
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        matmul = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = matmul
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device, the allocator's own cache included."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def require_memory(needed: int, device: torch.device, what: str) -> None:
+    """Refuses before a long load what cannot fit.
+
+    Raises:
+        SolostepError: names what, how much it takes and how much there is.
+    """
+    free = free_memory(device)
+    if needed > free:
+        raise SolostepError(
+            f"{what} takes {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free; "
+            "close other programs or use a device with more memory."
+        )
+
+
+def release_memory(device: torch.device) -> None:
+    """Gives back what a finished stage held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@dataclass
+class Stage:
+    """What one stage took. Peaks are of this stage; ``host_peak`` is None where the system does not tell."""
+
+    name: str
+    seconds: float = 0.0
+    gpu_peak: int | None = None
+    gpu_reserved_peak: int | None = None
+    host_peak: int | None = None
+
+    def as_dict(self) -> dict[str, float | int | str | None]:
+        return {
+            "stage": self.name,
+            "seconds": round(self.seconds, 4),
+            "gpu_peak_bytes": self.gpu_peak,
+            "gpu_reserved_peak_bytes": self.gpu_reserved_peak,
+            "host_peak_bytes": self.host_peak,
+        }
+
+
+@contextlib.contextmanager
+def measured(name: str, device: torch.device, stages: list[Stage]) -> Iterator[Stage]:
+    """Times a stage and takes its memory peaks; it is recorded even if it fails."""
+    stage = Stage(name)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    _reset_host_peak()
+    start = time.perf_counter()
+    try:
+        yield stage
+    finally:
+        if device.type == "cuda":
+            with contextlib.suppress(RuntimeError):  # a broken context must not hide the error that broke it
+                torch.cuda.synchronize(device)
+                stage.gpu_peak = torch.cuda.max_memory_allocated(device)
+                stage.gpu_reserved_peak = torch.cuda.max_memory_reserved(device)
+        stage.seconds = time.perf_counter() - start
+        stage.host_peak = host_peak()
+        stages.append(stage)
+
+
+def _reset_host_peak() -> None:
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def host_peak() -> int | None:
+    """Peak resident bytes of this process since the last stage began (on Linux; None elsewhere)."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None

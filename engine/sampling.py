@@ -1,0 +1,91 @@
+"""The pieces of one denoising run: noise, the first-frame condition, the guided velocity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .config import GenerationSettings
+from .image import fit_image
+from .models.transformer import StepVideoTransformer
+from .models.vae import encode_video, sample_posterior
+from .text import PromptEmbedding
+
+
+def initial_noise(settings: GenerationSettings, channels: int, seed: int) -> tuple[Tensor, torch.Generator]:
+    """Noise ``[1, f, c, h, w]``, fp32 on the CPU, and the generator that goes on from it.
+
+    Drawn on the CPU, so that a seed means the same noise on every device. Quirk: rounded to bf16 whatever the
+    precision, as the official pipeline draws it, so that all precision modes start alike.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    shape = (1, settings.latent_frames, channels, settings.latent_height, settings.latent_width)
+    return torch.randn(shape, generator=generator).bfloat16().float(), generator
+
+
+def first_frame_condition(
+    encoder: nn.Module, image: Tensor, settings: GenerationSettings, eps: Tensor | torch.Generator
+) -> Tensor:
+    """Condition latents ``[1, f, c, h, w]`` in the encoder's type: the encoded image as frame 0, zeros after it.
+
+    The image ``[3, H, W]`` is coded as a video of one frame and sampled from the posterior. The official code draws
+    ``eps`` unseeded; here it comes from the run's generator, so that a seed repeats the whole video.
+    """
+    weight = next(encoder.parameters())
+    frame = fit_image(image, settings.height, settings.width)[None, None]
+    mean, logvar = encode_video(encoder, frame.to(weight.device, weight.dtype))
+    if isinstance(eps, torch.Generator):
+        eps = torch.randn(mean.shape, generator=eps)
+    condition = mean.new_zeros(1, settings.latent_frames, *mean.shape[2:])
+    condition[:, :1] = sample_posterior(mean, logvar, eps.to(mean))
+    return condition
+
+
+class GuidedVelocity:
+    """The DiT with everything that stays the same over the steps: texts, condition, guidance.
+
+    ``embeddings`` holds the prompt, and behind it the negative prompt if ``guidance_scale`` is above 1.
+    """
+
+    def __init__(
+        self,
+        transformer: StepVideoTransformer,
+        embeddings: Sequence[PromptEmbedding],
+        settings: GenerationSettings,
+        condition: Tensor | None = None,
+    ) -> None:
+        self.transformer = transformer
+        self.settings = settings
+        self.rows = len(embeddings)
+        parameter = transformer.proj_out.weight
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.context = [
+            transformer.embed_text(
+                e.llm[None].to(self.device, self.dtype), e.clip[None].to(self.device, self.dtype), [e.length]
+            )[0]
+            for e in embeddings
+        ]
+        # Both branches see the first frame. Quirk: the condition is rounded to the model's type.
+        self.condition = (
+            None if condition is None else condition.to(self.device, self.dtype).repeat_interleave(self.rows, 0)
+        )
+
+    def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        """Velocity ``[1, f, c, h, w]`` in the model's type, of fp32 ``latents`` at noise level ``sigma``."""
+        # The latents stay fp32 between steps; each call of the model gets a rounded copy.
+        rounded = latents.to(self.device, self.dtype).repeat_interleave(self.rows, 0)
+        timestep = sigma.to(self.device).expand(self.rows)
+        score = self.settings.motion_score if self.condition is not None else None
+        velocity = self.transformer(rounded, timestep, self.context, self.condition, score)
+        if self.rows == 1:
+            return velocity
+        text, uncond = velocity.split(1)
+        # Quirk: guidance is computed in the model's type, not in fp32.
+        return uncond + self.settings.guidance_scale * (text - uncond)
+
+
+def to_uint8(frames: Tensor) -> Tensor:
+    """Frames ``[n, 3, H, W]`` in [-1, 1] -> uint8 ``[n, H, W, 3]``; truncated, not rounded, as the official code."""
+    return ((frames.float().clamp(-1, 1) + 1) * 127.5).to(torch.uint8).permute(0, 2, 3, 1)
