@@ -289,12 +289,12 @@ class StepVideoPipeline:
                 last = not any(not other.done for other in jobs[i + 1 :])
                 if last or free_memory(self.device) < self._decode_bytes(job.request.settings):
                     self._free("transformer")
-                record = make_record(job, self.model, self.precision, self.device)
                 if open_sink is not None:
                     with _latents_are_kept(job):
-                        self._decode(job, open_sink(i, job.request, record), say)
-                    record = make_record(job, self.model, self.precision, self.device)
+                        sink = open_sink(i, job.request, self._record(job))
+                        self._decode(job, sink, say)
                 job.delivered()
+                record = self._record(job)
             yield record, job.saved.latents
 
     def is_finished(self, request: Request) -> bool:
@@ -319,11 +319,11 @@ class StepVideoPipeline:
         with _readable_errors(self.device), numerics():
             self._decode(
                 job,
-                open_sink(0, request, make_record(job, self.model, self.precision, self.device)),
+                open_sink(0, request, self._record(job)),
                 progress or (lambda *_: None),
             )
             self._free("vae")
-        return make_record(job, self.model, self.precision, self.device)
+        return self._record(job)
 
     def _open(self, request: Request, index: int, locks: contextlib.ExitStack) -> Job:
         """Finds what an earlier, interrupted run left, or begins anew."""
@@ -443,6 +443,9 @@ class StepVideoPipeline:
                 open_sink.write(to_uint8(frames[0]).cpu().numpy())
                 done += frames.shape[1]
                 say("decode", done, total)
+
+    def _record(self, job: Job) -> dict[str, Any]:
+        return make_record(job, self.model, self.precision, self.device)
 
     def _free(self, name: str) -> None:
         if not self.keep_loaded and self._networks.pop(name, None) is not None:

@@ -161,6 +161,7 @@ class Run:
     warmup: int = 100
     report_every: float = 60.0
     sums: dict[str, Tensor] = field(default_factory=dict)
+    saved: dict[str, Any] | None = None
 
     def _step(self) -> None:
         loss, values = self.loss()
@@ -172,19 +173,18 @@ class Run:
 
     def train(self) -> None:
         device = self.optimized.params[0].device
-        passed = self._resume()
-        before = passed
-        self._next(passed, 0.0)
-        # The first steps of warming up and capturing all see the same random numbers.
+        passed = self._read_checkpoint()
+        # Warming up and capturing take a few steps on one batch; at a rate of zero they change no weight.
+        self._next(0.0, 0.0)
         step = graphed(self._step, device, self.log)
-        passed = max(passed, self._load_moments())
+        self._use_checkpoint()
         start = time.monotonic() - passed
         budget = max(self.deadline - start, 1e-3)
         last_log, last_report, last_save = time.monotonic(), time.monotonic(), time.monotonic()
         counted, rate = 0, 1.0
         self._clear()
         good = [t.clone() for t in self.optimized.state()]
-        self.log("begin", resumed_seconds=before, budget_seconds=budget, parameters=sum(map(_size, self.optimized.masters)))
+        self.log("begin", resumed_at=passed, budget=budget, parameters=sum(m.numel() for m in self.optimized.masters))
         while True:
             share = (time.monotonic() - start) / budget
             if share >= 1 or self.optimized.steps >= self.max_steps:
@@ -239,23 +239,17 @@ class Run:
         torch.save(state, temporary)
         temporary.replace(self.checkpoint)
 
-    def _resume(self) -> float:
-        """Seconds that an interrupted run of this stage has trained already."""
-        self._saved: dict[str, Any] | None = None
-        if self.checkpoint.exists():
-            self._saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            self.deadline -= float(self._saved["passed"])
-            return float(self._saved["passed"])
-        return 0.0
-
-    def _load_moments(self) -> float:
-        """Puts the saved state in place, once the optimizer's own tensors exist."""
-        if self._saved is None:
+    def _read_checkpoint(self) -> float:
+        """Reads what an interrupted run of this stage left; returns the seconds that it has trained."""
+        if not self.checkpoint.exists():
             return 0.0
-        self.optimized.restore(self._saved["tensors"])
-        self.optimized.steps = int(self._saved["steps"])
-        return float(self._saved["passed"])
+        self.saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        self.deadline -= float(self.saved["passed"])
+        return float(self.saved["passed"])
 
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel()
+    def _use_checkpoint(self) -> None:
+        """Puts it in place, once the optimizer's own tensors exist."""
+        if self.saved is not None:
+            self.optimized.restore(self.saved["tensors"])
+            self.optimized.steps = int(self.saved["steps"])
+            self.saved = None

@@ -136,11 +136,14 @@ def _write_network(name: str, config: dict[str, Any], folder: Path, stem: str, s
 
 
 def _sentencepiece(path: Path) -> None:
+    import io
+
     import sentencepiece
 
+    model = io.BytesIO()  # a prefix on disk would become part of the model's bytes
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES * 8),
-        model_prefix=str(path.with_suffix("")),
+        model_writer=model,
         vocab_size=400,
         hard_vocab_limit=False,
         byte_fallback=True,
@@ -152,7 +155,7 @@ def _sentencepiece(path: Path) -> None:
         num_threads=1,
         minloglevel=2,
     )
-    path.with_suffix(".vocab").unlink()
+    path.write_bytes(model.getvalue())
 
 
 def _wordpieces(folder: Path) -> int:

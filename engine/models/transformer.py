@@ -272,8 +272,10 @@ class StepVideoTransformer(nn.Module):
         ``llm [B, L, c1]``, ``clip [B, 77, c2]``; ``lengths`` count both (see :func:`text_lengths`). Does not depend
         on the timestep: once per prompt is enough.
         """
-        rows = torch.cat([self.clip_projection(clip), self.caption_projection(llm)], dim=1)
-        return [row[None, :length] for row, length in zip(rows, lengths, strict=True)]
+        return [
+            torch.cat([self.clip_projection(c), self.caption_projection(t)], dim=1)[:, :length]
+            for t, c, length in zip(llm.split(1), clip.split(1), lengths, strict=True)
+        ]
 
     def embed_latents(self, latents: Tensor, condition: Tensor | None = None) -> Tensor:
         """``[B, f, c, h, w]`` -> tokens ``[B, f h w, d]``; the condition latent joins on the channel axis."""
@@ -311,10 +313,11 @@ class StepVideoTransformer(nn.Module):
         rope = rope_table(fhw, latents.dtype, latents.device)
         if not self.config.use_additional_conditions:
             motion_score = None
-        modulation, embedding = self.adaln_single(timestep, motion_score)
-        rows = list(self.embed_latents(latents, condition_latents).split(1))
+        # Everything runs row by row, the small layers too: a matrix product of more rows may round otherwise.
+        times = [self.adaln_single(t, motion_score) for t in timestep.split(1)]
+        conditions = [None] * len(times) if condition_latents is None else condition_latents.split(1)
+        rows = [self.embed_latents(x, c) for x, c in zip(latents.split(1), conditions, strict=True)]
         for block in self.transformer_blocks if blocks is None else blocks:
-            for i, row in enumerate(rows):
-                rows[i] = block(row, context[i], modulation[i : i + 1], rope)
-                del row  # the old residual stream must not outlive the step
-        return torch.cat([self.head(row, embedding[i : i + 1], fhw) for i, row in enumerate(rows)])
+            for i, (modulation, _) in enumerate(times):
+                rows[i] = block(rows[i], context[i], modulation, rope)
+        return torch.cat([self.head(row, embedding, fhw) for row, (_, embedding) in zip(rows, times, strict=True)])

@@ -1,0 +1,429 @@
+"""The Python interface on the tiny checkpoints: what a video depends on, and what it must not depend on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import solostep.engine.pipeline as pipeline_module
+from solostep import StepVideoPipeline
+from solostep.engine import text
+from solostep.engine.config import PRESETS, GenerationSettings, Preset
+from solostep.engine.errors import CheckpointError, UsageError
+from solostep.engine.image import load_image
+from solostep.engine.sampling import initial_noise
+from solostep.engine.video import read_frames, read_metadata
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+T2V, TI2V = GOLDEN / "tiny-stepvideo-t2v", GOLDEN / "tiny-stepvideo-ti2v"
+SMALL: dict[str, Any] = {"num_frames": 17, "height": 32, "width": 48, "num_inference_steps": 3, "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SOLOSTEP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def pipe() -> StepVideoPipeline:
+    return StepVideoPipeline.from_pretrained(T2V, device="cpu")
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    y, x = np.mgrid[0:40, 0:70]
+    return np.stack([x * 3, y * 5, x + y], axis=-1).astype(np.uint8)
+
+
+def latents_of(pipe: StepVideoPipeline, prompt: str = "a red panda", **changes: Any) -> torch.Tensor:
+    return pipe(prompt, **({"seed": 7, **SMALL, "output_type": "latent"} | changes))
+
+
+# --- what a video depends on --------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_bits(pipe: StepVideoPipeline) -> None:
+    first, second = (pipe("a red panda", seed=7, **SMALL) for _ in range(2))
+    assert np.array_equal(first.frames, second.frames)
+    assert torch.equal(first.latents, second.latents)
+    assert first.frames.shape == (17, 32, 48, 3)
+    assert first.frames.dtype == np.uint8
+    assert first.frames.std() > 5
+    fresh = StepVideoPipeline.from_pretrained(T2V, device="cpu", cache=False)
+    assert np.array_equal(fresh("a red panda", seed=7, **SMALL).frames, first.frames)
+
+
+def test_every_input_matters(pipe: StepVideoPipeline) -> None:
+    base = latents_of(pipe)
+    changes: list[dict[str, Any]] = [
+        {"prompt": "a blue bird"}, {"seed": 8}, {"negative_prompt": "fog"}, {"guidance_scale": 4.0},
+        {"time_shift": 5.0}, {"num_inference_steps": 4}, {"raw_prompt": True},
+    ]  # fmt: skip
+    results = [base] + [latents_of(pipe, **change) for change in changes]
+    for i, a in enumerate(results):
+        assert bool(torch.isfinite(a).all())
+        for b in results[:i]:
+            assert not torch.equal(a, b)
+    fp32 = latents_of(StepVideoPipeline.from_pretrained(T2V, precision="fp32", device="cpu"))
+    difference = float((fp32 - base).norm() / base.norm())
+    assert 0 < difference < 0.2
+
+
+def test_order_in_a_batch_changes_nothing(pipe: StepVideoPipeline) -> None:
+    """The n-th video has seed + n, so a and b are asked for with the seeds that make them alike."""
+    small = SMALL | {"output_type": "latent"}
+    alone = pipe("b", seed=5, **small)
+    assert torch.equal(pipe(["a", "b"], seed=4, **small)[1], alone)
+    assert torch.equal(pipe(["b", "a"], seed=5, **small)[0], alone)
+    assert torch.equal(pipe("b", seed=3, num_videos_per_prompt=3, **small)[2], alone)
+
+
+def test_without_guidance_there_is_one_branch(pipe: StepVideoPipeline) -> None:
+    one = latents_of(pipe, guidance_scale=1.0)
+    assert torch.equal(one, latents_of(pipe, guidance_scale=1.0, negative_prompt="fog"))
+    assert torch.equal(one, latents_of(pipe, guidance_scale=0.5))
+
+
+def test_noise_is_the_same_in_every_precision() -> None:
+    settings = GenerationSettings(num_frames=17, height=32, width=48)
+    noise, _ = initial_noise(settings, 4, seed=1)
+    assert noise.shape == (1, 3, 4, 2, 3)
+    assert torch.equal(noise, noise.bfloat16().float())
+    assert not torch.equal(noise, initial_noise(settings, 4, seed=2)[0])
+
+
+def test_given_noise(pipe: StepVideoPipeline) -> None:
+    channels = pipe.model.transformer_config.in_channels
+    noise, _ = initial_noise(GenerationSettings(num_frames=17, height=32, width=48), channels, seed=7)
+    assert torch.equal(latents_of(pipe, latents=noise, seed=99), latents_of(pipe))
+    with pytest.raises(UsageError, match=r"have to have \[1, 3, 2, 2, 3\]"):
+        latents_of(pipe, latents=noise[:, :2])
+
+
+def test_image_to_video(picture: np.ndarray, tmp_path: Path) -> None:
+    from PIL import Image
+
+    pipe = StepVideoPipeline.from_pretrained(TI2V, device="cpu")
+    Image.fromarray(picture).save(tmp_path / "first.png")
+    base = latents_of(pipe, image=tmp_path / "first.png")
+    assert torch.equal(base, latents_of(pipe, image=picture))
+    assert torch.equal(base, latents_of(pipe, image=Image.fromarray(picture)))
+    assert not torch.equal(base, latents_of(pipe, image=picture[::-1].copy()))
+    assert not torch.equal(base, latents_of(pipe, image=picture, motion_score=12.0))
+    with pytest.raises(UsageError, match="--image"):
+        latents_of(pipe)
+    with pytest.raises(UsageError, match="text-to-video"):
+        latents_of(StepVideoPipeline.from_pretrained(T2V, device="cpu"), image=picture)
+
+
+def test_transparent_and_turned_images(tmp_path: Path) -> None:
+    from PIL import Image
+
+    clear = Image.new("RGBA", (8, 6), (0, 0, 0, 0))
+    assert float(load_image(clear).min()) == 1.0  # laid on white
+    turned = Image.new("RGB", (8, 6))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert load_image(tmp_path / "turned.jpg").shape == (3, 8, 6)
+
+
+# --- what the user is told ----------------------------------------------------------------------------------------
+
+
+def test_rounding_is_official_and_said() -> None:
+    settings = GenerationSettings(num_frames=100, height=545, width=1000)
+    assert (settings.num_frames, settings.height, settings.width) == (85, 544, 992)
+    assert (settings.latent_frames, settings.latent_height, settings.latent_width) == (15, 34, 62)
+    assert len(settings.notes) == 3
+    assert GenerationSettings(num_frames=16).num_frames == GenerationSettings(num_frames=16).latent_frames == 1
+    assert GenerationSettings().notes == ()
+
+
+def test_warnings() -> None:
+    assert "trained" in GenerationSettings(num_frames=221).notes[0]
+    assert "2 to 20" in GenerationSettings(motion_score=21, image_to_video=True).notes[0]
+    assert GenerationSettings(motion_score=21).notes == ()
+    pipe = StepVideoPipeline.from_pretrained(T2V, device="cpu")
+    with pytest.warns(UserWarning, match="rounded down to 17"):
+        latents_of(pipe, num_frames=20)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_frames": 0}, {"height": 15}, {"width": -16}, {"num_inference_steps": 0}, {"time_shift": 0.0},
+        {"guidance_scale": float("nan")}, {"motion_score": -1}, {"num_frames": 17.5}, {"height": True},
+    ],
+)  # fmt: skip
+def test_wrong_settings(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        GenerationSettings(**wrong)
+
+
+def test_presets_and_their_texts(pipe: StepVideoPipeline) -> None:
+    request = pipe.request("a cat")
+    assert request.prompt == "a cat" + PRESETS["t2v"].positive
+    assert request.negative == PRESETS["t2v"].negative
+    assert request.settings.num_inference_steps == 50
+    assert pipe.request("a cat", "fog").negative == "fog" + PRESETS["t2v"].negative
+    raw = pipe.request("a cat", raw_prompt=True)
+    assert (raw.prompt, raw.negative) == ("a cat", "")
+    turbo = StepVideoPipeline.from_pretrained(T2V, device="cpu", preset="turbo").request("a cat").settings
+    assert (turbo.num_inference_steps, turbo.guidance_scale, turbo.time_shift) == (15, 5.0, 17.0)
+    conditioned = StepVideoPipeline.from_pretrained(TI2V, device="cpu").model.preset
+    assert (conditioned.name, conditioned.num_frames) == ("ti2v", 102)
+    with pytest.raises(CheckpointError, match="speed"):
+        Preset().updated({"speed": 3}, "model_index.json")
+
+
+def test_record_repeats_the_video(pipe: StepVideoPipeline, tmp_path: Path) -> None:
+    video = pipe("a red panda", negative_prompt="fog", **SMALL)
+    record = json.loads(json.dumps(video.record))
+    settings = {k: record["settings"][k] for k in ("num_frames", "height", "width", "num_inference_steps")}
+    again = pipe(record["prompt"], record["negative_prompt"], seed=record["seed"], progress=False, **settings)
+    assert np.array_equal(again.frames, video.frames)
+    stages = {s["stage"]: s for s in record["stages"]}
+    assert set(stages) == {"text", "load transformer", "denoise", "load vae", "decode and write"}
+    assert all(s["seconds"] >= 0 for s in stages.values())
+    if sys.platform == "linux":
+        assert all(s["host_peak_bytes"] > 1e7 for s in stages.values())
+    assert Path(record["latents_file"]).exists()
+    path = video.save(tmp_path / "film.mp4", codec="lossless")
+    assert np.array_equal(read_frames(path), video.frames)
+    described = read_metadata(path)
+    assert described is not None
+    assert (described["prompt"], described["seed"]) == ("a red panda", record["seed"])
+    assert str(T2V.parent) not in json.dumps(described)
+    assert read_metadata(video.save(tmp_path / "bare.mp4", metadata=False)) is None
+
+
+def test_output_types(pipe: StepVideoPipeline) -> None:
+    video = pipe("a cat", seed=1, **SMALL)
+    assert np.array_equal(pipe("a cat", seed=1, output_type="np", **SMALL), video.frames)
+    assert torch.equal(pipe("a cat", seed=1, output_type="latent", **SMALL), video.latents)
+    with pytest.raises(UsageError, match="output_type"):
+        pipe("a cat", output_type="gif", **SMALL)
+
+
+# --- steps, resuming ----------------------------------------------------------------------------------------------
+
+
+def test_callback_sees_and_changes_steps(pipe: StepVideoPipeline) -> None:
+    seen: list[tuple[int, float]] = []
+
+    def watch(p: StepVideoPipeline, step: int, timestep: float, values: dict[str, torch.Tensor]) -> None:
+        assert p is pipe
+        assert values["latents"].dtype == torch.float32
+        seen.append((step, timestep))
+
+    base = latents_of(pipe, callback_on_step_end=watch)
+    assert [s for s, _ in seen] == [0, 1, 2]
+    assert seen[0][1] == 0.0
+    assert torch.equal(base, latents_of(pipe))
+    halved = latents_of(pipe, callback_on_step_end=lambda p, i, t, v: {"latents": v["latents"] / 2} if i == 2 else None)
+    assert torch.equal(halved, base / 2)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+@pytest.mark.parametrize("seed", [7, None])
+def test_resumes_with_the_same_bits(pipe: StepVideoPipeline, step: int, seed: int | None) -> None:
+    def stop(p: StepVideoPipeline, i: int, t: float, v: dict[str, torch.Tensor]) -> None:
+        if i == step:
+            raise Stop
+
+    with pytest.raises(Stop):
+        latents_of(pipe, seed=seed, callback_on_step_end=stop)
+    done: list[int] = []
+    small = SMALL | {"callback_on_step_end": lambda p, i, t, v: done.append(i)}
+    video = StepVideoPipeline.from_pretrained(T2V, device="cpu")("a red panda", seed=seed, **small)
+    assert done == list(range(step + 1, 3))
+    assert video.record["resumed_from_step"] == step + 1
+    assert torch.equal(video.latents, latents_of(pipe, seed=video.record["seed"]))
+
+
+def test_finished_runs_are_not_resumed(pipe: StepVideoPipeline) -> None:
+    latents_of(pipe)
+    done: list[int] = []
+    latents_of(pipe, callback_on_step_end=lambda p, i, t, v: done.append(i))
+    assert done == [0, 1, 2]
+
+
+def test_other_settings_do_not_resume(pipe: StepVideoPipeline, tmp_path: Path) -> None:
+    def stop(p: StepVideoPipeline, i: int, t: float, v: dict[str, torch.Tensor]) -> None:
+        raise Stop
+
+    path = tmp_path / "mine.latents.safetensors"
+    with pytest.raises(Stop):
+        latents_of(pipe, latents_path=path, callback_on_step_end=stop)
+    with pytest.raises(UsageError, match="differs in prompt"):
+        latents_of(pipe, "another prompt", latents_path=path)
+    with pytest.raises(UsageError, match="differs in seed"):
+        latents_of(pipe, latents_path=path, seed=8)
+    with pytest.raises(UsageError, match="differs in settings"):
+        latents_of(pipe, latents_path=path, time_shift=2.0)
+    latents_of(pipe, latents_path=path)
+
+
+def test_a_failed_decode_keeps_the_latents(pipe: StepVideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(pipeline_module, "decode_chunks", fail)
+        pipe("a red panda", seed=7, **SMALL)
+    done: list[int] = []
+    video = pipe("a red panda", seed=7, **SMALL, callback_on_step_end=lambda p, i, t, v: done.append(i))
+    assert done == []
+    assert torch.equal(video.latents, latents_of(pipe))
+
+
+def test_two_processes_do_not_share_a_run(pipe: StepVideoPipeline, tmp_path: Path) -> None:
+    path = tmp_path / "mine.latents.safetensors"
+    other = StepVideoPipeline.from_pretrained(T2V, device="cpu")
+    refused: list[str] = []
+
+    def intrude(p: StepVideoPipeline, i: int, t: float, v: dict[str, torch.Tensor]) -> None:
+        code = (
+            "import sys; from solostep import StepVideoPipeline, UsageError\n"
+            f"pipe = StepVideoPipeline.from_pretrained({str(T2V)!r}, device='cpu')\n"
+            "try:\n"
+            f"    pipe('a red panda', seed=7, num_frames=17, height=32, width=48, num_inference_steps=3,"
+            f" latents_path={str(path)!r}, progress=False)\n"
+            "except UsageError as error: print(error)\n"
+        )
+        if i == 0:
+            refused.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+
+    latents_of(other, latents_path=path, callback_on_step_end=intrude)
+    assert "Another process" in refused[0]
+
+
+def test_finished_latents_in_the_cache_are_limited(pipe: StepVideoPipeline, cache: Path) -> None:
+    from solostep.engine.request import prune
+
+    for i in range(5):
+        latents_of(pipe, seed=i, num_inference_steps=1)
+    files = sorted((cache / "runs").glob("*"), key=lambda p: p.stat().st_mtime)
+    assert len(files) == 5
+    for age, file in enumerate(files):
+        os.utime(file, (age, age))
+    prune(cache / "runs", keep=2)
+    assert sorted((cache / "runs").glob("*")) == sorted(files[-2:])
+
+
+# --- what is loaded, and when --------------------------------------------------------------------------------------
+
+
+def test_stages_free_what_they_no_longer_need(pipe: StepVideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At no time do text encoders, DiT and VAE stand in memory together."""
+    import gc
+    import weakref
+
+    alive: dict[str, weakref.ref[torch.nn.Module]] = {}
+    together: list[set[str]] = []
+    real = pipeline_module.load
+
+    def watched(component: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        gc.collect()
+        together.append({component.name} | {n for n, ref in alive.items() if ref() is not None})
+        module = real(component, *args, **kwargs)
+        alive[component.name] = weakref.ref(module)
+        return module
+
+    monkeypatch.setattr(pipeline_module, "load", watched)
+    monkeypatch.setattr(text, "load", watched)
+    pipe("a red panda", seed=7, **SMALL)
+    assert together == [{"step_llm"}, {"hunyuan_clip"}, {"transformer"}, {"vae"}]
+    gc.collect()
+    assert all(ref() is None for ref in alive.values())
+
+
+def test_many_videos_load_the_dit_once(pipe: StepVideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    real = pipeline_module.load
+
+    def watched(component: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        loaded.append(component.name)
+        return real(component, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline_module, "load", watched)
+    monkeypatch.setattr(text, "load", watched)
+    pipe(["a", "b", "c"], seed=1, **SMALL)
+    assert loaded.count("transformer") == loaded.count("step_llm") == 1
+    assert not pipe._networks
+    # Too little memory for the DiT beside the decoder: it leaves before each decoding, and comes back.
+    loaded.clear()
+    monkeypatch.setattr(pipeline_module, "free_memory", lambda device: 10)
+    pipe(["a", "b"], seed=1, **SMALL)
+    assert loaded.count("transformer") == 2
+
+
+def test_keep_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = StepVideoPipeline.from_pretrained(T2V, device="cpu", keep_loaded=True)
+    base = latents_of(pipe)
+    monkeypatch.setattr(pipeline_module, "load", lambda *a, **k: pytest.fail("loaded again"))
+    assert torch.equal(latents_of(pipe), base)
+
+
+def test_embeddings_are_cached_by_prompt_encoder_and_precision(
+    pipe: StepVideoPipeline, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = latents_of(pipe)
+    count = len(list((cache / "embeddings").iterdir()))
+    assert count == 2  # the prompt and the negative prompt
+    monkeypatch.setattr(text, "load", lambda *a, **k: pytest.fail("an encoder was loaded"))
+    assert torch.equal(latents_of(pipe), base)
+    monkeypatch.undo()
+    monkeypatch.setenv("SOLOSTEP_CACHE", str(cache))
+    latents_of(StepVideoPipeline.from_pretrained(T2V, device="cpu", precision="fp32"))
+    assert len(list((cache / "embeddings").iterdir())) == 2 * count
+    latents_of(pipe, "another")
+    assert len(list((cache / "embeddings").iterdir())) == 2 * count + 1
+
+
+def test_damaged_cache_entries_are_made_again(pipe: StepVideoPipeline, cache: Path) -> None:
+    base = latents_of(pipe)
+    for path in (cache / "embeddings").iterdir():
+        path.write_bytes(path.read_bytes()[:-100])
+    assert torch.equal(latents_of(pipe), base)
+
+
+def test_an_embedding_does_not_depend_on_its_company(pipe: StepVideoPipeline) -> None:
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        alone = text.encode_prompts(pipe.model, ["b"], cpu, torch.bfloat16, None)["b"]
+        among = text.encode_prompts(pipe.model, ["a longer prompt", "b", "c"], cpu, torch.bfloat16, None)["b"]
+    assert torch.equal(alone.llm, among.llm)
+    assert torch.equal(alone.clip, among.clip)
+    assert alone.length == among.length
+
+
+def test_long_prompts_are_cut_and_said(pipe: StepVideoPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    latents_of(pipe, "a red panda walks. " * 100, num_inference_steps=1)
+    assert "its end is cut off" in caplog.text
+
+
+def test_demo_model_is_built_once_and_alike(cache: Path, tmp_path: Path) -> None:
+    from solostep.engine.demo import noise_model
+
+    first = noise_model.noise_model()
+    assert noise_model.noise_model() == first
+    noise_model.build(tmp_path / "again")
+    files = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
+    assert len(files) >= 12
+    for name in files:
+        assert (tmp_path / "again" / name).read_bytes() == (first / name).read_bytes(), name
