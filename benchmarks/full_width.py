@@ -2,6 +2,7 @@
 
     python -m solostep.benchmarks.full_width block vae
     python -m solostep.benchmarks.full_width step --steps 2
+    python -m solostep.benchmarks.full_width load --layers 4
 
 Weights and activations are random normal numbers of realistic size, never zeros (a GPU is faster on zeros). A time is
 the median of the repeats, taken with device events after a warm-up; memory is the allocator's peak beside what was
@@ -11,20 +12,25 @@ there before. Nothing is left out of a time: both guidance branches go through, 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
+import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from solostep.engine.checkpoint import load, open_component
 from solostep.engine.config import GenerationSettings, TransformerConfig, VAEConfig
 from solostep.engine.models.transformer import StepVideoTransformer, TransformerBlock, rope_table
 from solostep.engine.models.vae import Decoder, Encoder
-from solostep.engine.runtime import numerics, pick_device
+from solostep.engine.runtime import Stage, measured, numerics, pick_device
 from solostep.engine.sampling import GuidedVelocity
 from solostep.engine.scheduler import euler_step, make_sigmas
 from solostep.engine.text import PromptEmbedding
@@ -128,6 +134,47 @@ def bench_step(settings: GenerationSettings, device: torch.device, steps: int) -
     return result | {"weights_gib": round(weights / 2**30, 2)}
 
 
+def bench_load(device: torch.device, layers: int) -> dict[str, Any]:
+    """Loads a DiT of some full-width blocks from its safetensors shards, written just before (so from page cache)."""
+    config = TransformerConfig(num_layers=layers)
+    model = random_weights(lambda: StepVideoTransformer(config), device)
+    state = {k: v.cpu() for k, v in model.state_dict().items()}
+    del model
+    torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "transformer"
+        root.mkdir()
+        described = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+        (root / "config.json").write_text(json.dumps(described))
+        names, shards = sorted(state), {}
+        for i in range(3):
+            shard = f"diffusion_pytorch_model-{i + 1:05d}-of-00003.safetensors"
+            save_file({n: state[n] for n in names[i::3]}, root / shard)
+            shards |= {n: shard for n in names[i::3]}
+        (root / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+        del state
+        gc.collect()
+        stages: list[Stage] = []
+        anonymous = anonymous_bytes()
+        with measured("load", device, stages):
+            loaded = load(open_component(Path(folder), "transformer"), device, torch.bfloat16)
+        grown = anonymous_bytes() - anonymous
+    size = sum(p.numel() for p in loaded.parameters()) * 2
+    return {
+        "seconds": round(stages[0].seconds, 2), "gigabytes": round(size / 1e9, 2),
+        "gb_per_second": round(size / 1e9 / stages[0].seconds, 2),
+        "gpu_peak_over_model": round((stages[0].gpu_peak or 0) / size, 3), "host_anonymous_growth_gb": round(grown / 1e9, 2),
+    }  # fmt: skip
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs (mapped files are page cache, which the system takes back at need)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 def commit() -> str:
     """The commit that was measured, with a plus if the tree differs from it."""
     root = Path(__file__).resolve().parent
@@ -140,12 +187,13 @@ def commit() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=["block", "vae", "vae-encode", "step"])
+    parser.add_argument("what", nargs="+", choices=["block", "vae", "vae-encode", "step", "load"])
     parser.add_argument("--frames", type=int, default=204)
     parser.add_argument("--height", type=int, default=544)
     parser.add_argument("--width", type=int, default=992)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=4, help="blocks of the DiT that `load` writes and loads")
     parser.add_argument("-o", "--output", type=Path, help="append the result as a JSON line")
     args = parser.parse_args()
     device = pick_device("cuda")
@@ -156,6 +204,8 @@ def main() -> None:
                 result = bench_block(settings, device, args.repeats)
             elif what == "step":
                 result = bench_step(settings, device, args.steps)
+            elif what == "load":
+                result = bench_load(device, args.layers)
             else:
                 result = bench_vae(settings, device, args.repeats, decode=what == "vae")
         torch.cuda.empty_cache()

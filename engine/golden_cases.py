@@ -53,7 +53,8 @@ class Result:
     error: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON, which has no infinity: a difference that is not a number is null."""
+        return {k: None if v in (float("inf"), float("nan")) else v for k, v in asdict(self).items()}
 
 
 @dataclass(frozen=True)

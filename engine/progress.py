@@ -71,7 +71,7 @@ class ConsoleProgress:
         if key in self.ended or (not ends and now - max(began, self.last_line) < QUIET_SECONDS):
             return
         self.last_line = now
-        text = f"{key}: {done}/{total}, {duration(now - began)}"
+        text = f"{key}: {done}/{total}, {duration(now - began)}".replace("/100,", " %,")
         if ends:
             self.ended.add(key)
         elif done > start:

@@ -245,7 +245,7 @@ def load(
                 _check_finite(tensor, name, file)
                 # A mapped tensor would share the file's pages; the copy owns its memory and outlives the file.
                 tensor = tensor.to(device, dtype, copy=True) if tensor.device.type == "cpu" else tensor.to(dtype)
-                set_module_tensor_to_device(module, name, device, value=tensor, dtype=dtype)
+                set_module_tensor_to_device(module, name, device, value=tensor, dtype=dtype, clear_cache=False)
                 done += _product(info.shape)
                 if progress is not None:
                     progress(done, total)

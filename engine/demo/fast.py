@@ -237,12 +237,10 @@ def _nearest(x: Tensor, times: int) -> Tensor:
 
 def choose(vae: VideoAutoencoder, size: int, batch: int, dtype: torch.dtype, log: Log) -> tuple[Network, Network]:
     """The fastest right forward of encoder and decoder on this device, by a few timed training steps of each."""
-    plain: tuple[Network, Network] = (vae.encoder, vae.decoder)
     device = next(vae.parameters()).device
     if device.type != "cuda":
-        return plain
-    for memory_format in (torch.channels_last, torch.channels_last_3d):
-        vae.to(memory_format=memory_format)
+        return vae.encoder, vae.decoder
+    plain = _channels_last(vae.encoder), _channels_last(vae.decoder)
     video = torch.rand(batch, 3, 17, size, size, device=device, dtype=dtype) * 2 - 1
     makers: list[tuple[str, Callable[[], tuple[Network, Network]]]] = [
         ("frames+triton", lambda: _pair(FastVAE(vae, triton_norm_silu()))),
@@ -266,6 +264,10 @@ def choose(vae: VideoAutoencoder, size: int, batch: int, dtype: torch.dtype, log
             best, fastest = nets, seconds
     log("forward", tried=names)
     return best
+
+
+def _channels_last(network: Network) -> Network:
+    return lambda x: network(x.contiguous(memory_format=torch.channels_last_3d))
 
 
 def _pair(fast: FastVAE) -> tuple[Network, Network]:

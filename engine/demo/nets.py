@@ -110,7 +110,7 @@ SMOKE = Sizes(
     text_layers=1,
     vae={
         "version": 2,
-        "num_res_blocks": 0,
+        "num_res_blocks": 1,
         "encoder": {"ch": 32, "ch_mult": [1, 1, 1, 1], "down_sampling_layer": [1, 2]},
         "decoder": {"ch": 32, "ch_mult": [1, 1, 1, 1], "temporal_up_layers": [2, 3]},
     },

@@ -136,8 +136,8 @@ def train_vae(job: Job) -> None:
     log = job.log("vae")
     device, sizes = job.device, job.sizes
     vae = make_vae(sizes).to(device)
-    encode, decode = fast.choose(vae, sizes.size, job.batch(8), job.dtype, log)
     optimized = Optimized(vae, job.dtype, rate=2e-3, ema=0.998)
+    encode, decode = fast.choose(vae, sizes.size, job.batch(8), job.dtype, log)
     painter = Painter(device, sizes.size)
     table = attribute_table(False, device)
     batch = job.batch(8)
