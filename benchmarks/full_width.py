@@ -161,10 +161,12 @@ def bench_load(device: torch.device, layers: int) -> dict[str, Any]:
         grown = anonymous_bytes() - anonymous
     size = sum(p.numel() for p in loaded.parameters()) * 2
     return {
-        "seconds": round(stages[0].seconds, 2), "gigabytes": round(size / 1e9, 2),
+        "seconds": round(stages[0].seconds, 2),
+        "gigabytes": round(size / 1e9, 2),
         "gb_per_second": round(size / 1e9 / stages[0].seconds, 2),
-        "gpu_peak_over_model": round((stages[0].gpu_peak or 0) / size, 3), "host_anonymous_growth_gb": round(grown / 1e9, 2),
-    }  # fmt: skip
+        "gpu_peak_over_model": round((stages[0].gpu_peak or 0) / size, 3),
+        "host_growth_gb": round(grown / 1e9, 2),
+    }
 
 
 def anonymous_bytes() -> int:

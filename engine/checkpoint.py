@@ -35,7 +35,7 @@ from .weights import (
 )
 
 __all__ = ["COMPONENTS", "Component", "ModelFolder", "TensorInfo", "build_on_meta", "check_tensors", "describe", "load"]
-__all__ += ["open_component", "open_model", "read_header", "tokenizer_files"]
+__all__ += ["network_root", "open_component", "open_model", "read_header", "tokenizer_files"]
 
 COMPONENTS = ("transformer", "vae", "step_llm", "hunyuan_clip")
 
@@ -140,12 +140,25 @@ def _clip(root: Path) -> Component:
 # --- the whole folder ---------------------------------------------------------------------------------------------
 
 
+def network_root(root: Path, name: str) -> Path:
+    """The model folder that holds a network: ``root``, or the one that ``root`` shares networks with.
+
+    model_index.json may name another model folder, ``{"solostep": {"shared": "../t2v"}}``; networks that ``root`` lacks
+    come from there, so that two models with the same text encoders and VAE need them once.
+    """
+    shared = _own_section(root).get("shared")
+    if shared is None or (root / name).is_dir():
+        return root
+    return (root / str(shared)).resolve()
+
+
 def open_component(root: Path, name: str) -> Component:
     """Reads configuration and headers of one network, and checks them against what the network needs.
 
     Raises:
         CheckpointError: a file is missing, cut short or damaged, or a tensor is missing, unknown or of a wrong shape.
     """
+    root = network_root(root, name)
     if name == "vae":
         component = _vae(root)
     elif name == "hunyuan_clip":
@@ -175,7 +188,7 @@ def open_model(model: str | Path, preset: str | None = None) -> ModelFolder:
             f"{root} is not a Step-Video model: it has no model_index.json and no transformer folder; "
             f"download one with `{by_hand('t2v')}`."
         )
-    missing = [name for name in COMPONENTS if not (root / name).is_dir()]
+    missing = [name for name in COMPONENTS if not (network_root(root, name) / name).is_dir()]
     if missing:
         raise CheckpointError(
             f"{root} has no folder {missing[0]}; download it, for example with `{by_hand(source, root)}`."
@@ -195,11 +208,12 @@ def open_model(model: str | Path, preset: str | None = None) -> ModelFolder:
 
 def tokenizer_files(root: Path) -> tuple[Path, Path]:
     """The sentencepiece model of Step-LLM and the word list of Hunyuan-CLIP."""
-    return root / "step_llm" / "step1_chat_tokenizer.model", root / "hunyuan_clip" / "tokenizer" / "vocab.txt"
+    llm, clip = network_root(root, "step_llm"), network_root(root, "hunyuan_clip")
+    return llm / "step_llm" / "step1_chat_tokenizer.model", clip / "hunyuan_clip" / "tokenizer" / "vocab.txt"
 
 
 def _own_section(root: Path) -> Mapping[str, Any]:
-    """The optional ``solostep`` section of model_index.json: preset, defaults, note."""
+    """The optional ``solostep`` section of model_index.json: preset, defaults, note, shared."""
     path = root / "model_index.json"
     section = read_json(path).get("solostep", {}) if path.exists() else {}
     if not isinstance(section, dict) or not isinstance(section.get("defaults", {}), dict):
