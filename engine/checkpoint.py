@@ -38,6 +38,11 @@ __all__ = ["COMPONENTS", "Component", "ModelFolder", "TensorInfo", "build_on_met
 __all__ += ["network_root", "open_component", "open_model", "read_header", "tokenizer_files"]
 
 COMPONENTS = ("transformer", "vae", "step_llm", "hunyuan_clip")
+EMBEDDINGS = {
+    "step_llm": "tok_embeddings.word_embeddings.weight",
+    "hunyuan_clip": "bert.embeddings.word_embeddings.weight",
+}
+"""The tensor with one row a word of each text encoder."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,10 @@ def _weight_files(folder: Path, stem: str) -> tuple[Path, ...]:
     index = folder / f"{stem}.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} has no weight_map; download it again.")
-        files = tuple(folder / name for name in sorted(set(weight_map.values())))
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(f"{index} has no weight_map of file names; download it again.")
+        files = tuple(folder / name for name in sorted(set(names)))
         for file in files:
             if not file.exists():
                 raise CheckpointError(
@@ -182,6 +188,7 @@ def open_model(model: str | Path, preset: str | None = None) -> ModelFolder:
         UsageError: not a folder or id, or an unknown preset.
         CheckpointError: what is wrong with the folder, by file and tensor.
     """
+    check_preset(preset)
     root, source = resolve_model(model)
     if not (root / "transformer").is_dir() and not (root / "model_index.json").exists():
         raise CheckpointError(
@@ -191,7 +198,8 @@ def open_model(model: str | Path, preset: str | None = None) -> ModelFolder:
     missing = [name for name in COMPONENTS if not (network_root(root, name) / name).is_dir()]
     if missing:
         raise CheckpointError(
-            f"{root} has no folder {missing[0]}; download it, for example with `{by_hand(source, root)}`."
+            f"{network_root(root, missing[0])} has no folder {missing[0]}; "
+            f"download it, for example with `{by_hand(source, root)}`."
         )
     for file in tokenizer_files(root):
         if not file.exists():
@@ -203,6 +211,7 @@ def open_model(model: str | Path, preset: str | None = None) -> ModelFolder:
     chosen = _preset(root, source, components["transformer"], section, preset)
     folder = ModelFolder(root, source, chosen, components, str(section.get("note", "")))
     _check_widths(folder)
+    _check_tokenizers(folder)
     return folder
 
 
@@ -221,21 +230,28 @@ def _own_section(root: Path) -> Mapping[str, Any]:
     return section
 
 
+def check_preset(name: str | None) -> None:
+    """Raises UsageError for an unknown preset."""
+    if name is not None and name not in PRESETS:
+        raise UsageError(f"--preset {name} is unknown; choose one of {', '.join(PRESETS)}.")
+
+
 def _preset(root: Path, source: str, transformer: Component, own: Mapping[str, Any], name: str | None) -> Preset:
     """Which of the three released models this is.
 
     Image-to-video shows in transformer/config.json. Turbo has the same network as text-to-video: it is known by the
     name of its repository or folder, or by a ``solostep`` section of model_index.json, which may also hold settings.
     """
-    if name is not None and name not in PRESETS:
-        raise UsageError(f"Unknown preset {name!r}; choose one of {', '.join(PRESETS)}.")
     if name is None:
         index = read_json(root / "model_index.json") if (root / "model_index.json").exists() else {}
         names = (source, root.name, index.get("_name_or_path", ""), transformer.config.get("_name_or_path", ""))
         name = "turbo" if any("turbo" in str(n).lower() for n in names) else "t2v"
         name = "ti2v" if transformer.config.get("use_additional_conditions") else own.get("preset", name)
-        if name not in PRESETS:
-            raise CheckpointError(f"{root / 'model_index.json'}: unknown preset {name!r} in its solostep section.")
+        if not isinstance(name, str) or name not in PRESETS:
+            raise CheckpointError(
+                f"{root / 'model_index.json'}: unknown preset {name!r} in its solostep section; "
+                f"make it one of {', '.join(PRESETS)}."
+            )
     return PRESETS[name].updated(own.get("defaults", {}), str(root / "model_index.json"))
 
 
@@ -258,6 +274,31 @@ def _check_widths(folder: ModelFolder) -> None:
         )
 
 
+def _check_tokenizers(folder: ModelFolder) -> None:
+    """Both tokenizers can be read and fit their network; else a prompt fails late, or silently becomes other words."""
+    from sentencepiece import SentencePieceProcessor
+
+    words, vocabulary = tokenizer_files(folder.root)
+    try:
+        count = SentencePieceProcessor(model_file=str(words)).get_piece_size()
+    except (OSError, RuntimeError):
+        raise CheckpointError(f"The tokenizer {words} is not a sentencepiece model; download it again.") from None
+    rows = [folder.components[name].tensors[embedding].shape[0] for name, embedding in EMBEDDINGS.items()]
+    try:
+        known = [word.strip() for word in vocabulary.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+    except (OSError, ValueError):
+        raise CheckpointError(f"The word list {vocabulary} is not UTF-8 text; download it again.") from None
+    lost = [mark for mark in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if mark not in known]
+    if lost:
+        raise CheckpointError(f"The word list {vocabulary} is damaged, it lacks {lost[0]}; download it again.")
+    for file, there, rows_there in zip((words, vocabulary), (count, len(known)), rows, strict=True):
+        if there > rows_there:
+            raise CheckpointError(
+                f"{file} holds {there} words and its network knows {rows_there}: it is of another model; "
+                "download it again."
+            )
+
+
 def describe(model: str | Path) -> dict[str, Any]:
     """What a model folder holds, and every problem found: for `solostep info`. Raises only if there is no folder."""
     root, source = resolve_model(model)
@@ -270,7 +311,8 @@ def describe(model: str | Path) -> dict[str, Any]:
                       "files": len(c.files), "fingerprint": c.fingerprint, "ignored": list(c.ignored)}  # fmt: skip
         except CheckpointError as error:
             entry["problem"] = str(error)
-            problems.append(str(error))
+            if str(error) not in problems:
+                problems.append(str(error))
         components.append(entry)
     found = {"root": str(root), "source": source, "preset": None, "note": "", "components": components}
     try:

@@ -118,7 +118,7 @@ class VAEConfig(_FromDict):
         _positive(
             "vae/config.json",
             z_channels=self.z_channels,
-            num_res_blocks=self.num_res_blocks,
+            num_res_blocks=self.num_res_blocks + 1,  # the encoder may have none; the decoder has one more
             encoder_ch=self.encoder_ch,
             decoder_ch=self.decoder_ch,
         )
@@ -207,6 +207,13 @@ class Preset:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise CheckpointError(f"Preset {self.name}: {name} has to be a whole number above 0, not {value!r}.")
+        for name in ("guidance_scale", "time_shift", "motion_score"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise CheckpointError(f"Preset {self.name}: {name} has to be a number, not {value!r}.")
+        for name in ("name", "positive", "negative"):
+            if not isinstance(getattr(self, name), str):
+                raise CheckpointError(f"Preset {self.name}: {name} has to be text, not {getattr(self, name)!r}.")
 
     def updated(self, values: Mapping[str, Any], origin: str) -> Preset:
         """This preset with ``values`` in place of its own; an unknown name is an error that names ``origin``."""
@@ -214,7 +221,10 @@ class Preset:
         unknown = sorted(set(values) - known)
         if unknown:
             raise CheckpointError(f"{origin}: unknown preset setting {unknown[0]!r}; known are {', '.join(known)}.")
-        return Preset(**({f.name: getattr(self, f.name) for f in fields(self)} | dict(values)))
+        try:
+            return Preset(**({f.name: getattr(self, f.name) for f in fields(self)} | dict(values)))
+        except CheckpointError as error:
+            raise CheckpointError(f"{origin}: {error}") from None
 
 
 PRESETS: dict[str, Preset] = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
-from .errors import CheckpointError, UsageError, first_line
+from .config import cache_dir
+from .errors import CheckpointError, OutputError, UsageError, first_line
 
 HUB_IDS = {
     "t2v": "stepfun-ai/stepvideo-t2v",
@@ -25,10 +27,41 @@ HUB_FILES = [
 
 
 def by_hand(model: str, folder: Path | str = "DIR") -> str:
-    """How to download a model without this program."""
-    known = HUB_IDS.get(model, model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) else HUB_IDS["t2v"])
+    """How to download a model without this program; what is no id is taken for the release that it looks like."""
+    known = HUB_IDS.get(model, model)
+    if not _is_id(known):
+        known = HUB_IDS[_looks_like(f"{model} {Path(folder).name}", Path(folder) / "transformer" / "config.json")]
     patterns = " ".join(f"--include '{p}'" for p in HUB_FILES)
     return f"hf download {known} --local-dir {folder} {patterns}"
+
+
+def _is_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith((".", "/"))
+
+
+def _looks_like(name: str, config: Path) -> str:
+    """t2v, turbo or ti2v, from the name of a folder and what its transformer takes."""
+    with contextlib.suppress(OSError, ValueError):
+        if re.search(r'"use_additional_conditions"\s*:\s*true', config.read_text(encoding="utf-8")):
+            return "ti2v"
+    return next((known for known in ("turbo", "ti2v") if known in name.lower()), "t2v")
+
+
+def default_model() -> Path:
+    """The embedded demo model, which is built in the cache folder on first use.
+
+    Raises:
+        OutputError: the cache folder cannot be written.
+    """
+    from .demo import demo_model
+
+    try:
+        return demo_model()
+    except OSError as error:
+        raise OutputError(
+            f"The demo model cannot be built in {cache_dir()} ({error.strerror or error}); "
+            "set SOLOSTEP_CACHE to a folder that can be written, or give --model."
+        ) from error
 
 
 def resolve_model(model: str | Path) -> tuple[Path, str]:
@@ -42,14 +75,15 @@ def resolve_model(model: str | Path) -> tuple[Path, str]:
         CheckpointError: the download failed; the message holds the command to do it by hand.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if str(model) and path.is_dir():
         return path.resolve(), str(path.resolve())
     if path.is_file():
         raise UsageError(f"{model} is a file; --model takes the folder of a whole model (see `solostep info --help`).")
     name = HUB_IDS.get(str(model), str(model))
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
+    if not _is_id(name):
         raise UsageError(
-            f"{model} is neither a folder nor a Hugging Face id such as {HUB_IDS['t2v']}; check --model for a typo."
+            f"{model or repr(model)} is neither a folder nor a Hugging Face id such as {HUB_IDS['t2v']}; "
+            "check --model for a typo."
         )
     return _download(name), name
 

@@ -66,7 +66,9 @@ def save_latents(path: Path, saved: SavedLatents) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path} could not be written ({error.strerror}).") from error
+        raise OutputError(
+            f"{path} could not be written ({error.strerror}); free space there or give another -o."
+        ) from error
 
 
 def read_latents(path: Path) -> SavedLatents:
@@ -78,7 +80,7 @@ def read_latents(path: Path) -> SavedLatents:
     from safetensors import safe_open
 
     if not path.is_file():
-        raise UsageError(f"{path}: there is no such file of latents.")
+        raise UsageError(f"{path}: there is no such file of latents; check the name.")
     try:
         with safe_open(str(path), framework="pt") as file:
             described = json.loads((file.metadata() or {})["solostep"])
@@ -88,7 +90,8 @@ def read_latents(path: Path) -> SavedLatents:
         return SavedLatents(latents=latents, **described)
     except Exception as error:
         raise UsageError(
-            f"{path} is not a file of latents that solostep wrote, or it is damaged ({type(error).__name__})."
+            f"{path} is not a file of latents that solostep wrote, or it is damaged ({type(error).__name__}); "
+            "give another file."
         ) from None
 
 
@@ -115,7 +118,7 @@ def lock(path: Path, folder: Path, held: contextlib.ExitStack) -> None:
 
 
 def find_resumable(path: Path, identity: dict[str, Any], seed: int | None) -> SavedLatents | None:
-    """What an earlier run of the same generation left at ``path``; None if there is nothing.
+    """What an earlier run of the same generation left at ``path``; None if there is nothing worth keeping.
 
     Raises:
         UsageError: the file belongs to another generation and is not finished: going on would lose it.
@@ -131,13 +134,20 @@ def find_resumable(path: Path, identity: dict[str, Any], seed: int | None) -> Sa
     same_seed = saved.seed == seed if seed is not None else not saved.seed_given
     if saved.identity == identity and same_seed:
         return saved
-    if saved.finished:
+    if saved.finished or saved.step == 0:  # nothing in it would be lost
         return None
     changed = sorted(k for k in identity if saved.identity.get(k) != identity[k]) or ["seed"]
     raise UsageError(
         f"{path} holds an unfinished generation (step {saved.step} of {saved.steps}) that differs in "
         f"{', '.join(changed)}; finish it with its own settings, delete it, or choose another output."
     )
+
+
+def holds_finished(path: Path) -> bool:
+    """Whether final latents lie at ``path``."""
+    with contextlib.suppress(UsageError):
+        return read_latents(path).finished
+    return False
 
 
 def save_or_rescue(path: Path, saved: SavedLatents) -> Path:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,11 +23,23 @@ from . import latents as storage
 from .checkpoint import ModelFolder, load, open_model
 from .config import GenerationSettings, cache_dir
 from .errors import OutputError, SolostepError, UsageError
-from .image import load_image
+from .hub import default_model
 from .latents import SavedLatents
 from .models.vae import decode_chunks
 from .progress import ConsoleProgress, Progress
-from .request import Collect, FrameSink, Job, Request, Video, describe_device, make_record, settings_dict, tensor_hash
+from .request import (
+    SETTINGS,
+    Collect,
+    FrameSink,
+    Job,
+    Request,
+    Video,
+    check_asked,
+    describe_device,
+    make_record,
+    settings_dict,
+    tensor_hash,
+)
 from .runtime import (
     Stage,
     free_memory,
@@ -90,10 +103,7 @@ class StepVideoPipeline:
         """
         pick_dtype(precision)
         pick_device(device)
-        if model is None:
-            from .demo import demo_model
-
-            model = demo_model()
+        model = default_model() if model is None else model
         return cls(open_model(model, preset), precision, device, keep_loaded, cache)
 
     # --- asking for a video ---------------------------------------------------------------------------------------
@@ -116,8 +126,7 @@ class StepVideoPipeline:
             UsageError: an empty prompt, a wrong value, an image the model cannot take or lacks, a wrong noise shape.
         """
         preset = self.model.preset
-        if not isinstance(prompt, str) or (not prompt.strip() and not raw_prompt):
-            raise UsageError("The prompt is empty; say what the video shows.")
+        first_frame = check_asked(prompt, negative_prompt, image, seed, raw_prompt, **settings)
         if image is None and self.model.is_image_to_video:
             raise UsageError(
                 f"{self.model.source} is an image-to-video model; give it a first frame with --image FILE."
@@ -127,15 +136,7 @@ class StepVideoPipeline:
                 f"--image needs an image-to-video model, and {self.model.source} is text-to-video; "
                 "leave --image out or choose --model stepfun-ai/stepvideo-ti2v."
             )
-        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
-            raise UsageError(f"seed (--seed) has to be a whole number from 0 to 2^63 - 1, not {seed!r}.")
-        names = (
-            "num_frames", "height", "width", "num_inference_steps", "guidance_scale", "time_shift", "motion_score",
-        )  # fmt: skip
-        unknown = sorted(set(settings) - set(names))
-        if unknown:
-            raise UsageError(f"Unknown setting {unknown[0]!r}; known are {', '.join(names)}.")
-        values = {n: settings[n] if settings.get(n) is not None else getattr(preset, n) for n in names}
+        values = {n: settings[n] if settings.get(n) is not None else getattr(preset, n) for n in SETTINGS}
         made = GenerationSettings(**values, max_frames=preset.max_frames, image_to_video=self.model.is_image_to_video)
         if latents is not None:
             channels = self.model.transformer_config.in_channels
@@ -149,7 +150,7 @@ class StepVideoPipeline:
             negative=negative if raw_prompt else negative + preset.negative,
             settings=made,
             seed=seed,
-            image=None if image is None else load_image(image),
+            image=first_frame,
             noise=latents,
             latents_path=None if latents_path is None else Path(latents_path),
             asked={"prompt": prompt, "negative_prompt": negative_prompt, "raw_prompt": raw_prompt},
@@ -214,6 +215,8 @@ class StepVideoPipeline:
             )  # fmt: skip
             requests.append(request)
         requests[0].settings.warn()
+        if self.model.note:
+            log.warning(self.model.note)
         sinks = [Collect() for _ in requests]
         open_sink = None if output_type == "latent" else lambda i, request, record: contextlib.nullcontext(sinks[i])
         results: list[Any] = []
@@ -246,7 +249,8 @@ class StepVideoPipeline:
         """
         say = progress or (lambda stage, done, total: None)
         with contextlib.ExitStack() as locks:
-            jobs = [self._open(request, i, locks) for i, request in enumerate(requests)]
+            with _readable_errors(self.device):
+                jobs = [self._open(request, i, locks) for i, request in enumerate(requests)]
             yield from self._generate(jobs, open_sink, callback, say)
 
     def _generate(
@@ -255,21 +259,25 @@ class StepVideoPipeline:
         shared: list[Stage] = []
         embeddings: dict[str, PromptEmbedding] = {}
         waiting = [job for job in jobs if not job.done]
-        if waiting and waiting[0].resumed_from is None:
+        if waiting and "transformer" not in self._networks:  # the largest network: refuse now, not after the texts
+            self._require_memory_for_transformer()
+        begun = waiting[0] if waiting and waiting[0].resumed_from is None else None
+        if begun is not None:
             # Shows now, not after the first step, whether the latents can be kept; and keeps a seed that was drawn.
-            storage.save_latents(waiting[0].path, waiting[0].saved)
-        with _readable_errors(self.device), numerics():
-            texts = [t for job in jobs if not job.done for t in job.request.texts]
-            if texts:
-                with measured("text", self.device, shared):
-                    embeddings = encode_prompts(
-                        self.model, texts, self.device, self.dtype, self.cache, _stage(say, "text encoders")
-                    )
-        try:
-            yield from self._each(jobs, embeddings, shared, open_sink, callback, say)
-        finally:  # also when the caller stops early
-            self._free("transformer")
-            self._free("vae")
+            storage.save_latents(begun.path, begun.saved)
+        with _nothing_left_of(begun):
+            with _readable_errors(self.device), numerics():
+                texts = [t for job in waiting for t in job.request.texts]
+                if texts:
+                    with measured("text", self.device, shared):
+                        embeddings = encode_prompts(
+                            self.model, texts, self.device, self.dtype, self.cache, _stage(say, "text encoders")
+                        )
+            try:
+                yield from self._each(jobs, embeddings, shared, open_sink, callback, say)
+            finally:  # also when the caller stops early
+                self._free("transformer")
+                self._free("vae")
 
     def _each(
         self,
@@ -386,11 +394,14 @@ class StepVideoPipeline:
         """Runs the steps that are left; the latents are on disk after each."""
         saved, settings = job.saved, job.request.settings
         if "transformer" not in self._networks:
-            component = self.model.components["transformer"]
+            self._free("vae")
+            self._require_memory_for_transformer()
             with measured("load transformer", self.device, job.stages):
-                require_memory(component.parameters * self.dtype.itemsize, self.device, "The transformer")
                 self._networks["transformer"] = load(
-                    component, self.device, self.dtype, progress=_stage(say, "load transformer")
+                    self.model.components["transformer"],
+                    self.device,
+                    self.dtype,
+                    progress=_stage(say, "load transformer"),
                 )
         with measured("denoise", self.device, job.stages):
             velocity = GuidedVelocity(self._networks["transformer"], embeddings, settings, job.condition)
@@ -406,6 +417,10 @@ class StepVideoPipeline:
                         latents = changed.to(self.device, torch.float32)
                         self._keep(job, latents, step + 1)
                 say("denoise", step + 1, saved.steps)
+
+    def _require_memory_for_transformer(self) -> None:
+        weights = self.model.components["transformer"].parameters * self.dtype.itemsize
+        require_memory(weights, self.device, f"The transformer in {self.precision}")
 
     def _keep(self, job: Job, latents: Tensor, step: int) -> None:
         """Puts a finished step on disk. A full disk does not end the run: the video may still find its place."""
@@ -461,15 +476,21 @@ def _readable_errors(device: torch.device, job: Job | None = None) -> Iterator[N
     """An allocation that failed becomes one sentence that says where the work is and what to do."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        # On the CPU it has no type of its own; the second is a size beyond all counting.
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not re.search(
+            "DefaultCPUAllocator|size calculation overflowed", str(error)
+        ):
+            raise
         kept = ""
         if job is not None and job.saved.step:
             kept = (
-                f" Step {job.saved.step} of {job.saved.steps} is kept in {job.path}: the same command goes on from it."
+                f"; step {job.saved.step} of {job.saved.steps} is kept in {job.path}, "
+                "and the same command goes on from it"
             )
         raise SolostepError(
             f"{describe_device(device)} ran out of memory; close other programs, or make a smaller or shorter clip "
-            f"(--height, --width, --frames).{kept}"
+            f"(--height, --width, --frames){kept}."
         ) from error
 
 
@@ -478,6 +499,21 @@ def _latents_are_kept(job: Job) -> Iterator[None]:
     """A video that cannot be written loses nothing, and the error says so."""
     try:
         yield
-    except OutputError as error:
-        hint = f" The latents are kept in {job.saved_at}: `solostep decode {job.saved_at}` goes on from there."
-        raise OutputError(f"{error}{hint if job.saved_at else ''}") from error
+    except SolostepError as error:
+        if job.saved_at is None:
+            raise
+        raise type(error)(
+            f"{str(error).removesuffix('.')}; the latents are kept in {job.saved_at} and "
+            f"`solostep decode {job.saved_at}` goes on from there."
+        ) from error
+
+
+@contextlib.contextmanager
+def _nothing_left_of(job: Job | None) -> Iterator[None]:
+    """A run that failed before its first step leaves no latents behind: noise is nothing to go on from."""
+    try:
+        yield
+    except SolostepError:
+        if job is not None and not job.saved.step:
+            job.path.unlink(missing_ok=True)
+        raise

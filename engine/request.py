@@ -16,11 +16,50 @@ from torch import Tensor
 from . import latents as storage
 from .checkpoint import ModelFolder
 from .config import FPS, GenerationSettings
+from .errors import UsageError
+from .image import load_image
 from .latents import SavedLatents
 from .runtime import Stage
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+SETTINGS = (
+    "num_frames", "height", "width", "num_inference_steps", "guidance_scale", "time_shift", "motion_score",
+)  # fmt: skip
+"""What a preset fills in where it is not given."""
+
+
+def check_asked(
+    prompt: Any,
+    negative_prompt: Any = None,
+    image: Any = None,
+    seed: Any = None,
+    raw_prompt: bool = False,
+    **settings: Any,
+) -> Tensor | None:
+    """Checks all of a request that can be told without a model, and gives its image, read.
+
+    Raises:
+        UsageError: an empty prompt, a wrong value, an unreadable image.
+    """
+    if not isinstance(prompt, str) or (not prompt.strip() and not raw_prompt):
+        raise UsageError("The prompt is empty; say what the video shows.")
+    if negative_prompt is not None and not isinstance(negative_prompt, str):
+        raise UsageError(f"negative_prompt (--negative) has to be text, not {negative_prompt!r}.")
+    for name, text in (("The prompt", prompt), ("negative_prompt (--negative)", negative_prompt or "")):
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half a character, or bytes of another encoding from a terminal
+            raise UsageError(f"{name} holds something that is not UTF-8 text; write it anew.") from None
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
+        raise UsageError(f"seed (--seed) has to be a whole number from 0 to 2^63 - 1, not {seed!r}.")
+    unknown = sorted(set(settings) - set(SETTINGS))
+    if unknown:
+        raise UsageError(f"Unknown setting {unknown[0]!r}; known are {', '.join(SETTINGS)}.")
+    GenerationSettings(**{name: value for name, value in settings.items() if value is not None})
+    return None if image is None else load_image(image)
 
 
 class FrameSink(Protocol):

@@ -172,7 +172,10 @@ def _metadata_json(metadata: dict[str, Any], indent: int | None = None) -> str:
 def _metadata_options(path: Path, metadata: dict[str, Any]) -> list[str]:
     comment = _metadata_json(metadata)
     if len(comment.encode()) > _MAX_METADATA_BYTES:
-        raise UsageError(f"The metadata of {path} is over {_MAX_METADATA_BYTES} bytes of JSON; shorten it.")
+        raise UsageError(
+            f"The metadata of {path} is over {_MAX_METADATA_BYTES} bytes of JSON; "
+            "shorten the prompt or leave the metadata out (--no-metadata)."
+        )
     options = ["-metadata", f"comment={comment}"]
     if "prompt" in metadata:
         title = str(metadata["prompt"])[:200].replace("\0", " ").encode(errors="replace").decode()

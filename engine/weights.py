@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 """safetensors names of the types that can be read."""
+_TYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from None
-    except ValueError as error:
+        raise CheckpointError(f"{path} is missing or cannot be read ({error.strerror}); download it again.") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({first_line(error)}); download it again.") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} has to hold a JSON object; download it again.")
@@ -100,10 +101,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file, from its header; the file's length is checked against it.
+    """The tensors of a safetensors file, from its header; the header is checked against itself and the file's length.
 
     Raises:
-        CheckpointError: not a safetensors file, or cut short.
+        CheckpointError: not a safetensors file, or damaged, or cut short.
     """
     try:
         size = path.stat().st_size
@@ -116,17 +117,26 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         tensors = {
             name: TensorInfo(path, name, tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()
         }
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        places = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+        end = 8 + length + max((stop for _, stop, _ in places), default=0)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from None
+        raise CheckpointError(f"{path} is missing or cannot be read ({error.strerror}); download it again.") from None
     except (ValueError, KeyError, TypeError, AttributeError, struct.error):
         raise CheckpointError(
             f"{path} is not a safetensors file, or its start is damaged; download it again."
         ) from None
-    if size < end:
+    if size != end:
+        how = "is cut short" if size < end else "is too long"
         raise CheckpointError(
-            f"{path} is cut short: its header promises {end:,} bytes and it has {size:,}; download it again."
+            f"{path} {how}: its header promises {end:,} bytes and it has {size:,}; download it again."
         )
+    expected = 0
+    for start, stop, name in places:  # one behind the other, without gaps, as safetensors asks for
+        needed = _TYPE_BYTES.get(tensors[name].dtype)
+        fits = needed is None or stop - start == needed * _product(tensors[name].shape)
+        if start != expected or not fits:
+            raise CheckpointError(f"{path}: its header contradicts itself at tensor {name}; download it again.")
+        expected = stop
     return tensors
 
 
@@ -139,10 +149,10 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # files older than torch 1.6 cannot be mapped
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except Exception:  # torch's own message is left out: it tells how to run the code
         raise CheckpointError(
-            f"{path} cannot be read as plain tensors ({first_line(error)}); it is damaged or holds code, "
-            "which is never run: download it again."
+            f"{path} cannot be read as plain tensors: it is damaged, or holds code, which is never run; "
+            "download it again."
         ) from None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise CheckpointError(f"{path} does not hold a table of tensors; download it again.")
@@ -157,7 +167,11 @@ def type_name(tensor: torch.Tensor) -> str:
 
 
 def build_on_meta(component: Component) -> nn.Module:
-    """The network of a component, with parameters that have shapes but no memory."""
+    """The network of a component, with parameters that have shapes but no memory.
+
+    Raises:
+        CheckpointError: its configuration makes no network.
+    """
     from accelerate import init_empty_weights
 
     from .models.clip import HunyuanClip
@@ -171,8 +185,16 @@ def build_on_meta(component: Component) -> nn.Module:
         "step_llm": lambda c: StepLLM(StepLLMConfig.from_dict(c)),
         "hunyuan_clip": HunyuanClip,
     }
-    with init_empty_weights(include_buffers=False):
-        return makers[component.name](component.config).eval().requires_grad_(False)
+    try:
+        with init_empty_weights(include_buffers=False):
+            return makers[component.name](component.config).eval().requires_grad_(False)
+    except CheckpointError:
+        raise
+    except Exception as error:  # values of a wrong type or that do not fit together fail anywhere in a constructor
+        raise CheckpointError(
+            f"{component.folder / 'config.json'} does not describe a {component.name} network ({first_line(error)}); "
+            "download it again."
+        ) from error
 
 
 def check_tensors(component: Component, module: nn.Module, prefix: str = "") -> None:
@@ -188,25 +210,27 @@ def check_tensors(component: Component, module: nn.Module, prefix: str = "") -> 
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
-            f"{where}: tensor {missing[0]}{more} is missing; a file is incomplete, or config.json is of another model."
+            f"{where}: tensor {missing[0]}{more} is missing; a file is incomplete or config.json is of another model: "
+            "download them again."
         )
     unknown = sorted(set(found) - set(expected))
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise CheckpointError(
             f"{found[unknown[0]].file}: tensor {unknown[0]}{more} is unknown to this network; "
-            "the file or config.json is of another model."
+            "the file or config.json is of another model: download them again."
         )
     for name, shape in expected.items():
         info = found[name]
         if info.shape != shape:
             raise CheckpointError(
                 f"{info.file}: tensor {name} has shape {list(info.shape)} and has to have {list(shape)}; "
-                "the file or config.json is of another model."
+                "the file or config.json is of another model: download them again."
             )
         if info.dtype not in FLOAT_TYPES:
             raise CheckpointError(
-                f"{info.file}: tensor {name} is stored as {info.dtype}; only {', '.join(FLOAT_TYPES)} can be read."
+                f"{info.file}: tensor {name} is stored as {info.dtype} and only {', '.join(FLOAT_TYPES)} can be read; "
+                "download it again."
             )
 
 
@@ -242,7 +266,7 @@ def load(
                 if info.file != file:
                     continue
                 tensor = read(info.stored_name)
-                _check_finite(tensor, name, file)
+                _check_finite(tensor, info.stored_name, file)
                 # A mapped tensor would share the file's pages; the copy owns its memory and outlives the file.
                 tensor = tensor.to(device, dtype, copy=True) if tensor.device.type == "cpu" else tensor.to(dtype)
                 set_module_tensor_to_device(module, name, device, value=tensor, dtype=dtype, clear_cache=False)

@@ -94,8 +94,9 @@ def held_out(attributes: Attributes) -> bool:
 
 def combinations(test: bool) -> list[Attributes]:
     """All possible clips of the training set, or of the test set."""
-    ranges = (range(len(names)) for names in (KINDS, COLOURS, BACKGROUNDS, MOTIONS))
-    return [a for a in itertools.product(*ranges) if possible(a) and held_out(a) == test]
+    kinds, colours, backgrounds, motions = (range(len(n)) for n in (KINDS, COLOURS, BACKGROUNDS, MOTIONS))
+    every = itertools.product(kinds, colours, backgrounds, motions)
+    return [a for a in every if possible(a) and held_out(a) == test]
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,7 @@ class Painter:
 
     def paths(self, motion: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Centre x, y, radius and angle over time, each ``[B, F]``, in units of the side and radians."""
+        # No torch.where with plain numbers: it may copy them to the device, which a graph cannot hold.
         speed, radius, along, across, sense = (v[:, None] for v in u[:, :5].unbind(1))
         t = self.time
         where = [(motion == i)[:, None] for i in range(len(MOTIONS))]
@@ -112,8 +113,8 @@ class Painter:
         height = 0.08 + 0.16 * speed
         # Falls to the floor and comes back once; the exponent makes it slower at the top.
         hop = -height * (0.5 - (1 - (2 * t - 1).abs()) ** 1.4)
-        backwards = torch.where(left | up, -1.0, 1.0)
-        path = torch.where(bounce, hop, torch.where(horizontal | vertical, backwards * distance * (t - 0.5), zero))
+        forwards = 1 - 2 * (left | up).float()
+        path = torch.where(bounce, hop, torch.where(horizontal | vertical, forwards * distance * (t - 0.5), zero))
         reach = torch.where(bounce, height, torch.where(horizontal | vertical, distance, zero)) / 2
         # Shifts that keep the whole shape in the frame; 1.1 radii is where the longest tips end.
         shift_along = (2 * along - 1) * (0.48 - 1.1 * largest - reach).clamp(min=0)
@@ -121,7 +122,7 @@ class Painter:
         on_x = path * horizontal
         centre_x = 0.5 + on_x + torch.where(horizontal, shift_along, shift_across)
         centre_y = 0.5 + path - on_x + torch.where(horizontal, shift_across, shift_along.clamp(-0.1, 0.1))
-        turn = torch.where(sense < 0.5, -1.0, 1.0) * (20 + 45 * speed) * (math.pi / 180)
+        turn = (2 * (sense >= 0.5).float() - 1) * (20 + 45 * speed) * (math.pi / 180)
         angle = torch.where(rotate, turn * t, zero)
         return centre_x, centre_y, radius, angle
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..checkpoint import load, open_component, read_json
+from ..checkpoint import load, network_root, open_component
 from ..models.clip import HunyuanClip
 from ..models.step_llm import StepLLM
 from ..models.transformer import StepVideoTransformer
@@ -28,10 +28,7 @@ UNCONDITIONAL = ""
 
 
 def load_network(root: Path, name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """A network of a model folder; a folder without it may name another with ``"shared"`` in model_index.json."""
-    index = root / "model_index.json"
-    if not (root / name).is_dir() and index.exists():
-        root = root / read_json(index).get("solostep", {}).get("shared", ".")
+    """A network of a model folder, loaded."""
     return load(open_component(root, name), device, dtype)
 
 
@@ -48,11 +45,10 @@ class Player:
 
     @classmethod
     def load(cls, root: Path, device: torch.device, dtype: torch.dtype) -> Player:
-        shared = root if (root / "step_llm").is_dir() else root / read_json(root / "model_index.json")["solostep"]["shared"]
         vae, llm = (load_network(root, name, device, dtype) for name in ("vae", "step_llm"))
         clip = load_network(root, "hunyuan_clip", device, torch.float32)  # fp32 in every precision, as in the pipeline
         transformer = load_network(root, "transformer", device, dtype)
-        return cls(cast(StepVideoTransformer, transformer), vae, llm, clip, shared)
+        return cls(cast(StepVideoTransformer, transformer), vae, llm, clip, network_root(root, "step_llm"))
 
     @torch.inference_mode()
     def videos(
@@ -66,7 +62,7 @@ class Player:
         images: Tensor | None = None,
         scores: Tensor | None = None,
     ) -> Tensor:
-        """Videos of the prompts, uint8 ``[n, 17, size, size, 3]`` on the CPU.
+        """Videos of the prompts, uint8 ``[n, 17, size, size, 3]``, on the networks' device (so is their reading).
 
         ``images [n, 3, size, size]`` in [-1, 1] and ``scores [n]`` are for an image-to-video model.
         """
@@ -88,7 +84,7 @@ class Player:
             latents = sample(
                 self.transformer, llm, clip, table.visible(), noise, steps, guidance, shift, condition, score
             )
-            parts.append(to_frames(self.vae.decode(latents.to(self.vae.dtype))).cpu())
+            parts.append(to_frames(self.vae.decode(latents.to(self.vae.dtype))))
         return torch.cat(parts)
 
     def _condition(self, images: Tensor, noise: Tensor, generator: torch.Generator) -> Tensor:
@@ -122,8 +118,8 @@ def vae_score(vae: VideoAutoencoder, n: int, seed: int, size: int) -> dict[str, 
         "psnr_lowest": float(db.min()),
         "psnr_first_frame": frames[0],
         "psnr_last_frame": frames[1],
-        "rules_on_clips": accuracies(read_clips(to_frames(batch.video).cpu()), attributes),
-        "rules_on_reconstructions": accuracies(read_clips(to_frames(back).cpu()), attributes),
+        "rules_on_clips": accuracies(read_clips(to_frames(batch.video)), attributes),
+        "rules_on_reconstructions": accuracies(read_clips(to_frames(back)), attributes),
     }
 
 
@@ -153,11 +149,22 @@ def grouped(readings: Sequence[Reading], prompts: Sequence[Prompt]) -> dict[str,
     return table
 
 
-def image_score(player: Player, n: int, seed: int, steps: int, guidance: float, size: int) -> dict[str, Any]:
+SPEED_SCORES = (2.0, 6.0, 11.0, 16.0, 20.0)
+
+
+def image_score(
+    player: Player,
+    n: int,
+    seed: int,
+    steps: int,
+    guidance: float,
+    size: int,
+    speed_scores: Sequence[float] = SPEED_SCORES,
+) -> dict[str, Any]:
     """Image-to-video: frame 0 against the given image, beside the VAE's own reconstruction, and speed by motion score.
 
     Images are first frames of held-out clips with their captions. For the speed, every clip that moves in one of four
-    directions is made with five motion scores.
+    directions (at most 40) is made with each of ``speed_scores``.
     """
     prompts = held_out_prompts(n, seed)
     attributes = [p.attributes for p in prompts]
@@ -166,11 +173,11 @@ def image_score(player: Player, n: int, seed: int, steps: int, guidance: float, 
     device = player.transformer.proj_out.weight.device
     videos = player.videos(texts, seed, steps, guidance, size, images=images, scores=motion_score(u))
     back = reconstruct(player.vae, images[:, None].to(device)).cpu()[:, 0]
-    made = videos[:, 0].permute(0, 3, 1, 2).float() / 127.5 - 1
+    made = videos[:, 0].permute(0, 3, 1, 2).float().cpu() / 127.5 - 1
     frame, own = psnr(made, images), psnr(back, images)
-    moving = [i for i, a in enumerate(attributes) if a[3] < 4]
+    moving = [i for i, a in enumerate(attributes) if a[3] < 4][:40]
     speeds = {}
-    for score in (2.0, 6.0, 11.0, 16.0, 20.0):
+    for score in speed_scores:
         some = player.videos(
             [texts[i] for i in moving], seed, steps, guidance, size,
             images=images[moving], scores=torch.full((len(moving),), score),

@@ -52,7 +52,7 @@ class Optimized:
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, rate: float, ema: float, clip: float = 1.0) -> None:
         self.module = module
-        self.params = [p for p in module.parameters() if p.requires_grad]
+        self.params: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         self.names = [n for n, p in module.named_parameters() if p.requires_grad]
         self.masters = [p.detach().float().clone() for p in self.params]
         self.ema = [m.clone() for m in self.masters]
@@ -72,6 +72,9 @@ class Optimized:
         # A rate in a tensor can change between the replays of a graph; on the CPU it is set as a number.
         options: dict[str, Any] = {"fused": True, "capturable": True} if self.on_cuda else {}
         self.adam = torch.optim.AdamW(groups, lr=self.rate_now if self.on_cuda else rate, betas=(0.9, 0.99), **options)
+        if self.on_cuda:
+            for group in self.adam.param_groups:
+                group["lr"] = self.rate_now  # this very tensor, not a copy of it
 
     def before(self, share: float) -> None:
         """Sets this step's learning rate and EMA weight."""
@@ -146,7 +149,8 @@ class Run:
         loss: gives the loss, and numbers to log, from those buffers.
         report: called with the share of time passed, about every minute.
         on_share: called before each step with the share of time passed, for schedules of the stage's own.
-        deadline: when to stop, on ``time.monotonic``'s clock.
+        stop_at: when to save and pause, on the same clock as ``deadline``; the next run goes on from there.
+        deadline: when the stage is done, on ``time.monotonic``'s clock.
     """
 
     optimized: Optimized
@@ -156,6 +160,7 @@ class Run:
     deadline: float
     checkpoint: Path
     max_steps: int = 10**9
+    stop_at: float = math.inf
     report: Callable[[float], None] = lambda share: None
     on_share: Callable[[float], None] = lambda share: None
     warmup: int = 100
@@ -171,7 +176,8 @@ class Run:
                 self.sums[name] = torch.zeros((), device=value.device)
             self.sums[name] += value.detach().float()
 
-    def train(self) -> None:
+    def train(self) -> bool:
+        """Trains; false if it was paused before the end."""
         device = self.optimized.params[0].device
         passed = self._read_checkpoint()
         # Warming up and capturing take a few steps on one batch; at a rate of zero they change no weight.
@@ -187,7 +193,7 @@ class Run:
         self.log("begin", resumed_at=passed, budget=budget, parameters=sum(m.numel() for m in self.optimized.masters))
         while True:
             share = (time.monotonic() - start) / budget
-            if share >= 1 or self.optimized.steps >= self.max_steps:
+            if share >= 1 or self.optimized.steps >= self.max_steps or time.monotonic() >= self.stop_at:
                 break
             self._next(share, rate)
             step()
@@ -199,7 +205,8 @@ class Run:
             now = time.monotonic()
             if now - last_log > 10:
                 means = self._means(counted)
-                self.log("train", step=self.optimized.steps, share=share, steps_per_second=counted / (now - last_log), **means)
+                speed = counted / (now - last_log)
+                self.log("train", step=self.optimized.steps, share=share, steps_per_second=speed, **means)
                 self._clear()
                 counted, last_log = 0, now
                 if math.isfinite(means["loss"]):
@@ -219,7 +226,10 @@ class Run:
         means = self._means(max(counted, 1))
         if counted and not math.isfinite(means["loss"]):
             self.optimized.restore(good)
-        self.log("end", step=self.optimized.steps, **means)
+        paused = share < 1 and time.monotonic() >= self.stop_at
+        self._save(time.monotonic() - start)
+        self.log("paused" if paused else "end", step=self.optimized.steps, **means)
+        return not paused
 
     def _next(self, share: float, rate: float) -> None:
         self.on_share(share)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..config import CHUNK_LATENTS, CLIP_TOKENS, StepLLMConfig, TransformerConfig, VAEConfig
 from ..models.clip import HunyuanClip
 from ..models.step_llm import StepLLM, attention_bias
-from ..models.transformer import RopeTable, StepVideoTransformer, rope_table, sinusoid
+from ..models.transformer import RopeTable, StepVideoTransformer, TransformerBlock, rope_table
 from ..models.vae import VideoAutoencoder
 from ..scheduler import make_sigmas
 from ..text import ClipTokenizer, LLMTokenizer
@@ -137,8 +137,8 @@ def make_transformer(sizes: Sizes, image_to_video: bool = False) -> StepVideoTra
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    zero = [model.adaln_single.linear, model.proj_out, *(b.attn2.wo for b in model.transformer_blocks)]
-    for linear in zero:
+    blocks = cast("list[TransformerBlock]", model.transformer_blocks)
+    for linear in (model.adaln_single.linear, model.proj_out, *(b.attn2.wo for b in blocks)):
         nn.init.zeros_(linear.weight)
     return model
 
@@ -319,6 +319,7 @@ def fold_latent_scale(vae: VideoAutoencoder, scale: Tensor) -> None:
     conv = vae.encoder.conv_out.conv
     group = conv.in_channels // conv.out_channels
     scale = scale.to(conv.weight)
+    assert conv.bias is not None
     conv.weight[:z] *= scale.view(-1, 1, 1, 1, 1)
     conv.bias[:z] *= scale
     conv.bias[z:] += 2 * scale.log()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .captions import COLOURS, KINDS, MOTIONS, ROUND, Attributes
+from .captions import KINDS, MOTIONS, ROUND, Attributes
 from .data import BACKGROUND_RGB, COLOUR_RGB, shape_distance
 
 ASPECTS = ("kind", "colour", "background", "motion")
@@ -180,6 +180,3 @@ def accuracies(readings: Sequence[Reading], asked: Sequence[Attributes]) -> dict
 def summary(table: dict[str, dict[str, float]]) -> str:
     """One line of the accuracies."""
     return "  ".join(f"{name} {row['accuracy']:.3f}" for name, row in table.items())
-
-
-assert len(COLOURS) == len(COLOUR_RGB)

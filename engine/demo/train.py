@@ -7,7 +7,8 @@ which reads what the one before wrote into the model folder:
 - t2v: both text encoders with their tokenizers, and the text-to-video DiT (the rest of DIR/t2v);
 - ti2v: the image-to-video DiT, from the text-to-video one; VAE and text encoders stay (DIR/ti2v).
 
-An interrupted stage goes on from its last checkpoint in DIR/state. Losses and scores go to DIR/train_log.jsonl.
+An interrupted stage goes on from its last checkpoint in DIR/state; a finished one trains on if it is given more minutes
+than before. Losses and scores go to DIR/train_log.jsonl.
 `--smoke` runs all of it at tiny sizes in under a minute on a CPU.
 """
 
@@ -26,9 +27,10 @@ from torch import Tensor, nn
 from ..models.transformer import StepVideoTransformer, rope_table
 from ..models.vae import VideoAutoencoder
 from . import export, fast
-from .captions import TEMPLATES, caption, combinations
+from .captions import TEMPLATES, Attributes, caption, combinations
 from .data import UNIFORMS, Painter, attribute_table, draw_clips, motion_score, pick, psnr
 from .evaluate import (
+    SPEED_SCORES,
     UNCONDITIONAL,
     Player,
     held_out_prompts,
@@ -59,7 +61,7 @@ from .nets import (
     training_levels,
     velocity,
 )
-from .rules import summary
+from .rules import accuracies, read_clips, summary
 
 STAGES = ("vae", "t2v", "ti2v")
 MINUTES = {"vae": 8.0, "t2v": 5.0, "ti2v": 3.5}
@@ -82,6 +84,7 @@ class Job:
     smoke: bool
     started: float
     minutes: float
+    stop_after: float = float("inf")
 
     @property
     def t2v(self) -> Path:
@@ -89,21 +92,27 @@ class Job:
 
     @property
     def max_steps(self) -> int:
-        return 8 if self.smoke else 10**9
+        return 2 if self.smoke else 10**9
+
+    @property
+    def combinations(self) -> list[Attributes]:
+        """What the DiTs are trained on."""
+        return combinations(test=False)[:: 30 if self.smoke else 1]
 
     def batch(self, full: int) -> int:
-        return 4 if self.smoke else full
+        return 2 if self.smoke else full
 
     def log(self, stage: str) -> Log:
         return Log(self.out / "train_log.jsonl", stage)
 
-    def run(self, stage: str, optimized: Optimized, **parts: object) -> None:
-        """Trains until this stage's minutes are over, or is done at once if an earlier run finished them."""
+    def run(self, stage: str, optimized: Optimized, **parts: object) -> bool:
+        """Trains until this stage's minutes are over, those of earlier runs counted in; false if paused before."""
         state = self.out / "state"
         state.mkdir(parents=True, exist_ok=True)
         deadline = self.started + 60 * self.minutes
         made = Run(optimized, deadline=deadline, checkpoint=state / f"{stage}.pt", max_steps=self.max_steps, **parts)  # type: ignore[arg-type]
-        made.train()
+        made.stop_at = self.started + 60 * self.stop_after
+        return made.train()
 
 
 @torch.no_grad()
@@ -134,6 +143,7 @@ def vae_loss(
 
 def train_vae(job: Job) -> None:
     log = job.log("vae")
+    torch.backends.cudnn.benchmark = True
     device, sizes = job.device, job.sizes
     vae = make_vae(sizes).to(device)
     optimized = Optimized(vae, job.dtype, rate=2e-3, ema=0.998)
@@ -162,12 +172,17 @@ def train_vae(job: Job) -> None:
 
     def report(share: float) -> None:
         put_ema(shown, optimized)
+        torch.backends.cudnn.benchmark = False  # no search for shapes that are seen once a minute
         log("held out", share=share, psnr=float(psnr(reconstruct(shown, clips.video), clips.video).mean()))
+        torch.backends.cudnn.benchmark = True
 
-    job.run(
+    finished = job.run(
         "vae", optimized, fill=fill, loss=loss, log=log, report=report,
         on_share=lambda share: squared.fill_(min(1.0, max(0.0, (share - 0.85) / 0.1))),
     )  # fmt: skip
+    torch.backends.cudnn.benchmark = False
+    if not finished:
+        return
     final = make_vae(sizes).to(device)
     put_ema(final, optimized)
     finish_vae(job, final, log)
@@ -178,21 +193,25 @@ def finish_vae(job: Job, vae: VideoAutoencoder, log: Log) -> None:
     before = latent_std(vae, job)
     fold_latent_scale(vae, 1 / before)
     after = latent_std(vae, job)
-    log("latent scale", std_before=[round(v, 4) for v in before.tolist()], std_after=[round(v, 4) for v in after.tolist()])
+    log("latent scale", std_before=_rounded(before), std_after=_rounded(after))
     export.write_network(job.t2v, "vae", job.sizes.vae_config, dict(vae.named_parameters()))
     written = load_network(job.t2v, "vae", job.device, job.dtype)
-    score = vae_score(written, 8 if job.smoke else 192, 2, job.sizes.size)
+    score = vae_score(written, 4 if job.smoke else 192, 2, job.sizes.size)
     log(
         "score", **{k: v for k, v in score.items() if k.startswith("psnr")}, parameters=count(vae),
         clips=summary(score["rules_on_clips"]), reconstructions=summary(score["rules_on_reconstructions"]),
     )  # fmt: skip
 
 
+def _rounded(values: Tensor) -> list[float]:
+    return [round(v, 4) for v in values.tolist()]
+
+
 @torch.no_grad()
 def latent_std(vae: VideoAutoencoder, job: Job) -> Tensor:
     """Standard deviation of posterior samples by channel, over training clips."""
     pool = combinations(test=False)
-    n = 8 if job.smoke else 256
+    n = 4 if job.smoke else 256
     clips, _ = draw_clips([pool[i * 7919 % len(pool)] for i in range(n)], 3, job.device, job.sizes.size)
     moments = [vae.encode(part) for part in clips.video.split(16)]
     mean, logvar = (torch.cat(m).transpose(1, 2).transpose(0, 1).flatten(1) for m in zip(*moments, strict=True))
@@ -215,24 +234,23 @@ class Latents:
 @torch.no_grad()
 def encode_clips(job: Job, n: int, seed: int) -> Latents:
     """Draws and encodes training clips, every combination about equally often."""
-    vae = load_network(job.t2v, "vae", job.device, job.dtype)
-    painter, table = Painter(job.device, job.sizes.size), attribute_table(False, job.device)
+    encode = fast.FastVAE(load_network(job.t2v, "vae", job.device, job.dtype)).encode
+    painter, table = Painter(job.device, job.sizes.size), torch.tensor(job.combinations, device=job.device)
     generator = torch.Generator().manual_seed(seed)
     which = torch.arange(n) % table.shape[0]
     u = torch.rand(n, UNIFORMS, generator=generator)
     means, stds = [], []
     for rows, some in zip(which.split(64), u.split(64), strict=True):
         drawn = painter(table[rows.to(job.device)], some.to(job.device))
-        mean, logvar = vae.encode(drawn.video.to(job.dtype))
-        means.append(mean.float())
-        stds.append((0.5 * logvar.float()).exp())
+        mean, logvar = encode(drawn.video.to(job.dtype).transpose(1, 2)).transpose(1, 2).float().chunk(2, dim=2)
+        means.append(mean)
+        stds.append((0.5 * logvar.clamp(-30, 20)).exp())
     return Latents(torch.cat(means), torch.cat(stds), which.to(job.device), u.to(job.device))
 
 
-def all_captions() -> list[str]:
-    """Every caption of every training combination, TEMPLATES in a row for each, and the empty text behind them."""
-    texts = [caption(a, t) for a in combinations(test=False) for t in range(TEMPLATES)]
-    return [*texts, UNCONDITIONAL]
+def all_captions(pool: Sequence[Attributes]) -> list[str]:
+    """Every caption of some combinations, TEMPLATES in a row for each, and the empty text behind them."""
+    return [*(caption(a, t) for a in pool for t in range(TEMPLATES)), UNCONDITIONAL]
 
 
 class Denoising:
@@ -243,7 +261,7 @@ class Denoising:
     ) -> None:
         self.job, self.model, self.llm, self.clip, self.latents = job, model, llm, clip, latents
         device = job.device
-        self.texts = TextTable.of(all_captions(), job.t2v, device)
+        self.texts = TextTable.of(all_captions(job.combinations), job.t2v, device)
         shape = (batch, *latents.mean.shape[1:])
         self.uniform = torch.empty(5, batch, device=device)
         self.normal = torch.empty(3, *shape, device=device)
@@ -269,7 +287,7 @@ class Denoising:
         mean, std = data.mean[index], data.std[index]
         clean = mean + std * eps
         rows = data.which[index] * TEMPLATES + (template * TEMPLATES).long().clamp(max=TEMPLATES - 1)
-        rows = torch.where(dropped < 0.12, self.texts.llm.shape[0] - 1, rows)
+        rows = rows + (dropped < 0.12).long() * (self.texts.llm.shape[0] - 1 - rows)
         context, visible = self.context(rows)
         sigma = training_levels(level)
         # bf16 inference rounds the timestep before it multiplies; half of the rows learn that, half the exact value.
@@ -292,15 +310,16 @@ class Denoising:
 
 def train_t2v(job: Job) -> None:
     log = job.log("t2v")
-    captions = all_captions()
+    captions = all_captions(job.combinations)
     words = export.write_sentencepiece(job.t2v, captions), export.write_wordpieces(job.t2v, captions)
-    latents = encode_clips(job, 64 if job.smoke else 49_152, job.seed)
+    latents = encode_clips(job, 16 if job.smoke else 49_152, job.seed)
     log("data", clips=latents.mean.shape[0], captions=len(captions), std=float(latents.mean.std()), vocabularies=words)
     llm, clip = make_text_encoders(job.sizes, *words)
     nets = nn.ModuleDict({"transformer": make_transformer(job.sizes), "llm": llm, "clip": clip}).to(job.device)
     optimized = Optimized(nets, job.dtype, rate=1e-3, ema=0.999)
     task = Denoising(job, nets["transformer"], llm, clip, latents, job.batch(256))  # type: ignore[arg-type]
-    job.run("t2v", optimized, fill=task.fill, loss=task.loss, log=log, warmup=200)
+    if not job.run("t2v", optimized, fill=task.fill, loss=task.loss, log=log, warmup=200):
+        return
 
     put_ema(nets.float(), optimized)
     named = {
@@ -318,11 +337,12 @@ def finish_t2v(job: Job, log: Log) -> None:
     player = Player.load(job.t2v, job.device, job.dtype)
     n, steps = (4, 2) if job.smoke else (192, STEPS)
     pool = combinations(test=False)
-    trained = [pool[i * 613 % len(pool)] for i in range(n)]
+    trained = [pool[i * 613 % len(pool)] for i in range(min(n, 96))]
+    texts = [caption(a, i % TEMPLATES) for i, a in enumerate(trained)]
     best, guidance = -1.0, GUIDANCES[0]
     for value in GUIDANCES[: 1 if job.smoke else None]:
-        texts = [caption(a, i % TEMPLATES) for i, a in enumerate(trained)]
-        rights = _rights(player, texts, trained, steps, value, job.sizes.size)
+        videos = player.videos(texts, 1, steps, value, job.sizes.size)
+        rights = accuracies(read_clips(videos), trained)
         log("trained prompts", guidance=value, scores=summary(rights))
         if rights["all"]["accuracy"] > best:
             best, guidance = rights["all"]["accuracy"], value
@@ -337,14 +357,6 @@ def finish_t2v(job: Job, log: Log) -> None:
     log("size", megabytes=export.folder_bytes(job.t2v) / 1e6)
 
 
-def _rights(
-    player: Player, texts: Sequence[str], asked: Sequence[tuple[int, int, int, int]], steps: int, guidance: float, size: int
-) -> dict[str, dict[str, float]]:
-    from .rules import accuracies, read_clips
-
-    return accuracies(read_clips(player.videos(texts, 1, steps, guidance, size)), asked)
-
-
 def _picture(path: Path, videos: Tensor) -> None:
     """Frames 0, 4, 8, 12 and 16 of videos, one video a row, two columns."""
     from PIL import Image
@@ -352,7 +364,7 @@ def _picture(path: Path, videos: Tensor) -> None:
     rows = [torch.cat([video[i] for i in (0, 4, 8, 12, 16)], dim=1) for video in videos]
     half = -(-len(rows) // 2)
     rows += [torch.zeros_like(rows[0])] * (2 * half - len(rows))
-    Image.fromarray(torch.cat([torch.cat(rows[:half]), torch.cat(rows[half:])], dim=1).numpy()).save(path)
+    Image.fromarray(torch.cat([torch.cat(rows[:half]), torch.cat(rows[half:])], dim=1).cpu().numpy()).save(path)
 
 
 # --- image-to-video -----------------------------------------------------------------------------------------------
@@ -360,14 +372,15 @@ def _picture(path: Path, videos: Tensor) -> None:
 
 def train_ti2v(job: Job) -> None:
     log = job.log("ti2v")
-    latents = encode_clips(job, 64 if job.smoke else 49_152, job.seed + 1)
+    latents = encode_clips(job, 16 if job.smoke else 49_152, job.seed + 1)
     log("data", clips=latents.mean.shape[0])
     base = load_network(job.t2v, "transformer", torch.device("cpu"), torch.float32)
     model = image_to_video_from(base, job.sizes).to(job.device)
     llm, clip = (load_network(job.t2v, name, job.device, job.dtype) for name in ("step_llm", "hunyuan_clip"))
     optimized = Optimized(model, job.dtype, rate=6e-4, ema=0.999)
     task = Denoising(job, model, llm, clip, latents, job.batch(256))
-    job.run("ti2v", optimized, fill=task.fill, loss=task.loss, log=log, warmup=200)
+    if not job.run("ti2v", optimized, fill=task.fill, loss=task.loss, log=log, warmup=200):
+        return
 
     put_ema(model.float(), optimized)
     root = job.out / "ti2v"
@@ -376,8 +389,9 @@ def train_ti2v(job: Job) -> None:
     export.write_index(root, "ti2v", values, shared="../t2v")
     player = Player.load(root, job.device, job.dtype)
     n, steps = (4, 2) if job.smoke else (128, STEPS)
-    for guidance in (1.5,) if job.smoke else (1.0, 1.5, 2.5):
-        score = image_score(player, n, 0, steps, guidance, job.sizes.size)
+    for guidance in (1.5,) if job.smoke else (1.5, 1.0, 2.5):
+        speeds = SPEED_SCORES if guidance == 1.5 else ()
+        score = image_score(player, n, 0, steps, guidance, job.sizes.size, speeds)
         log(
             "score", guidance=guidance, steps=steps, scores=summary(score["rules"]["all"]), speed=score["speed"],
             **{k: v for k, v in score.items() if k.startswith("frame0")},
@@ -386,16 +400,19 @@ def train_ti2v(job: Job) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m solostep.engine.demo.train", description=__doc__.split("\n")[0])
+    about = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m solostep.engine.demo.train", description=about)
     parser.add_argument("--out", type=Path, required=True, help="folder of the models, the log and the checkpoints")
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
     parser.add_argument("--minutes", type=float, help="wall clock of each stage (default: 8, 5 and 3.5)")
+    parser.add_argument("--stop-after", type=float, default=float("inf"), help="pause a stage after these minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes and a few steps")
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
-    torch.backends.cudnn.benchmark = True
+    # Its kernels for masked attention come and go with the library's version; the others are enough here.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     for stage in STAGES if args.stage == "all" else (args.stage,):
         torch.manual_seed(args.seed)
         job = Job(
@@ -407,6 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             smoke=args.smoke,
             started=time.monotonic(),
             minutes=args.minutes or MINUTES[stage],
+            stop_after=args.stop_after,
         )
         {"vae": train_vae, "t2v": train_t2v, "ti2v": train_ti2v}[stage](job)
 

@@ -5,10 +5,11 @@ Exit codes: 0 done, 2 wrong use (nothing was started), 1 failed (what was comput
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console(stderr=True)
+console = Console(stderr=True, emoji=False)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -52,6 +53,10 @@ def _guarded(command: _Command) -> _Command:
             say(console, "note", "Stopped. Finished steps are kept: the same command goes on from them.")
             raise typer.Exit(1) from None
         except BrokenPipeError:
+            raise typer.Exit(1) from None
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            say(console, "error", f"{where}{error.strerror or error}; check the place and its rights.")
             raise typer.Exit(1) from None
 
     return run  # type: ignore[return-value]
@@ -148,12 +153,16 @@ def generate(
         "num_frames": frames, "height": height, "width": width, "num_inference_steps": steps,
         "guidance_scale": guidance, "time_shift": time_shift, "motion_score": motion_score, "raw_prompt": raw_prompt,
     }  # fmt: skip
+    wanted = _wanted(asked, common, num_videos)
+    if output is not None and prompts is None:
+        for values in wanted:
+            _check_output(_numbered(output, values["behind"]), codec)
     from ..pipeline import StepVideoPipeline
 
     pipe = StepVideoPipeline.from_pretrained(
         model, precision, device, preset=preset, keep_loaded=keep_loaded, cache=not no_cache
     )
-    planned = _plan(pipe, asked, common, num_videos, output, prompts is not None, codec, overwrite)
+    planned = _plan(pipe, wanted, output, prompts is not None, codec, overwrite)
     write = {
         "codec": codec, "quality": quality, "fps": fps, "official_postprocess": official_postprocess,
         "metadata": not no_metadata,
@@ -170,45 +179,102 @@ def _check_writing(codec: str, quality: float | None) -> None:
         raise UsageError(f"--quality does not go with --codec {codec}, which loses nothing.")
 
 
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Puts the line of a file of prompts in front of what is wrong with it."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{where}{error}") from None
+
+
+def _wanted(asked: list[dict[str, Any]], common: dict[str, Any], num_videos: int) -> list[dict[str, Any]]:
+    """One entry a video, with everything checked that can be told before a model is found, or downloaded."""
+    from ..request import check_asked
+
+    wanted = []
+    for number, line in enumerate(asked, 1):
+        settings = common | {k: v for k, v in line.items() if k not in ("output", "where")}
+        for n in range(num_videos):
+            mine = dict(settings)
+            if n and isinstance(mine["seed"], int):
+                mine["seed"] += n
+            where = line.get("where", "")
+            with _named(where):
+                check_asked(**mine)
+            behind = f"-{n + 1}" if num_videos > 1 else ""
+            wanted.append(
+                {"settings": mine, "output": line.get("output"), "number": number, "behind": behind, "where": where}
+            )
+    return wanted
+
+
+def _numbered(path: Path, behind: str) -> Path:
+    return path.with_name(path.stem + behind + path.suffix) if behind and path.name else path
+
+
+def _check_output(path: Path, codec: str, size: tuple[int, int] | None = None) -> None:
+    from ..video import check_output
+
+    if path.is_dir() and codec != "png":
+        raise UsageError(f"--output {path} is a folder; give the name of a file.")
+    check_output(path, codec, size)
+
+
 def _plan(
     pipe: StepVideoPipeline,
-    asked: list[dict[str, Any]],
-    common: dict[str, Any],
-    num_videos: int,
+    wanted: list[dict[str, Any]],
     output: Path | None,
     in_folder: bool,
     codec: str,
     overwrite: bool,
 ) -> list[tuple[Request, Path, bool]]:
     """Every request with its output file, and whether it is already there; all checks before any work."""
-    suffix = {"png": ""}.get(codec, ".mp4")
-    folder = Path(".")
+    requests = []
+    for values in wanted:
+        with _named(values["where"]):
+            requests.append(pipe.request(**values["settings"]))
+    folder, made = Path("."), False
     if in_folder:
         folder = output or Path("videos")
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"--output {folder} is a file; with --prompts it is the folder for the videos.")
+        made = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"--output {folder} cannot be made ({error.strerror}); choose another folder.") from None
+    try:
+        return _placed(pipe, wanted, requests, output, folder if in_folder else None, codec, overwrite)
+    except SolostepError:
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _placed(
+    pipe: StepVideoPipeline,
+    wanted: list[dict[str, Any]],
+    requests: list[Request],
+    output: Path | None,
+    folder: Path | None,
+    codec: str,
+    overwrite: bool,
+) -> list[tuple[Request, Path, bool]]:
+    suffix = {"png": ""}.get(codec, ".mp4")
     planned = []
-    for number, values in enumerate(asked, 1):
-        settings = common | {k: v for k, v in values.items() if k not in ("prompt", "output")}
-        for n in range(num_videos):
-            mine = dict(settings)
-            if mine["seed"] is not None and n and isinstance(mine["seed"], int):
-                mine["seed"] += n
-            request = pipe.request(values["prompt"], **mine)
-            behind = f"-{n + 1}" if num_videos > 1 else ""
-            if values.get("output") is not None:
-                path = folder / str(values["output"])
-                path = path.with_name(path.stem + behind + path.suffix)
-            elif in_folder:
-                path = folder / f"{number:04d}-{slug(values['prompt'])}{behind}{suffix}"
-            elif output is not None:
-                path = output.with_name(output.stem + behind + output.suffix)
-            else:
-                path = _default_path(pipe, request, slug(values["prompt"]) + behind, suffix)
+    for values, request in zip(wanted, requests, strict=True):
+        stem, behind = slug(values["settings"]["prompt"]), values["behind"]
+        if folder is not None and values["output"] is not None:
+            path = _numbered(folder / values["output"], behind)
+        elif folder is not None:
+            path = folder / f"{values['number']:04d}-{stem}{behind}{suffix}"
+        elif output is not None:
+            path = _numbered(output, behind)
+        else:
+            path = _default_path(pipe, request, stem + behind, suffix)
+        with _named(values["where"]):
             planned.append(_place(pipe, request, path, codec, overwrite))
     doubled = [p for _, p, _ in planned if sum(p == other for _, other, _ in planned) > 1]
     if doubled:
@@ -225,12 +291,13 @@ def _with_path(request: Request, path: Path) -> Request:
 def _default_path(pipe: StepVideoPipeline, request: Request, stem: str, suffix: str) -> Path:
     """A new name from the prompt, or the one of an unfinished run of the same request."""
 
+    from ..latents import holds_finished
+
     def usable(path: Path) -> bool:
         try:
-            pipe.is_finished(_with_path(request, path))
+            return pipe.is_finished(_with_path(request, path)) or not holds_finished(latents_beside(path))
         except UsageError:  # the latents beside it belong to another, unfinished run
             return False
-        return True
 
     return free_name(Path("."), stem, suffix, usable)
 
@@ -238,11 +305,9 @@ def _default_path(pipe: StepVideoPipeline, request: Request, stem: str, suffix: 
 def _place(
     pipe: StepVideoPipeline, request: Request, path: Path, codec: str, overwrite: bool
 ) -> tuple[Request, Path, bool]:
-    from ..video import check_output
+    from ..latents import holds_finished
 
-    if path.exists() and path.is_dir() and codec != "png":
-        raise UsageError(f"--output {path} is a folder; give the name of a file.")
-    check_output(path, codec, (request.settings.width, request.settings.height))
+    _check_output(path, codec, (request.settings.width, request.settings.height))
     request = _with_path(request, path)
     finished = pipe.is_finished(request)
     if path.exists() and not overwrite:
@@ -251,6 +316,12 @@ def _place(
                 f"{path} is already there and of another generation; add --overwrite or choose another -o."
             )
         return request, path, True
+    latents = latents_beside(path)
+    if not finished and not overwrite and holds_finished(latents):
+        raise UsageError(
+            f"{latents} holds the finished latents of another generation; make its video with "
+            f"`solostep decode {latents}`, add --overwrite, or choose another -o."
+        )
     if overwrite and finished and request.latents_path is not None:
         request.latents_path.unlink()
     return request, path, False
@@ -272,14 +343,19 @@ def _run(
             _print_result(path, None, as_json)
     todo = [(request, path) for request, path, there in planned if not there]
 
-    def open_sink(i: int, request: Request, record: dict[str, Any]) -> VideoWriter:
-        settings = request.settings
+    def writer(i: int, metadata: dict[str, Any]) -> VideoWriter:
+        request, path = todo[i]
         return VideoWriter(
-            todo[i][1], settings.width, settings.height, fps=write["fps"], codec=write["codec"],
-            quality=write["quality"], metadata=video_metadata(record) if write["metadata"] else None,
+            path, request.settings.width, request.settings.height, fps=write["fps"], codec=write["codec"],
+            quality=write["quality"], metadata=metadata if write["metadata"] else None,
             official_postprocess=write["official_postprocess"],
         )  # fmt: skip
 
+    def open_sink(i: int, request: Request, record: dict[str, Any]) -> VideoWriter:
+        return writer(i, video_metadata(record))
+
+    for i, (request, _) in enumerate(todo):  # what a writer refuses is refused before the work, too long prompts too
+        writer(i, {**request.asked, "room for settings and versions": " " * 2000})
     if not todo:
         return
     with ConsoleProgress(console) as progress:
@@ -322,14 +398,16 @@ def decode(
     from ..latents import SUFFIX, read_latents
     from ..pipeline import StepVideoPipeline
     from ..request import video_metadata
-    from ..video import VideoWriter, check_output
+    from ..video import VideoWriter
 
     saved = read_latents(latents)
+    if not {"settings", "model", "precision"} <= set(saved.info):
+        raise UsageError(f"{latents} lacks the settings that it was made with; give a file that solostep wrote.")
     _check_writing(codec, quality)
     if output is None:
         output = latents.with_name(latents.name.removesuffix(SUFFIX) + ("" if codec == "png" else ".mp4"))
     settings = saved.info["settings"]
-    check_output(output, codec, (settings["width"], settings["height"]))
+    _check_output(output, codec, (settings["width"], settings["height"]))
     if output.exists() and not overwrite:
         raise UsageError(f"{output} is already there; add --overwrite or choose another -o.")
     pipe = StepVideoPipeline.from_pretrained(model or saved.info["model"], precision or saved.info["precision"], device)
@@ -357,16 +435,16 @@ def info(
     from ..checkpoint import describe
 
     if model is None:
-        from ..demo import demo_model
+        from ..hub import default_model
 
-        model = str(demo_model())
+        model = str(default_model())
     found = describe(model)
     if as_json:
         print(json.dumps(found, ensure_ascii=False, indent=2))
     else:
         from .tables import info_table
 
-        info_table(Console(), found)
+        info_table(Console(emoji=False), found)
     if found["problems"]:
         raise typer.Exit(1)
 
@@ -390,7 +468,7 @@ def verify(
     else:
         from .tables import verify_table
 
-        verify_table(Console(), results)
+        verify_table(Console(emoji=False), results)
     if any(not r.passed for r in results):
         raise typer.Exit(1)
 

@@ -43,7 +43,8 @@ def free_name(folder: Path, stem: str, suffix: str, usable: Callable[[Path], boo
 def read_prompts(path: Path) -> list[dict[str, Any]]:
     """Requests from a file: a prompt a line, or a JSON object a line (keys: :data:`PROMPT_KEYS`).
 
-    Empty lines are passed over. An image path is taken relative to the file's folder.
+    Each also gets ``where``, the file and line to name when something is wrong with it. Empty lines are passed over.
+    An image path is taken relative to the file's folder.
 
     Raises:
         UsageError: the file is missing, not UTF-8, empty, or a line is wrong; the line is named.
@@ -51,7 +52,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
-        raise UsageError(f"--prompts {path} cannot be read ({error.strerror}).") from None
+        raise UsageError(f"--prompts {path} cannot be read ({error.strerror}); give another file.") from None
     except UnicodeDecodeError:
         raise UsageError(f"--prompts {path} is not UTF-8 text; save it as UTF-8.") from None
     requests = []
@@ -62,8 +63,8 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         if line.lstrip().startswith("{"):
             request = _json_line(path, number, line)
         if request.get("image") is not None:
-            request["image"] = str(path.parent / str(request["image"]))
-        requests.append(request)
+            request["image"] = str(path.parent / request["image"])
+        requests.append(request | {"where": f"--prompts {path}, line {number}: "})
     if not requests:
         raise UsageError(f"--prompts {path} holds no prompt; write one a line.")
     return requests
@@ -72,13 +73,24 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 def _json_line(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         request = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"--prompts {path}, line {number} begins with {{ but is not JSON ({error}).") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"--prompts {path}, line {number} begins with {{ but is not JSON ({error}); correct it."
+        ) from None
     unknown = sorted(set(request) - set(PROMPT_KEYS))
     if unknown:
         raise UsageError(
             f"--prompts {path}, line {number}: unknown key {unknown[0]!r}; known are {', '.join(PROMPT_KEYS)}."
         )
     if not isinstance(request.get("prompt"), str):
-        raise UsageError(f"--prompts {path}, line {number}: the key prompt is missing or is not text.")
+        raise UsageError(f"--prompts {path}, line {number}: the key prompt is missing or is not text; add it.")
+    kinds: dict[str, tuple[type, str]] = {
+        "output": (str, "the name of a file"),
+        "image": (str, "the name of a file"),
+        "raw_prompt": (bool, "true or false"),
+    }
+    for key, (kind, meant) in kinds.items():
+        value = request.get(key)
+        if value is not None and (not isinstance(value, kind) or value == ""):
+            raise UsageError(f"--prompts {path}, line {number}: {key} has to be {meant}, not {value!r}.")
     return request

@@ -26,13 +26,15 @@ def verify_table(console: Console, results: Sequence[Result]) -> None:
         verdict = "[green]ok[/green]" if r.passed else "[bold red]OVER[/bold red]"
         if r.error:
             verdict = "[bold red]FAILED[/bold red]"
-        table.add_row(r.case, r.tensor, r.dtype, f"{r.max_abs:.1e}", f"{r.rel_l2:.1e}", r.limit, verdict)
+        table.add_row(
+            escape(r.case), escape(r.tensor), r.dtype, f"{r.max_abs:.1e}", f"{r.rel_l2:.1e}", r.limit, verdict
+        )
     if not console.is_terminal:
         console.width = 160  # a file has no width; cut names help nobody
     console.print(table)
     for r in results:
         if r.error:
-            console.print(f"{r.case} ({r.dtype}): {escape(r.error)}", soft_wrap=True, highlight=False)
+            console.print(f"{escape(r.case)} ({r.dtype}): {escape(r.error)}", soft_wrap=True, highlight=False)
     failed = sum(not r.passed for r in results)
     cases = len({r.case for r in results})
     outcome = "all within their limits" if not failed else f"{failed} NOT within their limits"
@@ -41,7 +43,7 @@ def verify_table(console: Console, results: Sequence[Result]) -> None:
 
 def info_table(console: Console, found: Mapping[str, Any]) -> None:
     """What a model folder holds."""
-    console.print(f"{found['root']}", soft_wrap=True, highlight=False)
+    console.print(escape(str(found["root"])), soft_wrap=True, highlight=False)
     if found.get("preset"):
         p = found["preset"]
         console.print(

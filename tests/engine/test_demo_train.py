@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from solostep.engine.checkpoint import COMPONENTS, load, open_component, open_model
+from solostep.engine.checkpoint import load, open_component, open_model
 from solostep.engine.config import Preset
 from solostep.engine.demo import fast, train
 from solostep.engine.demo.captions import (
@@ -26,7 +27,7 @@ from solostep.engine.demo.captions import (
 )
 from solostep.engine.demo.data import UNIFORMS, Painter, draw_clips, motion_score, pick, psnr, to_frames
 from solostep.engine.demo.evaluate import load_network
-from solostep.engine.demo.loop import learning_rate
+from solostep.engine.demo.loop import Log, Optimized, Run, learning_rate
 from solostep.engine.demo.nets import (
     SMOKE,
     Sizes,
@@ -113,7 +114,7 @@ def test_pick_covers_the_table():
 
 
 def test_rules_are_right_on_drawn_clips():
-    attributes = combinations(test=True)[::9] + combinations(test=False)[::37]
+    attributes = combinations(test=True)[::20] + combinations(test=False)[::70]
     clips, _ = draw_clips(attributes, seed=0)
     table = accuracies(read_clips(to_frames(clips.video)), attributes)
     assert all(row["accuracy"] >= 0.99 for row in table.values()), table
@@ -147,7 +148,7 @@ def test_psnr():
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[int, int]]:
     root = tmp_path_factory.mktemp("tokenizers")
-    captions = train.all_captions()[::7]
+    captions = train.all_captions(combinations(test=False))[::7]
     return root, (train.export.write_sentencepiece(root, captions), train.export.write_wordpieces(root, captions))
 
 
@@ -221,17 +222,14 @@ def test_fast_vae_equals_the_engine_s():
     for name, parameter in vae.named_parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.3)
-    video = torch.rand(2, 3, 17, 16, 32) * 2 - 1
-    quick = fast.FastVAE(vae)
-    nets = (quick.encode, quick.decode)
-    with torch.no_grad():
-        torch.testing.assert_close(quick.encode(video), vae.encoder(video), atol=2e-5, rtol=1e-4)
-        latents = torch.randn(2, SMOKE.z_channels, 3, 1, 2)
-        torch.testing.assert_close(quick.decode(latents), vae.decoder(latents), atol=2e-5, rtol=1e-4)
-    ours, theirs = (
-        torch.cat([g.flatten() for g in fast.gradients(n, vae, video)]) for n in (nets, (vae.encoder, vae.decoder))
-    )
-    assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
+    video = torch.rand(2, 3, 17, 16, 16) * 2 - 1
+    fast.check(vae, fast.norm_silu_reference, video, limit=2e-3)  # gradients of 16x16 frames are badly conditioned
+
+    def wrong(*args: Any) -> torch.Tensor:
+        return fast.norm_silu_reference(*args) * 1.05
+
+    with pytest.raises(ArithmeticError):
+        fast.check(vae, wrong, video)
 
 
 def test_latent_scale_folds_exactly():
@@ -258,6 +256,49 @@ def test_noise_levels_and_schedule():
     assert learning_rate(1.0, 1000) == 0.02 and learning_rate(0.0, 0) == 0.01
 
 
+def test_training_goes_on_from_its_checkpoint(tmp_path: Path):
+    """A stage that was stopped has its weights, moments and time back; steps then follow a lower learning rate."""
+    torch.manual_seed(0)
+
+    def make(seconds: float) -> Run:
+        layer = torch.nn.Linear(4, 1)
+        optimized = Optimized(layer, torch.float32, rate=0.1, ema=0.9)
+        data = torch.randn(8, 4)
+        loss = lambda: ((layer(data) - data.sum(1, keepdim=True)).square().mean(), {})  # noqa: E731
+        return Run(
+            optimized, lambda: None, loss, Log(tmp_path / "log.jsonl", "test"), time.monotonic() + seconds,
+            tmp_path / "state.pt", max_steps=50, warmup=1,
+        )  # fmt: skip
+
+    first = make(60.0)
+    first.train()
+    first._save(30.0)
+    again = make(60.0)
+    again.max_steps = 50  # nothing is left to do: the counter goes on at 50
+    again.train()
+    assert again.optimized.steps == 50 and 29 < 60 - (again.deadline - time.monotonic()) < 35
+    assert all(torch.equal(a, b) for a, b in zip(first.optimized.state(), again.optimized.state(), strict=True))
+    assert torch.equal(again.optimized.params[0], again.optimized.masters[0])
+
+
+def test_a_broken_loss_goes_back(tmp_path: Path):
+    """After a loss that is not a number, weights are those of the last good state."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 1)
+    calls = [0]
+
+    def loss() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        calls[0] += 1
+        value = layer(torch.ones(2, 4)).square().mean()
+        return value * (float("nan") if calls[0] > 5 else 1.0), {}
+
+    optimized = Optimized(layer, torch.float32, rate=0.1, ema=0.9)
+    run = Run(optimized, lambda: None, loss, Log(tmp_path / "log.jsonl", "test"), time.monotonic() + 60, tmp_path / "s")
+    run.max_steps = 9
+    run.train()
+    assert all(torch.isfinite(t).all() for t in [*optimized.masters, *optimized.ema, *optimized.params])
+
+
 def test_sizes_of_the_demo_fit():
     """bf16 bytes of the full size: each file under 16 MB, text-to-video under 24 MB, both under 40 MB."""
     from solostep.engine.demo.nets import count
@@ -278,7 +319,8 @@ def test_smoke_makes_a_whole_model(tmp_path: Path):
     train.main(["--out", str(tmp_path), "--smoke", "--device", "cpu"])
     folder = open_model(tmp_path / "t2v")
     assert not folder.is_image_to_video
-    assert folder.preset == Preset(**json.loads((tmp_path / "t2v" / "model_index.json").read_text())["solostep"]["defaults"])
+    index = json.loads((tmp_path / "t2v" / "model_index.json").read_text(encoding="utf-8"))
+    assert folder.preset == Preset(**index["solostep"]["defaults"])
     for component in folder.components.values():
         assert component.dtypes == ["BF16"]
         load(component, "cpu", torch.float32)
@@ -292,10 +334,6 @@ def test_smoke_makes_a_whole_model(tmp_path: Path):
     assert second.config["use_additional_conditions"] is True
     assert sorted(p.name for p in (tmp_path / "ti2v").iterdir()) == ["model_index.json", "scheduler", "transformer"]
     load_network(tmp_path / "ti2v", "vae", torch.device("cpu"), torch.float32)
-    # With the shared networks beside it, the folder is a whole image-to-video model.
-    for name in COMPONENTS:
-        if not (tmp_path / "ti2v" / name).exists():
-            shutil.copytree(tmp_path / "t2v" / name, tmp_path / "ti2v" / name)
     assert open_model(tmp_path / "ti2v").is_image_to_video
 
     events = [json.loads(line) for line in (tmp_path / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
