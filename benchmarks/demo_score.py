@@ -48,7 +48,7 @@ def score_text_to_video(pipe: StepVideoPipeline, n: int, seed: int, say: Say) ->
     prompts = held_out_prompts(n)
     videos = []
     for i, prompt in enumerate(prompts):
-        videos.append(torch.from_numpy(pipe(prompt.text, seed=seed + i, output_type="np")))
+        videos.append(torch.from_numpy(pipe(prompt.text, seed=seed + i, output_type="np", progress=False)))
         if i % 16 == 15:
             say(f"{i + 1} of {n} videos")
     return grouped(read_clips(videos), prompts)
@@ -87,7 +87,7 @@ def score_image_to_video(pipe: StepVideoPipeline, n: int, seed: int, say: Say) -
 
 
 def _image_video(pipe: StepVideoPipeline, text: str, image: Tensor, score: float, seed: int) -> Tensor:
-    frames = pipe(text, image=image, motion_score=score, seed=seed, output_type="np")
+    frames = pipe(text, image=image, motion_score=score, seed=seed, output_type="np", progress=False)
     return torch.from_numpy(frames)
 
 

@@ -190,6 +190,12 @@ def open_model(model: str | Path, preset: str | None = None) -> ModelFolder:
     """
     check_preset(preset)
     root, source = resolve_model(model)
+    _check_folders(root, source)
+    return _together(root, source, {name: open_component(root, name) for name in COMPONENTS}, preset)
+
+
+def _check_folders(root: Path, source: str) -> None:
+    """What can be missing as a whole."""
     if not (root / "transformer").is_dir() and not (root / "model_index.json").exists():
         raise CheckpointError(
             f"{root} is not a Step-Video model: it has no model_index.json and no transformer folder; "
@@ -206,7 +212,10 @@ def open_model(model: str | Path, preset: str | None = None) -> ModelFolder:
             raise CheckpointError(
                 f"The tokenizer file {file} is missing; download it, for example with `{by_hand(source, root)}`."
             )
-    components = {name: open_component(root, name) for name in COMPONENTS}
+
+
+def _together(root: Path, source: str, components: Mapping[str, Component], preset: str | None) -> ModelFolder:
+    """Four checked networks as one model, if they belong together."""
     section = _own_section(root)
     chosen = _preset(root, source, components["transformer"], section, preset)
     folder = ModelFolder(root, source, chosen, components, str(section.get("note", "")))
@@ -244,7 +253,9 @@ def _preset(root: Path, source: str, transformer: Component, own: Mapping[str, A
     """
     if name is None:
         index = read_json(root / "model_index.json") if (root / "model_index.json").exists() else {}
-        names = (source, root.name, index.get("_name_or_path", ""), transformer.config.get("_name_or_path", ""))
+        # Not the folders above it, but for the hub's cache, whose folders are named by hashes below models--NAME.
+        names = [Path(source).name, *(part for part in root.parts if part.startswith("models--"))]
+        names += [index.get("_name_or_path", ""), transformer.config.get("_name_or_path", "")]
         name = "turbo" if any("turbo" in str(n).lower() for n in names) else "t2v"
         name = "ti2v" if transformer.config.get("use_additional_conditions") else own.get("preset", name)
         if not isinstance(name, str) or name not in PRESETS:
@@ -302,11 +313,11 @@ def _check_tokenizers(folder: ModelFolder) -> None:
 def describe(model: str | Path) -> dict[str, Any]:
     """What a model folder holds, and every problem found: for `solostep info`. Raises only if there is no folder."""
     root, source = resolve_model(model)
-    components, problems = [], []
+    components, problems, whole = [], [], {}
     for name in COMPONENTS:
         entry: dict[str, Any] = {"name": name, "problem": None}
         try:
-            c = open_component(root, name)
+            c = whole[name] = open_component(root, name)
             entry |= {"parameters": c.parameters, "stored_bytes": c.stored_bytes, "dtypes": c.dtypes,
                       "files": len(c.files), "fingerprint": c.fingerprint, "ignored": list(c.ignored)}  # fmt: skip
         except CheckpointError as error:
@@ -316,8 +327,10 @@ def describe(model: str | Path) -> dict[str, Any]:
         components.append(entry)
     found = {"root": str(root), "source": source, "preset": None, "note": "", "components": components}
     try:
-        folder = open_model(root)
-        found |= {"preset": asdict(folder.preset), "note": folder.note}
+        _check_folders(root, source)
+        if len(whole) == len(COMPONENTS):
+            folder = _together(root, source, whole, None)
+            found |= {"preset": asdict(folder.preset), "note": folder.note}
     except CheckpointError as error:
         if str(error) not in problems:
             problems.append(str(error))

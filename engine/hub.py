@@ -6,8 +6,7 @@ import contextlib
 import re
 from pathlib import Path
 
-from .config import cache_dir
-from .errors import CheckpointError, OutputError, UsageError, first_line
+from .errors import CheckpointError, UsageError, first_line
 
 HUB_IDS = {
     "t2v": "stepfun-ai/stepvideo-t2v",
@@ -30,7 +29,9 @@ def by_hand(model: str, folder: Path | str = "DIR") -> str:
     """How to download a model without this program; what is no id is taken for the release that it looks like."""
     known = HUB_IDS.get(model, model)
     if not _is_id(known):
-        known = HUB_IDS[_looks_like(f"{model} {Path(folder).name}", Path(folder) / "transformer" / "config.json")]
+        known = HUB_IDS[
+            _looks_like(f"{Path(model).name} {Path(folder).name}", Path(folder) / "transformer" / "config.json")
+        ]
     patterns = " ".join(f"--include '{p}'" for p in HUB_FILES)
     return f"hf download {known} --local-dir {folder} {patterns}"
 
@@ -45,23 +46,6 @@ def _looks_like(name: str, config: Path) -> str:
         if re.search(r'"use_additional_conditions"\s*:\s*true', config.read_text(encoding="utf-8")):
             return "ti2v"
     return next((known for known in ("turbo", "ti2v") if known in name.lower()), "t2v")
-
-
-def default_model() -> Path:
-    """The embedded demo model, which is built in the cache folder on first use.
-
-    Raises:
-        OutputError: the cache folder cannot be written.
-    """
-    from .demo import demo_model
-
-    try:
-        return demo_model()
-    except OSError as error:
-        raise OutputError(
-            f"The demo model cannot be built in {cache_dir()} ({error.strerror or error}); "
-            "set SOLOSTEP_CACHE to a folder that can be written, or give --model."
-        ) from error
 
 
 def resolve_model(model: str | Path) -> tuple[Path, str]:

@@ -23,7 +23,6 @@ from . import latents as storage
 from .checkpoint import ModelFolder, load, open_model
 from .config import GenerationSettings, cache_dir
 from .errors import OutputError, SolostepError, UsageError
-from .hub import default_model
 from .latents import SavedLatents
 from .models.vae import decode_chunks
 from .progress import ConsoleProgress, Progress
@@ -103,7 +102,10 @@ class StepVideoPipeline:
         """
         pick_dtype(precision)
         pick_device(device)
-        model = default_model() if model is None else model
+        if model is None:
+            from .demo import demo_model
+
+            model = demo_model()
         return cls(open_model(model, preset), precision, device, keep_loaded, cache)
 
     # --- asking for a video ---------------------------------------------------------------------------------------

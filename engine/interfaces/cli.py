@@ -67,7 +67,7 @@ Model = Annotated[
     typer.Option(
         "--model", "-m",
         help="A model folder, a Hugging Face id (stepfun-ai/stepvideo-t2v), or t2v, turbo, ti2v. "
-        "Default: a tiny embedded demo model.",
+        "Default: the small embedded demo model (moving shapes), which also takes --image.",
     ),
 ]  # fmt: skip
 Output = Annotated[
@@ -157,8 +157,11 @@ def generate(
     if output is not None and prompts is None:
         for values in wanted:
             _check_output(_numbered(output, values["behind"]), codec)
+    from ..demo import demo_model
     from ..pipeline import StepVideoPipeline
 
+    if model is None:
+        model = str(demo_model(image_to_video=any(values["settings"]["image"] is not None for values in wanted)))
     pipe = StepVideoPipeline.from_pretrained(
         model, precision, device, preset=preset, keep_loaded=keep_loaded, cache=not no_cache
     )
@@ -167,7 +170,7 @@ def generate(
         "codec": codec, "quality": quality, "fps": fps, "official_postprocess": official_postprocess,
         "metadata": not no_metadata,
     }  # fmt: skip
-    _run(pipe, planned, write, as_json)
+    _run(pipe, planned, write, overwrite, as_json)
 
 
 def _check_writing(codec: str, quality: float | None) -> None:
@@ -290,7 +293,6 @@ def _with_path(request: Request, path: Path) -> Request:
 
 def _default_path(pipe: StepVideoPipeline, request: Request, stem: str, suffix: str) -> Path:
     """A new name from the prompt, or the one of an unfinished run of the same request."""
-
     from ..latents import holds_finished
 
     def usable(path: Path) -> bool:
@@ -322,13 +324,15 @@ def _place(
             f"{latents} holds the finished latents of another generation; make its video with "
             f"`solostep decode {latents}`, add --overwrite, or choose another -o."
         )
-    if overwrite and finished and request.latents_path is not None:
-        request.latents_path.unlink()
     return request, path, False
 
 
 def _run(
-    pipe: StepVideoPipeline, planned: list[tuple[Request, Path, bool]], write: dict[str, Any], as_json: bool
+    pipe: StepVideoPipeline,
+    planned: list[tuple[Request, Path, bool]],
+    write: dict[str, Any],
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     from ..request import video_metadata
     from ..video import VideoWriter
@@ -358,6 +362,9 @@ def _run(
         writer(i, {**request.asked, "room for settings and versions": " " * 2000})
     if not todo:
         return
+    for request, _ in todo:
+        if overwrite and request.latents_path is not None and pipe.is_finished(request):
+            request.latents_path.unlink()  # else it would only be decoded anew
     with ConsoleProgress(console) as progress:
         results = pipe.generate([request for request, _ in todo], open_sink, progress=progress)
         for i, (_, path) in enumerate(todo):
@@ -435,9 +442,9 @@ def info(
     from ..checkpoint import describe
 
     if model is None:
-        from ..hub import default_model
+        from ..demo import demo_model
 
-        model = str(default_model())
+        model = str(demo_model())
     found = describe(model)
     if as_json:
         print(json.dumps(found, ensure_ascii=False, indent=2))

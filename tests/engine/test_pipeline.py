@@ -415,15 +415,3 @@ def test_an_embedding_does_not_depend_on_its_company(pipe: StepVideoPipeline) ->
 def test_long_prompts_are_cut_and_said(pipe: StepVideoPipeline, caplog: pytest.LogCaptureFixture) -> None:
     latents_of(pipe, "a red panda walks. " * 100, num_inference_steps=1)
     assert "its end is cut off" in caplog.text
-
-
-def test_demo_model_is_built_once_and_alike(cache: Path, tmp_path: Path) -> None:
-    from solostep.engine.demo import noise_model
-
-    first = noise_model.noise_model()
-    assert noise_model.noise_model() == first
-    noise_model.build(tmp_path / "again")
-    files = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
-    assert len(files) >= 12
-    for name in files:
-        assert (tmp_path / "again" / name).read_bytes() == (first / name).read_bytes(), name
