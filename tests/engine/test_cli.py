@@ -241,10 +241,12 @@ def test_what_is_rounded_or_unusual_is_said(tmp_path: Path, solostep: Run) -> No
 
 
 def test_several_videos_of_a_prompt(solostep: Run) -> None:
-    several = solostep("generate", "a cat", "-m", T2V, "--num-videos", 2, "--seed", 5, "-o", "out.mp4", *SMALL)
+    options = [*SMALL, "--frames", 18]
+    several = solostep("generate", "a cat", "-m", T2V, "--num-videos", 2, "--seed", 5, "-o", "out.mp4", *options)
     assert several.lines == ["out-1.mp4", "out-2.mp4"]
     assert several.loaded.count("transformer") == 1
     assert "[2/2] denoise: 2/2" in several.err
+    assert [note for note in several.notes if "rounded" in note] == several.notes[:1], "said once"
     kept = [read_metadata(name) for name in several.lines]
     assert [k and k["seed"] for k in kept] == [5, 6]
     solostep("generate", "a cat", "-m", T2V, "--seed", 6, "-o", "alone.mp4", *SMALL)
