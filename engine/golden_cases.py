@@ -7,6 +7,7 @@ own distance from fp32 (with a floor), because two correct bf16 programs differ 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -54,7 +55,7 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: a difference that is not a number is null."""
-        return {k: None if v in (float("inf"), float("nan")) else v for k, v in asdict(self).items()}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -78,6 +79,10 @@ def fast() -> Iterator[None]:
 def names(folder: Path | str = ".") -> list[str]:
     """Every file below a folder, hidden ones too."""
     return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
+
+
+def fps_of(path: str) -> float:
+    return next(imageio_ffmpeg.read_frames(path))["fps"]
 
 
 @dataclass
@@ -177,7 +182,9 @@ RECORD = {
 def test_the_record(solostep: Run) -> None:
     prompt = "[bold]a :cat:[/bold] \\ 'x' \"y\"\t一只猫"  # reaches the file as it is
     command = ["generate", prompt, "-m", T2V, "-o", "out.mp4", "--seed", 7, "--negative", "dogs", "--json", *SMALL]
+    command += ["--fps", 10]
     record = solostep(*command).record
+    assert fps_of("out.mp4") == 10
     assert set(record) == RECORD
     assert (record["prompt"], record["negative_prompt"], record["seed"]) == (prompt, "dogs", 7)
     assert (record["model"], record["preset"], record["precision"]) == (str(T2V), "t2v", "fp32")
@@ -431,7 +438,7 @@ def test_decode(solostep: Run) -> None:
     done = solostep("decode", "out.latents.safetensors")
     assert (done.out, done.loaded, done.notes) == ("out.mp4\n", ["vae"], [])
     assert Path("out.mp4").read_bytes() == made
-    done = solostep("decode", "out.latents.safetensors", "-o", "pictures", "--codec", "png", "--fps", 10, "--json")
+    done = solostep("decode", "out.latents.safetensors", "-o", "pictures", "--codec", "png", "--json")
     assert set(done.record) == RECORD
     assert (done.record["output"], done.record["prompt"], done.record["seed"]) == ("pictures", "a cat", 1)
     pictures = read_frames("pictures")
@@ -441,7 +448,8 @@ def test_decode(solostep: Run) -> None:
     saved = read_latents(Path("out.latents.safetensors"))
     saved.step = 1
     save_latents(Path("half.latents.safetensors"), saved)
-    half = solostep("decode", "half.latents.safetensors", "--json")
+    half = solostep("decode", "half.latents.safetensors", "--fps", 12, "--json")
+    assert (fps_of("out.mp4"), fps_of("half.mp4")) == (25, 12)
     assert (half.record["steps_done"], half.record["output"]) == (1, "half.mp4")
     assert any("step 1 of 2" in note and "noisy" in note for note in half.notes)
     assert len(read_frames("half.mp4")) == 17
@@ -513,13 +521,13 @@ def cases(work: Path) -> Path:
     return folder
 
 
-def rewrite(path: Path, tensor: str | None = None, **metadata: str) -> None:
+def rewrite(path: Path, tensor: str | None = None, added: float = 1, **metadata: str) -> None:
     """Changes one number of a golden case, or its metadata."""
     with safe_open(path, framework="pt") as file:
         described = file.metadata() | metadata
     tensors = load_file(path)
     if tensor is not None:
-        tensors[tensor].view(-1)[-1] += 1
+        tensors[tensor].view(-1)[-1] += added
     save_file(tensors, path, metadata=described)
 
 
@@ -547,6 +555,9 @@ def test_verify_finds_one_wrong_number(cases: Path, solostep: Run) -> None:
     results = solostep("verify", cases, "--dtype", "fp32", "--json", code=1).record
     assert {r["case"] for r in results if not r["passed"]} == {"feed_forward"}
     assert len({r["case"] for r in results}) == 3
+    rewrite(cases / "feed_forward.safetensors", "outputs.out", float("nan"))
+    results = solostep("verify", cases, "--dtype", "fp32", "--json", code=1).record
+    assert [(r["case"], r["max_abs"]) for r in results if not r["passed"]] == [("feed_forward", None)]
 
 
 def test_verify_reports_what_it_cannot_run(cases: Path, solostep: Run) -> None:
