@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
-"""safetensors names of the types that can be read."""
-_TYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+FLOAT_TYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""safetensors names of the types that can be read, and their bytes."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         )
     expected = 0
     for start, stop, name in places:  # one behind the other, without gaps, as safetensors asks for
-        needed = _TYPE_BYTES.get(tensors[name].dtype)
+        needed = FLOAT_TYPES.get(tensors[name].dtype)
         fits = needed is None or stop - start == needed * _product(tensors[name].shape)
         if start != expected or not fits:
             raise CheckpointError(f"{path}: its header contradicts itself at tensor {name}; download it again.")
