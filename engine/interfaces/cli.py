@@ -6,12 +6,11 @@ Exit codes: 0 done, 2 wrong use (nothing was started), 1 failed (what was comput
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,7 +18,7 @@ from rich.console import Console
 from ..config import FPS, PRECISIONS
 from ..errors import SolostepError, UsageError
 from ..progress import ConsoleProgress
-from .console import say, set_up
+from .console import console, guarded, say
 from .outputs import free_name, latents_beside, read_prompts, slug
 
 if TYPE_CHECKING:
@@ -34,34 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console(stderr=True, emoji=False)
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-
-
-def _guarded(command: _Command) -> _Command:
-    """Turns errors into one sentence and an exit code."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        set_up(console)
-        try:
-            return command(*args, **kwargs)
-        except SolostepError as error:
-            say(console, "error", str(error))
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            say(console, "note", "Stopped. Finished steps are kept: the same command goes on from them.")
-            raise typer.Exit(1) from None
-        except BrokenPipeError:
-            raise typer.Exit(1) from None
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            say(console, "error", f"{where}{error.strerror or error}; check the place and its rights.")
-            raise typer.Exit(1) from None
-
-    return run  # type: ignore[return-value]
-
-
 Model = Annotated[
     str | None,
     typer.Option(
@@ -101,7 +72,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that
 
 
 @app.command()
-@_guarded
+@guarded
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the video shows. English or Chinese.")] = None,
     model: Model = None,
@@ -386,7 +357,7 @@ def _print_result(path: Path, record: dict[str, Any] | None, as_json: bool) -> N
 
 
 @app.command()
-@_guarded
+@guarded
 def decode(
     latents: Annotated[Path, typer.Argument(help="A file of latents, finished or not (unfinished ones look noisy).")],
     model: Model = None,
@@ -433,7 +404,7 @@ def decode(
 
 
 @app.command()
-@_guarded
+@guarded
 def info(
     model: Annotated[str | None, typer.Argument(help="A model folder or Hugging Face id. Default: the demo.")] = None,
     as_json: AsJson = False,
@@ -457,7 +428,7 @@ def info(
 
 
 @app.command()
-@_guarded
+@guarded
 def verify(
     folder: Annotated[Path, typer.Argument(help="A folder of golden cases (.safetensors with 'component' metadata).")],
     device: Device = None,
