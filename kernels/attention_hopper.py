@@ -1,0 +1,604 @@
+"""Self-attention for Hopper in Gluon: wgmma, TMA and warp specialization (sm_90).
+
+Three modes, one softmax each, fp32 accumulators:
+
+| mode | q k^T | P V | relative L2 error, N(0,1) |
+|---|---|---|---|
+| bf16 | bf16 | bf16 | 2.3e-3 |
+| int8 + bf16 | int8, a scale for each query and for 128 keys | bf16 | 1.2e-2 |
+| int8 + fp8 | the same | e4m3 P, e4m3 V with a scale a channel | 4.0e-2 |
+
+A program owns a tile of queries of one head: two or three consumer warpgroups of 64 queries each, and one producer warp
+that brings tiles of keys and values into a ring in shared memory. Heads are the slow axis of the grid, so that all
+multiprocessors walk over the keys of the same head together and find them in L2. The last, partly filled tile of keys
+comes first: the loop needs no mask then.
+
+With 16-bit V (two warpgroups, 240 registers) the product q k^T of one tile runs while the softmax of the tile before
+it and its product with V do. With 8-bit V (three warpgroups, 160 registers) a warpgroup overlaps nothing itself; three
+of them hide one another, and P never lies beside the next scores in registers.
+
+The running maximum may be *stale*: taken in the first 8 tiles and then in every `refresh`-th. With P in bf16 this costs
+no accuracy, as P only has to stay within the range of bf16; a row that grows by 2^100 within `refresh` tiles overflows,
+its sum is then not finite, and the program's tile is computed again with an exact maximum (`_redo` below). It is never
+used with P in e4m3, which saturates at 448.
+
+Memory beside inputs and output: one int32 a tile of queries in the stale mode.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the older name, up to Triton 3.7
+
+HEAD_DIM = 128
+KEY_BLOCK = 128
+"""Keys that share a scale in the 8-bit modes."""
+
+_MAGIC_BITS = gl.constexpr(0x4B400000)
+_MAGIC = gl.constexpr(12582912.0)
+"""1.5 x 2^23: an int32 accumulator that starts at its bits reads as the float 12582912 + dot, exactly, for |dot| < 2^22
+(128 x 127^2 = 2.06 million). It saves the conversion of every score."""
+
+
+def _rescale_asm(registers: int) -> tuple[str, str]:
+    """Inline assembly that multiplies accumulators by alpha, unless alpha is 1 in the whole warp.
+
+    The branch costs one vote for 64 registers; after the first tiles a new maximum is rare. A thread holds two rows:
+    registers 0, 1 of every four belong to the first, 2, 3 to the second.
+    """
+    n = registers
+    lines = [
+        "{",
+        ".reg .pred p, q;",
+        f"setp.neu.f32 p, ${2 * n}, 0f3F800000;",
+        f"setp.neu.or.f32 p, ${2 * n + 2}, 0f3F800000, p;",
+        "vote.sync.any.pred q, p, 0xffffffff;",
+        "@!q bra.uni DONE;",
+        *(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n)),
+        "DONE:",
+        "}",
+    ]
+    constraints = ["=f"] * n + [str(i) for i in range(n)] + ["f"] * n
+    return "\n".join(lines), ",".join(constraints)
+
+
+_ASM, _CONSTRAINTS = _rescale_asm(64)
+_RESCALE_ASM = gl.constexpr(_ASM)
+_RESCALE_CONSTRAINTS = gl.constexpr(_CONSTRAINTS)
+
+
+@gluon.jit
+def _exp2(x):
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _rescale(o, alpha):
+    spread = alpha[:, None] + gl.zeros_like(o)
+    return gl.inline_asm_elementwise(
+        _RESCALE_ASM, _RESCALE_CONSTRAINTS, [o, spread], dtype=gl.float32, is_pure=True, pack=64
+    )
+
+
+@gluon.jit
+def _lane_sums(p, BN: gl.constexpr):
+    """Row sums that each lane keeps for its own columns ``[BM, 4]``; they are added up once, after the loop."""
+    M: gl.constexpr = p.shape[0]
+    return gl.sum(gl.sum(gl.reshape(p, [M, BN // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _probabilities_16(p, layout: gl.constexpr, dtype: gl.constexpr):
+    return gl.convert_layout(p.to(dtype), layout, assert_trivial=True)
+
+
+@gluon.jit
+def _probabilities_8(p, BN: gl.constexpr, layout: gl.constexpr):
+    """e4m3 P as the left operand of the second product, without moving anything between threads.
+
+    An accumulator's thread holds columns 8 h + 2 q + i of every 16, an 8-bit operand's 4 q + 2 h + i. V is stored with
+    its keys in that order, so the registers only change their names.
+    """
+    M: gl.constexpr = p.shape[0]
+    x = gl.reshape(p.to(gl.float8e4nv), [M, BN // 16, 2, 4, 2])
+    x = gl.reshape(gl.permute(x, (0, 1, 3, 2, 4)), [M, BN])
+    return gl.convert_layout(x, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _start_scores(q, k, INT8: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr):
+    """Begins q k^T; an int8 product begins at the magic number."""
+    if INT8:
+        begin = gl.full([BM, BN], _MAGIC_BITS, gl.int32, layout=layout)
+        return warpgroup_mma(q, k.permute((1, 0)), begin, is_async=True)
+    else:
+        begin = gl.zeros([BM, BN], gl.float32, layout=layout)
+        return warpgroup_mma(q, k.permute((1, 0)), begin, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _as_float(s, INT8: gl.constexpr):
+    """Scores as floats; of int8 products they are too large by the magic number."""
+    if INT8:
+        return s.to(gl.float32, bitcast=True)
+    else:
+        return s
+
+
+@gluon.jit
+def _row_max(x, f, INT8: gl.constexpr):
+    if INT8:
+        return (gl.max(x, 1) - _MAGIC) * f
+    else:
+        return gl.max(x, 1) * f
+
+
+@gluon.jit
+def _row_exp(x, f, offset, INT8: gl.constexpr):
+    """2^(score f - offset)."""
+    if INT8:
+        return _exp2(x * f[:, None] - (offset + _MAGIC * f)[:, None])
+    else:
+        return _exp2(x * f[:, None] - offset[:, None])
+
+
+@gluon.jit
+def _finish(
+    o, l_i, wg: gl.constexpr, out_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, out_stride, row0, h,
+    r_layout: gl.constexpr, o_layout: gl.constexpr, BM: gl.constexpr, D: gl.constexpr,
+    V8: gl.constexpr, HAS_MEAN: gl.constexpr, STALE: gl.constexpr,
+):  # fmt: skip
+    """Divides by the row sums, undoes V's scale and mean, stores, and flags a tile whose sums are not finite."""
+    total = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, o_layout))
+    o = o * (1.0 / total)[:, None]
+    rows = row0 + gl.arange(0, BM, layout=gl.SliceLayout(1, o_layout))
+    columns = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
+    if V8:
+        o = o * gl.load(v_scale_ptr + h * D + columns)[None, :]
+    if HAS_MEAN:
+        o = o + gl.load(v_mean_ptr + h * D + columns)[None, :]
+    offsets = rows.to(gl.int64)[:, None] * out_stride + (h * D + columns)[None, :]
+    gl.store(out_ptr + offsets, o.to(out_ptr.dtype.element_ty), mask=(rows < n_q)[:, None])
+    if STALE:
+        # inf and NaN are the only numbers whose product with zero is not zero.
+        bad = gl.max((total * 0.0 != 0.0).to(gl.int32), 0)
+        gl.store(flag_ptr + (gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)), 1, mask=bad != 0)
+
+
+@gluon.jit
+def _consumer_16(
+    wg: gl.constexpr, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn,
+    out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr, INT8: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, IN_TURN: gl.constexpr, REFRESH: gl.constexpr, HAS_MEAN: gl.constexpr,
+):  # fmt: skip
+    """64 queries against all keys, P and V in 16 bits."""
+    k_bits: gl.constexpr = 32 if INT8 else 16
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, k_bits])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    r_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    v_type: gl.constexpr = v_smem.dtype
+
+    h = gl.program_id(1)
+    row0 = gl.program_id(0) * (NC * BM) + wg * BM
+    q = q_smem.index(wg)
+    if INT8:
+        rows = row0 + gl.arange(0, BM, layout=r_layout)
+        q_scale = gl.load(q_scale_ptr + h * n_q + rows, mask=rows < n_q, other=0.0) * scale
+        key_scales = k_scale_ptr + h * n_tiles
+        f = q_scale * gl.load(key_scales + (n_tiles - 1))
+    else:
+        f = gl.full([BM], scale, gl.float32, layout=r_layout)
+
+    mbarrier.wait(q_full, 0)
+    if Q_IN_REGISTERS:
+        q = q.load(gl.DotOperandLayout(0, s_layout, 2))
+    mbarrier.wait(k_full.index(0), 0)
+    s = _start_scores(q, k_smem.index(0), INT8, BM, BN, s_layout)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    mbarrier.arrive(k_empty.index(0), count=1)
+    keys = (n_tiles - 1) * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, s_layout))
+    x = gl.where((keys < n_k)[None, :], _as_float(s, INT8), float("-inf"))
+    m_i = _row_max(x, f, INT8)
+    p = _row_exp(x, f, m_i, INT8)
+    l_i = _lane_sums(p, BN)
+    pb = _probabilities_16(p, p_layout, v_type)
+    o = gl.zeros([BM, D], gl.float32, layout=o_layout)
+
+    if IN_TURN:
+        if wg == NC - 1:
+            mbarrier.arrive(turn.index(0), count=1)
+    turn_phase = 0
+    ki = 1
+    k_phase = 0
+    vi = 0
+    v_phase = 0
+    mbarrier.wait(k_full.index(ki), k_phase, pred=n_tiles > 1)
+    for t in range(1, n_tiles):
+        if INT8:
+            f = q_scale * gl.load(key_scales + (t - 1))
+        if IN_TURN:
+            mbarrier.wait(turn.index(wg), turn_phase)
+            turn_phase ^= 1
+        s_next = _start_scores(q, k_smem.index(ki), INT8, BM, BN, s_layout)
+        mbarrier.wait(v_full.index(vi), v_phase)
+        o_next = warpgroup_mma(pb, v_smem.index(vi), o, is_async=True)
+        if IN_TURN:
+            mbarrier.arrive(turn.index((wg + 1) % NC), count=1)
+        s = warpgroup_mma_wait(1, deps=(s_next,))
+        mbarrier.arrive(k_empty.index(ki), count=1)
+        x = _as_float(s, INT8)
+        m_new = m_i
+        if REFRESH == 1:
+            m_new = gl.maximum(m_i, _row_max(x, f, INT8))
+        elif (t < 8) | (t % REFRESH == 0):
+            m_new = gl.maximum(m_i, _row_max(x, f, INT8))
+        alpha = _exp2(m_i - m_new)
+        p = _row_exp(x, f, m_new, INT8)
+        l_layout: gl.constexpr = gl.SliceLayout(1, l_i.type.layout)
+        l_i = l_i * gl.convert_layout(alpha, l_layout)[:, None] + _lane_sums(p, BN)
+        m_i = m_new
+        ki += 1
+        if ki == STAGES:
+            ki = 0
+            k_phase ^= 1
+        # Waiting for the next keys here keeps ptxas from moving the wait for P V above the exponentials.
+        mbarrier.wait(k_full.index(ki), k_phase, pred=t + 1 < n_tiles)
+        o, p = warpgroup_mma_wait(0, deps=(o_next, p))
+        mbarrier.arrive(v_empty.index(vi), count=1)
+        o = _rescale(o, gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)))
+        pb = _probabilities_16(p, p_layout, v_type)
+        vi += 1
+        if vi == STAGES:
+            vi = 0
+            v_phase ^= 1
+    if IN_TURN:
+        if wg == 0:
+            mbarrier.wait(turn.index(0), turn_phase)
+    mbarrier.wait(v_full.index(vi), v_phase)
+    o = warpgroup_mma(pb, v_smem.index(vi), o, is_async=True)
+    o = warpgroup_mma_wait(0, deps=(o,))
+    _finish(o, l_i, wg, out_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, out_stride, row0, h,
+            r_layout, o_layout, BM, D, False, HAS_MEAN, REFRESH > 1)  # fmt: skip
+
+
+@gluon.jit
+def _consumer_8(
+    wg: gl.constexpr, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn,
+    out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr, INT8: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, IN_TURN: gl.constexpr, REFRESH: gl.constexpr, HAS_MEAN: gl.constexpr,
+):  # fmt: skip
+    """64 queries against all keys, int8 q k^T, P and V in e4m3; P is 2^8 too large, to use e4m3's range."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
+    r_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+
+    h = gl.program_id(1)
+    row0 = gl.program_id(0) * (NC * BM) + wg * BM
+    q = q_smem.index(wg)
+    rows = row0 + gl.arange(0, BM, layout=r_layout)
+    q_scale = gl.load(q_scale_ptr + h * n_q + rows, mask=rows < n_q, other=0.0) * scale
+    key_scales = k_scale_ptr + h * n_tiles
+    f = q_scale * gl.load(key_scales + (n_tiles - 1))
+    zero = gl.zeros([BM, BN], gl.int32, layout=s_layout)
+
+    mbarrier.wait(q_full, 0)
+    mbarrier.wait(k_full.index(0), 0)
+    s = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    mbarrier.arrive(k_empty.index(0), count=1)
+    keys = (n_tiles - 1) * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, s_layout))
+    x = gl.where((keys < n_k)[None, :], s.to(gl.float32), float("-inf"))
+    m_i = gl.max(x, 1) * f
+    p = _exp2(x * f[:, None] - (m_i - 8.0)[:, None])
+    l_i = _lane_sums(p, BN)
+    o = gl.zeros([BM, D], gl.float32, layout=o_layout)
+    ki = 1
+    k_phase = 0
+    vi = 0
+    v_phase = 0
+    for t in range(1, n_tiles):
+        f = q_scale * gl.load(key_scales + (t - 1))
+        mbarrier.wait(v_full.index(vi), v_phase)
+        mbarrier.wait(k_full.index(ki), k_phase)
+        # P stays fp32 across the loop: carried as e4m3 it would be taken apart into single bytes.
+        o = warpgroup_mma(_probabilities_8(p, BN, p_layout), v_smem.index(vi).permute((1, 0)), o, is_async=True)
+        o_done = warpgroup_mma_wait(0, deps=(o,))
+        s = warpgroup_mma(q, k_smem.index(ki).permute((1, 0)), zero, use_acc=False, is_async=True)
+        o, s = warpgroup_mma_wait(0, deps=(o_done, s))
+        mbarrier.arrive(v_empty.index(vi), count=1)
+        mbarrier.arrive(k_empty.index(ki), count=1)
+        x = s.to(gl.float32)
+        m_new = gl.maximum(m_i, gl.max(x, 1) * f)
+        alpha = _exp2(m_i - m_new)
+        o = _rescale(o, gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)))
+        p = _exp2(x * f[:, None] - (m_new - 8.0)[:, None])
+        l_layout: gl.constexpr = gl.SliceLayout(1, l_i.type.layout)
+        l_i = l_i * gl.convert_layout(alpha, l_layout)[:, None] + _lane_sums(p, BN)
+        m_i = m_new
+        ki += 1
+        if ki == STAGES:
+            ki = 0
+            k_phase ^= 1
+        vi += 1
+        if vi == STAGES:
+            vi = 0
+            v_phase ^= 1
+    mbarrier.wait(v_full.index(vi), v_phase)
+    o = warpgroup_mma(_probabilities_8(p, BN, p_layout), v_smem.index(vi).permute((1, 0)), o, is_async=True)
+    o = warpgroup_mma_wait(0, deps=(o,))
+    _finish(o, l_i, wg, out_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, out_stride, row0, h,
+            r_layout, o_layout, BM, D, True, HAS_MEAN, False)  # fmt: skip
+
+
+@gluon.jit
+def _consumer(
+    wg: gl.constexpr, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn,
+    out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr, INT8: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, IN_TURN: gl.constexpr, REFRESH: gl.constexpr, HAS_MEAN: gl.constexpr,
+    V8: gl.constexpr,
+):  # fmt: skip
+    if V8:
+        _consumer_8(wg, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr, q_scale_ptr,
+                    k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale, BM, BN, D,
+                    NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN)  # fmt: skip
+    else:
+        _consumer_16(wg, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr, q_scale_ptr,
+                     k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale, BM, BN, D,
+                     NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN)  # fmt: skip
+
+
+@gluon.jit
+def _producer(
+    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, n_tiles,
+    q_head, k_head, v_head,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr, V8: gl.constexpr,
+):  # fmt: skip
+    h = gl.program_id(1)
+    row0 = gl.program_id(0) * (NC * BM)
+    mbarrier.expect(q_full, NC * q_desc.block_type.nbytes)
+    for i in gl.static_range(NC):
+        _tma_load(q_desc, [row0 + i * BM, h * q_head], q_full, q_smem.index(i))
+    stage = 0
+    phase = 1
+    for t in range(0, n_tiles):
+        key0 = gl.where(t == 0, n_tiles - 1, t - 1) * BN
+        mbarrier.wait(k_empty.index(stage), phase)
+        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+        _tma_load(k_desc, [key0, h * k_head], k_full.index(stage), k_smem.index(stage))
+        mbarrier.wait(v_empty.index(stage), phase)
+        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+        if V8:
+            _tma_load(v_desc, [h * D, key0], v_full.index(stage), v_smem.index(stage))
+        else:
+            _tma_load(v_desc, [key0, h * v_head], v_full.index(stage), v_smem.index(stage))
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
+
+
+@gluon.jit
+def _attention_kernel(
+    q_desc, k_desc, v_desc, out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr,
+    n_q, n_k, n_tiles, out_stride, q_head, k_head, v_head, scale,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr, INT8: gl.constexpr, V8: gl.constexpr, Q_IN_REGISTERS: gl.constexpr, IN_TURN: gl.constexpr,
+    REFRESH: gl.constexpr, HAS_MEAN: gl.constexpr, REDO: gl.constexpr,
+):  # fmt: skip
+    if REDO:
+        if gl.load(flag_ptr + (gl.program_id(1) * gl.num_programs(0) + gl.program_id(0))) == 0:
+            return
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [NC, BM, D], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BN, D], k_desc.layout)
+    if V8:
+        v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, D, BN], v_desc.layout)
+    else:
+        v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BN, D], v_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [NC, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=NC)
+        mbarrier.init(v_empty.index(i), count=NC)
+    for i in gl.static_range(NC):
+        mbarrier.init(turn.index(i), count=1)
+    fence_async_shared()
+    # Written out: a tuple that is kept in a variable loses what is known at compile time.
+    if NC == 2:
+        gl.warp_specialize([
+            (_consumer, (0, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr,
+                         q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride,
+                         scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, V8)),
+            (_consumer, (1, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr,
+                         q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride,
+                         scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, V8)),
+            (_producer, (q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty,
+                         n_tiles, q_head, k_head, v_head, BM, BN, D, NC, STAGES, V8)),
+        ], [4, 1], [REGISTERS, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_consumer, (0, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr,
+                         q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride,
+                         scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, V8)),
+            (_consumer, (1, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr,
+                         q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride,
+                         scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, V8)),
+            (_consumer, (2, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr,
+                         q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride,
+                         scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, V8)),
+            (_producer, (q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty,
+                         n_tiles, q_head, k_head, v_head, BM, BN, D, NC, STAGES, V8)),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
+
+
+class Schedule:
+    """How a mode is laid out on a multiprocessor; chosen by measurement on an H200 (700 W), Triton 3.6."""
+
+    def __init__(
+        self, consumers: int, keys: int, stages: int, registers: int, in_turn: bool = False,
+        q_in_registers: bool = False, refresh: int = 1,
+    ) -> None:  # fmt: skip
+        self.consumers, self.keys, self.stages, self.registers = consumers, keys, stages, registers
+        self.in_turn, self.q_in_registers, self.refresh = in_turn, q_in_registers, refresh
+
+    def exact(self) -> Schedule:
+        """The same tiles with the maximum taken in every one."""
+        return Schedule(self.consumers, self.keys, self.stages, self.registers, self.in_turn, self.q_in_registers)
+
+
+SCHEDULES = {
+    "bf16-exact": Schedule(2, 128, 2, 240, in_turn=True, q_in_registers=True),
+    "bf16": Schedule(3, 64, 4, 160, refresh=32),
+    "int8-exact": Schedule(2, 128, 2, 240, in_turn=True),
+    "int8": Schedule(2, 128, 2, 240, in_turn=True, refresh=8),
+    "int8-fp8": Schedule(3, 128, 4, 160),
+}
+
+_TYPES = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.int8: gl.int8,
+    torch.float8_e4m3fn: gl.float8e4nv,
+}
+
+
+def _descriptor(x: Tensor, rows: int) -> tuple[TensorDescriptor, int]:
+    """Rows of ``[S, H, 128]`` as a matrix, and the columns from a head to the next; what lies between is not read."""
+    block = [rows, HEAD_DIM]
+    columns = (x.shape[1] - 1) * x.stride(1) + HEAD_DIM
+    layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[x.dtype])
+    return TensorDescriptor(x, [x.shape[0], columns], [x.stride(0), 1], block, layout), x.stride(1)
+
+
+def attention_hopper(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    schedule: str | Schedule,
+    scale: float | None = None,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    v_mean: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """softmax(q k^T scale) v, ``q [S, H, 128]``, ``k [L, H, 128]`` -> bf16 ``[S, H, 128]``.
+
+    Args:
+        q, k: bf16; or int8 with ``q_scale`` fp32 ``[H, S]`` and ``k_scale`` fp32 ``[H, ceil(L / 128)]``. Heads and
+            tokens may lie apart (views of a wider tensor); their strides have to be multiples of 16 bytes.
+        v: 16 bits ``[L, H, 128]``; or e4m3 ``[H, 128, L16]`` with ``v_scale`` fp32 ``[H, 128]``, L16 >= L a multiple of
+            16, what lies beyond L finite, and keys in the order of :func:`permute_keys`.
+        v_mean: fp32 ``[H, 128]``, added to the output: what was taken out of V before it was quantized.
+
+    Raises:
+        ValueError: shapes, types or strides that no mode takes.
+    """
+    plan = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
+    _check(q, k, v, q_scale, k_scale, v_scale, plan)
+    n_q, heads, _ = q.shape
+    n_k = k.shape[0]
+    if out is None:
+        out = torch.empty(n_q, heads, HEAD_DIM, dtype=torch.bfloat16, device=q.device)
+    int8, v8 = q.dtype == torch.int8, v.dtype == torch.float8_e4m3fn
+    q_desc, q_head = _descriptor(q, 64)
+    k_desc, k_head = _descriptor(k, plan.keys)
+    if v8:
+        block = [HEAD_DIM, plan.keys]
+        layout = gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv)
+        v_desc, v_head = TensorDescriptor(v, [heads * HEAD_DIM, v.shape[2]], [v.stride(1), 1], block, layout), 0
+    else:
+        v_desc, v_head = _descriptor(v, plan.keys)
+    grid = (triton.cdiv(n_q, 64 * plan.consumers), heads)
+    stale = plan.refresh > 1
+    flags = torch.zeros(grid[0] * heads if stale else 1, dtype=torch.int32, device=q.device)
+    factor = (HEAD_DIM**-0.5 if scale is None else scale) * math.log2(math.e)
+
+    def run(chosen: Schedule, redo: bool) -> None:
+        _attention_kernel[grid](*arguments(chosen, redo), num_warps=4)
+
+    def arguments(chosen: Schedule, redo: bool) -> tuple[Any, ...]:
+        unused = out
+        return (
+            q_desc, k_desc, v_desc, out, _or(q_scale, unused), _or(k_scale, unused), _or(v_scale, unused),
+            _or(v_mean, unused), flags, n_q, n_k, triton.cdiv(n_k, chosen.keys), out.stride(0), q_head, k_head, v_head,
+            factor, 64, chosen.keys, HEAD_DIM, chosen.consumers, chosen.stages, chosen.registers, int8, v8,
+            chosen.q_in_registers, chosen.in_turn, chosen.refresh, v_mean is not None, redo,
+        )  # fmt: skip
+
+    run(plan, False)
+    if stale:  # programs whose flag is not set end at once: 30 microseconds at 75,888 tokens
+        run(plan.exact(), True)
+    return out
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    return other if tensor is None else tensor
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
+    plan: Schedule,
+) -> None:  # fmt: skip
+    """What a kernel would read or write wrongly."""
+    if q.ndim != 3 or k.ndim != 3 or q.shape[2] != HEAD_DIM or k.shape[1:] != q.shape[1:] or not len(k) or not len(q):
+        raise ValueError(f"q and k have to be [S, H, 128] and [L, H, 128], not {list(q.shape)} and {list(k.shape)}")
+    n_q, heads, _ = q.shape
+    n_k = k.shape[0]
+    if q.dtype != k.dtype or q.dtype not in (torch.bfloat16, torch.float16, torch.int8):
+        raise ValueError(f"q and k have to be both bf16, fp16 or int8, not {q.dtype} and {k.dtype}")
+    if v.dtype == torch.float8_e4m3fn:
+        good = v.ndim == 3 and v.shape[:2] == (heads, HEAD_DIM) and v.shape[2] >= n_k and v.shape[2] % 16 == 0
+        if not good or not v.is_contiguous() or q.dtype != torch.int8 or plan.keys != KEY_BLOCK:
+            raise ValueError(f"8-bit v has to be [{heads}, 128, {-(-n_k // 16) * 16} or more], with int8 q and k")
+        _check_scale("v_scale", v_scale, (heads, HEAD_DIM))
+    elif v.dtype not in (torch.bfloat16, torch.float16) or v.shape != k.shape:
+        raise ValueError(f"v has to be 16 bits {list(k.shape)}, or e4m3, not {v.dtype} {list(v.shape)}")
+    if q.dtype == torch.int8:
+        if plan.keys != KEY_BLOCK:
+            raise ValueError(f"int8 keys have a scale for {KEY_BLOCK} of them, and the schedule takes {plan.keys}")
+        _check_scale("q_scale", q_scale, (heads, n_q))
+        _check_scale("k_scale", k_scale, (heads, -(-n_k // KEY_BLOCK)))
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        strides = [s * x.element_size() for s in x.stride()[:2]]
+        if x.stride(2) != 1 or any(s % 16 for s in strides) or x.data_ptr() % 16:
+            raise ValueError(f"{name}: its strides and its start have to be multiples of 16 bytes; make it contiguous")
+
+
+def _check_scale(name: str, scale: Tensor | None, shape: tuple[int, ...]) -> None:
+    if scale is None or scale.shape != shape or scale.dtype != torch.float32 or not scale.is_contiguous():
+        raise ValueError(f"{name} has to be contiguous fp32 {list(shape)}")
+
+
+def permute_keys(v: Tensor) -> Tensor:
+    """Puts keys (the last axis, a multiple of 16) into the order of 8-bit V: place 4 q + 2 h + i of each 16 gets key
+    8 h + 2 q + i."""
+    return v.unflatten(-1, (-1, 2, 4, 2)).transpose(-3, -2).flatten(-4)

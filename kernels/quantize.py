@@ -1,0 +1,212 @@
+"""Rows to 8 bits: one scale a row, int8 or e4m3, optionally after a Hadamard rotation of groups of channels.
+
+    y = hadamard(x, group);  scale = max(max |y|, 2^-100) / QMAX;  q = round(y / scale)        (QMAX: 127 or 448)
+
+The rotation is orthonormal and its own inverse, so (x H)(w H)^T = x w^T: rotate the rows of the activation and those of
+the weight alike and nothing but the rounding changes. It spreads a channel that sticks out over its whole group. e4m3,
+whose steps grow with the value, gains nothing from it. Relative L2 error of x q^T at K = 6,144, both sides quantized:
+
+| data | int8 | int8, groups of 256 rotated | e4m3 |
+|---|---|---|---|
+| normal | 1.3e-2 | 1.3e-2 | 3.7e-2 |
+| 1 % of the channels x 50 | 5.9e-2 | 1.3e-2 | 3.7e-2 |
+| heavy tails | 4.9e-2 | 1.3e-2 | 3.7e-2 |
+| after GELU | 1.5e-2 | 2.4e-2 | 3.8e-2 |
+
+Memory: a byte a value and 4 bytes a row beside the input, which the kernel reads once. It gives the same bits as the
+reference, rotated or not: the butterflies run in the same order, in fp32. On an H200, 75,888 x 6,144 bf16 values take
+0.32 ms (4.3 TB/s, what a copy reaches), and 0.41 ms rotated in groups of 256.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU build of torch brings none
+    triton = None
+
+QMAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+FLOOR = 2.0**-100
+"""The least amax a scale is made of: its inverse stays finite, and rows of zeros give zeros."""
+BLOCK = 256
+"""Channels the kernel lays out as 16 x 16, four stages of the rotation along each side."""
+
+
+def _jit(function):
+    return function if triton is None else triton.jit(function)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    logging.getLogger("solostep").warning(message)
+
+
+def hadamard(x: Tensor, group: int) -> Tensor:
+    """The orthonormal Walsh-Hadamard transform (Sylvester's order) of each `group` of contiguous channels, in fp32.
+
+    `x` is `[..., K]`, K a multiple of `group`, which is a power of two; 1 is the identity. Raises ValueError otherwise.
+    The stages run from neighbours to the widest stride: the kernels keep this order, and so these bits.
+    """
+    if group < 1 or group & (group - 1) or x.shape[-1] % group:
+        raise ValueError(f"group must be a power of two that divides the {x.shape[-1]} channels of x, not {group}")
+    y, stride = x.float(), 1
+    while stride < group:
+        a, b = y.unflatten(-1, (-1, 2, stride)).unbind(-2)
+        y = torch.stack((a + b, a - b), dim=-2).flatten(-3)
+        stride *= 2
+    return y if group == 1 else y * group**-0.5
+
+
+def quantize_rows_reference(x: Tensor, dtype: torch.dtype, group: int = 1) -> tuple[Tensor, Tensor]:
+    """What `quantize_rows` computes, in plain torch."""
+    _check(x, dtype, group)
+    y = hadamard(x, group)
+    amax = y.abs().amax(-1)
+    scale = amax.clamp_min(FLOOR) / torch.full_like(amax, QMAX[dtype])  # by a number, CUDA multiplies by its inverse
+    y = (y * scale.reciprocal()[..., None]).nan_to_num()
+    q = (y.round() if dtype == torch.int8 else y).clamp(-QMAX[dtype], QMAX[dtype]).to(dtype)
+    return q, torch.where(amax < torch.inf, scale, torch.nan)
+
+
+@_jit
+def _nan_max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@_jit
+def _butterflies(x, STRIDE: tl.constexpr):
+    """One stage over elements `STRIDE` apart in the order of the tensor's elements."""
+    y = tl.reshape(x, [x.numel // (2 * STRIDE), 2, STRIDE])
+    a, b = tl.split(tl.permute(y, (0, 2, 1)))
+    y = tl.permute(tl.join(a + b, a - b), (0, 2, 1))
+    return tl.reshape(y, x.shape)
+
+
+@_jit
+def _rotate(x, BITS: tl.constexpr):
+    """`x` is [16, BLOCKS, 16]: bits 0 to 3 of the channel's number last, 4 to 7 first, the block's in the middle.
+
+    The compiler keeps each thread's 16 values of one side together for four stages and transposes once, through shared
+    memory, for the four of the other side.
+    """
+    for bit in tl.static_range(BITS):
+        if bit < 4:
+            x = _butterflies(x, 1 << bit)
+        elif bit < 8:
+            x = _butterflies(x, (x.numel // 16) << (bit - 4))
+        else:
+            x = _butterflies(x, 16 << (bit - 8))
+    return x
+
+
+@_jit
+def _quantize_rows_kernel(
+    x_ptr, q_ptr, scale_ptr, K, stride,
+    TILES: tl.constexpr, BLOCKS: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, QMAX: tl.constexpr,
+    FLOOR: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """One row a program, in registers: TILES tiles of BLOCKS x 256 channels."""
+    row = tl.program_id(0).to(tl.int64)
+    high = tl.arange(0, 16)[:, None, None] * 16
+    column = tl.arange(0, BLOCKS)[None, :, None] * 256 + high + tl.arange(0, 16)[None, None, :]
+    loaded = ()
+    for i in tl.static_range(TILES):
+        columns = i * (BLOCKS * 256) + column
+        if EVEN:
+            loaded += (tl.load(x_ptr + row * stride + columns),)
+        else:
+            loaded += (tl.load(x_ptr + row * stride + columns, mask=columns < K, other=0.0),)
+    rotated = ()
+    for i in tl.static_range(TILES):
+        y = _rotate(loaded[i].to(tl.float32), BITS)
+        if BITS % 2:  # NORM is no power of two: its rounding belongs here
+            y = y * NORM
+        largest = tl.abs(y) if i == 0 else _nan_max(largest, tl.abs(y))  # noqa: F821
+        rotated += (y,)
+    amax = tl.reduce(tl.reshape(largest, [largest.numel]), 0, _nan_max)
+    if BITS % 2 == 0:
+        amax = amax * NORM
+    scale = tl.div_rn(tl.maximum(amax, FLOOR), QMAX)
+    inverse = tl.div_rn(1.0, scale)
+    if BITS % 2 == 0:
+        inverse = inverse * NORM
+    tl.store(scale_ptr + row, tl.where(amax < float("inf"), scale, float("nan")))
+    for i in tl.static_range(TILES):
+        columns = i * (BLOCKS * 256) + column
+        y = rotated[i] * inverse
+        if QMAX == 127.0:
+            # 1.5 x 2^23: the sum's low bits are the integer, rounded half to even. |y| <= 127 (1 + 2^-22): no clamp.
+            q = (y + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+        else:
+            q = tl.minimum(tl.maximum(y, -QMAX), QMAX).to(tl.float8e4nv)
+        if EVEN:
+            tl.store(q_ptr + row * K + columns, q)
+        else:
+            tl.store(q_ptr + row * K + columns, q, mask=columns < K)
+
+
+def _check(x: Tensor, dtype: torch.dtype, group: int) -> None:
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"x must be float32, bfloat16 or float16, not {x.dtype}")
+    if x.ndim < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x must be [..., K] with K > 0, not {list(x.shape)}")
+    if dtype not in QMAX:
+        raise ValueError(f"dtype must be torch.int8 or torch.float8_e4m3fn, not {dtype}")
+    if group < 1 or group & (group - 1) or x.shape[-1] % group:
+        raise ValueError(f"group must be a power of two that divides the {x.shape[-1]} channels of x, not {group}")
+
+
+def _plan(channels: int, group: int) -> dict[str, int]:
+    """How a row is laid out: tiles, 256-channel blocks in each, warps.
+
+    Extents are powers of two, so three quarters of one are three tiles (6,144 and 24,576 are).
+    """
+    blocks = 1 << (-(-channels // BLOCK) - 1).bit_length()
+    tiles = 1
+    if blocks >= 4 and channels <= 3 * blocks // 4 * BLOCK and group <= blocks // 4 * BLOCK:
+        tiles, blocks = 3, blocks // 4
+    per_warp = 64 * 32
+    warps = min(16, 1 << max(0, -(-tiles * blocks * BLOCK // per_warp) - 1).bit_length())
+    return {"TILES": tiles, "BLOCKS": blocks, "num_warps": warps}
+
+
+def _launch(x: Tensor, q: Tensor, scale: Tensor, group: int) -> None:
+    """`x` and `q` [M, K] with contiguous channels, q without gaps between rows; `scale` [M]."""
+    rows, channels = x.shape
+    plan = _plan(channels, group)
+    _quantize_rows_kernel[(rows,)](
+        x, q, scale, channels, x.stride(0), BITS=group.bit_length() - 1, NORM=group**-0.5, QMAX=QMAX[q.dtype],
+        FLOOR=FLOOR, EVEN=plan["TILES"] * plan["BLOCKS"] * BLOCK == channels, enable_fp_fusion=False, **plan,
+    )  # fmt: skip
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype, group: int = 1) -> tuple[Tensor, Tensor]:
+    """Quantizes each row of `x` `[..., K]`: q `[..., K]` in `dtype`, and the scale `[...]` in fp32, y = q x scale.
+
+    `dtype` is torch.int8 or torch.float8_e4m3fn. `group` channels at a time are rotated first (1: not at all); the
+    caller rotates the other operand alike. A row that holds a NaN or an infinity, or that overflows in the rotation,
+    gets NaN for a scale, and its q means nothing: the product's row is NaN, never finite and wrong. Raises ValueError
+    on other types and on a group that is no power of two or does not divide K.
+    """
+    _check(x, dtype, group)
+    e4m3_missing = dtype != torch.int8 and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9)
+    if e4m3_missing or (x.is_cuda and triton is None):
+        warn_once(f"quantize_rows: no kernel for {dtype} on this card, plain torch instead")
+    if not x.is_cuda or triton is None or e4m3_missing:
+        return quantize_rows_reference(x, dtype, group)
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    q = torch.empty(rows.shape, dtype=dtype, device=x.device)
+    scale = torch.empty(rows.shape[:1], dtype=torch.float32, device=x.device)
+    if len(rows):
+        with torch.cuda.device(x.device):
+            _launch(rows, q, scale, group)
+    return q.view(x.shape), scale.view(x.shape[:-1])

@@ -1,0 +1,254 @@
+"""8-bit products: the references, the Triton kernel's bits (interpreted here, real on a card), refused arguments."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from solostep.kernels import scaled_mm
+from solostep.kernels.quantize import quantize_rows
+from solostep.kernels.scaled_mm import (
+    scaled_mm_fp8,
+    scaled_mm_fp8_reference,
+    scaled_mm_int8,
+    scaled_mm_int8_reference,
+)
+
+E4M3 = torch.float8_e4m3fn
+TYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+INTERPRETED = """
+import torch
+from solostep.kernels import scaled_mm
+
+torch.manual_seed(0)
+for m, n, k, out_type, bias in (
+    (3, 5, 7, torch.float32, True), (130, 40, 64, torch.float16, False), (70, 200, 130, torch.float32, True),
+    (1, 1, 1, torch.float32, False), (64, 16, 192, torch.float32, True),
+):
+    a, b = (torch.randint(-128, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
+    scales = torch.rand(m), torch.rand(n)
+    bias = torch.randn(n) if bias else None
+    out = torch.full((m, n), float("nan"), dtype=out_type)
+    scaled_mm._launch(a, b, *scales, bias, out)
+    want = scaled_mm.scaled_mm_int8_reference(a, b, *scales, bias, out_type)
+    assert torch.equal(out, want), (m, n, k, out_type)
+print("equal")
+"""
+
+CARD = """
+import sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from solostep.kernels import scaled_mm
+
+class Card:  # compiling needs its name only
+    def __init__(self, arch): self.arch = arch
+    def get_current_target(self): return GPUTarget("cuda", self.arch, 32)
+    def get_current_device(self): return self.arch  # kernels are kept by device
+    def get_current_stream(self, device=None): return 0
+    def get_active_torch_device(self): return torch.device("cpu")
+
+made = []
+
+class Compile:
+    def __init__(self, kernel): self.kernel = kernel
+    def __getitem__(self, grid):
+        return lambda *args, **options: made.append(self.kernel.warmup(*args, grid=grid, **options))
+
+scaled_mm._scaled_mm_int8_kernel = Compile(scaled_mm._scaled_mm_int8_kernel)
+scaled_mm._scaled_mm_int8_hopper_kernel = Compile(scaled_mm._scaled_mm_int8_hopper_kernel)
+a, b = torch.empty(192, 256, dtype=torch.int8), torch.empty(512, 256, dtype=torch.int8)
+operands = a, b, torch.empty(192), torch.empty(512), None, torch.empty(192, 512, dtype=torch.bfloat16)
+for arch in map(int, sys.argv[1:]):
+    driver.set_active(Card(arch))
+    scaled_mm._launch(*operands)
+    if arch == 90:
+        scaled_mm._launch_hopper(*operands, 132)
+for kernel in made:
+    wgmma = "wgmma" in kernel.asm["ptx"]
+    print(kernel.metadata.target.arch, len(kernel.asm["cubin"]) > 1000, kernel.metadata.shared, wgmma)
+"""
+
+
+def _run(code: str, tmp_path: Path, *args: str, **env: str) -> str:
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"} | env
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def _int8(m: int, n: int, k: int, device: str = "cpu", bias: bool = True) -> list[Tensor | None]:
+    """Random operands over the whole range, -128 included."""
+    a, b = (torch.randint(-128, 128, (rows, k), dtype=torch.int8, device=device) for rows in (m, n))
+    scales = [torch.rand(rows, device=device) + 0.1 for rows in (m, n)]
+    return [a, b, *scales, torch.randn(n, device=device) * k if bias else None]
+
+
+def _fp8(m: int, n: int, k: int, device: str = "cpu", bias: bool = True) -> list[Tensor | None]:
+    a, scale_a = quantize_rows(torch.randn(m, k, device=device), E4M3)
+    b, scale_b = quantize_rows(torch.randn(n, k, device=device), E4M3)
+    return [a, b, scale_a, scale_b, torch.randn(n, device=device) if bias else None]
+
+
+@pytest.mark.parametrize("out_type", TYPES)
+def test_int8_reference_is_exact_and_rounded_once(out_type: torch.dtype) -> None:
+    a, b, scale_a, scale_b, bias = _int8(5, 7, 3000)
+    exact = a.double() @ b.double().t()
+    steps = exact.float() * scale_a[:, None] * scale_b + bias
+    assert torch.equal(scaled_mm_int8_reference(a, b, scale_a, scale_b, bias, out_type), steps.to(out_type))
+    assert torch.equal(scaled_mm_int8(a, b, scale_a, scale_b, bias, out_type), steps.to(out_type))
+    assert scaled_mm_int8(a, b, scale_a, scale_b).dtype == torch.bfloat16
+
+
+def test_the_longest_int8_sum_fits() -> None:
+    a = torch.full((1, scaled_mm.MAX_K), -128, dtype=torch.int8)
+    one = torch.ones(1)
+    out = scaled_mm_int8(a, a, one, one, out_dtype=torch.float32)
+    assert out.item() == torch.tensor(128.0**2 * scaled_mm.MAX_K).item()
+
+
+@pytest.mark.parametrize("out_type", TYPES)
+def test_fp8_reference(out_type: torch.dtype) -> None:
+    a, b, scale_a, scale_b, bias = _fp8(5, 7, 300)
+    want = (a.double() * scale_a[:, None]) @ (b.double() * scale_b[:, None]).t() + bias
+    for function in (scaled_mm_fp8_reference, scaled_mm_fp8):
+        out = function(a, b, scale_a, scale_b, bias, out_type)
+        assert out.dtype == out_type
+        tolerance = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 1e-5}[out_type]
+        assert torch.allclose(out.double(), want, rtol=tolerance, atol=1e-3)
+
+
+def test_a_quantized_linear_is_close() -> None:
+    """Both formats from end to end, with outliers; int8 rotated."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(20, 1024, generator=generator), torch.randn(30, 1024, generator=generator)
+    x[:, ::100] *= 50
+    want = x @ w.t()
+    for dtype, group, product, limit in ((torch.int8, 256, scaled_mm_int8, 0.02), (E4M3, 1, scaled_mm_fp8, 0.05)):
+        (a, scale_a), (b, scale_b) = (quantize_rows(t, dtype, group) for t in (x, w))
+        out = product(a, b, scale_a, scale_b, out_dtype=torch.float32)
+        assert 0.003 < float((out - want).norm() / want.norm()) < limit
+
+
+def test_a_row_that_was_not_finite_comes_out_nan() -> None:
+    x = torch.ones(3, 32)
+    x[1, 4] = torch.inf
+    for dtype, product in ((torch.int8, scaled_mm_int8), (E4M3, scaled_mm_fp8)):
+        a, scale_a = quantize_rows(x, dtype)
+        b, scale_b = quantize_rows(torch.ones(4, 32), dtype)
+        out = product(a, b, scale_a, scale_b)
+        assert out[1].isnan().all() and out[[0, 2]].eq(32).all()
+
+
+@pytest.mark.parametrize("make, product", [(_int8, scaled_mm_int8), (_fp8, scaled_mm_fp8)], ids=["int8", "fp8"])
+def test_wrong_arguments_are_named(make, product) -> None:
+    a, b, scale_a, scale_b, bias = make(4, 6, 32)
+
+    def refused(words: str, *args: object) -> None:
+        with pytest.raises(ValueError, match=words):
+            product(*args)
+
+    refused("a must be a contiguous matrix", a.float(), b, scale_a, scale_b)
+    refused("a must be a contiguous matrix", a[None], b, scale_a, scale_b)
+    refused("b must be a contiguous matrix", a, b.t().contiguous().t(), scale_a, scale_b)
+    refused(r"b must be \[N, 32\]", a, b[:, :16].contiguous(), scale_a, scale_b)
+    refused("a must have", a[:, :0].contiguous(), b[:, :0].contiguous(), scale_a, scale_b)
+    refused(r"scale_a must be \[4\]", a, b, scale_b, scale_b)
+    refused("scale_a must be", a, b, scale_a.double(), scale_b)
+    refused(r"scale_b must be \[6\]", a, b, scale_a, scale_b[:, None])
+    refused(r"bias must be \[6\]", a, b, scale_a, scale_b, bias[:5])
+    refused("bias must be", a, b, scale_a, scale_b, bias.int())
+    refused("out_dtype must be", a, b, scale_a, scale_b, bias, torch.int32)
+    refused("b must be on cpu", a, b.to("meta"), scale_a, scale_b)
+    refused("scale_a must be on cpu", a, b, scale_a.to("meta"), scale_b)
+
+
+def test_int8_sums_that_could_overflow_are_refused() -> None:
+    a = torch.empty(1, scaled_mm.MAX_K + 1, dtype=torch.int8)
+    with pytest.raises(ValueError, match="overflow int32"):
+        scaled_mm_int8(a, a, torch.ones(1), torch.ones(1))
+
+
+@pytest.mark.parametrize("make, product", [(_int8, scaled_mm_int8), (_fp8, scaled_mm_fp8)], ids=["int8", "fp8"])
+def test_no_rows(make, product) -> None:
+    a, b, scale_a, scale_b, bias = make(4, 6, 32)
+    assert product(a[:0], b, scale_a[:0], scale_b, bias).shape == (0, 6)
+
+
+@pytest.mark.parametrize("rows, columns", [(396, 24), (25, 7), (12, 3), (1, 5), (13, 1)])
+def test_every_tile_is_walked_once(rows: int, columns: int) -> None:
+    walk = getattr(scaled_mm._tile, "fn", scaled_mm._tile)
+    tiles = [walk(i, rows, columns, scaled_mm.GROUP) for i in range(rows * columns)]
+    assert sorted(tiles) == [(row, column) for row in range(rows) for column in range(columns)]
+    if columns > 11:  # a wave of 132 programs reads few rows and columns
+        assert len({row for row, _ in tiles[:132]}) == 12 and len({column for _, column in tiles[:132]}) == 11
+
+
+def test_the_interpreted_kernel_gives_the_reference_bits(tmp_path: Path) -> None:
+    assert _run(INTERPRETED, tmp_path, TRITON_INTERPRET="1").split() == ["equal"]
+
+
+def test_compiles_for_every_card(tmp_path: Path) -> None:
+    """Shared memory within each card's: 99 KiB on sm_86, sm_89 and sm_120, 227 KiB on Hopper."""
+    lines = [line.split() for line in _run(CARD, tmp_path, "80", "86", "89", "90", "100", "120").splitlines()]
+    assert [int(line[0]) for line in lines] == [80, 86, 89, 90, 90, 100, 120]
+    assert all(line[1] == "True" for line in lines)
+    limits = [99, 99, 99, 99, 227, 99, 99]
+    assert all(int(line[2]) <= limit * 1024 for line, limit in zip(lines, limits, strict=True))
+    assert lines[4][3] == "True"
+
+
+# --- on a card ----------------------------------------------------------------------------------------------------
+
+on_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+SHAPES = [
+    (1000, 6144, 6144), (193, 264, 48), (65, 8, 16), (64, 256, 128), (1, 6144, 6144), (77, 512, 1000), (130, 100, 77),
+    (3, 5, 7), (1, 1, 1), (5000, 18_432, 272), (20_001, 264, 400), (300, 24, 24_576), (128, 128, 64),
+    (397, 12_288, 6144),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@on_card
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_card_gives_the_int8_reference_bits(shape: tuple[int, int, int]) -> None:
+    for bias, out_type in ((False, torch.bfloat16), (True, torch.float16), (True, torch.float32)):
+        operands = _int8(*shape, device="cuda", bias=bias)
+        want = scaled_mm_int8_reference(*operands, out_type)
+        assert torch.equal(scaled_mm_int8(*operands, out_type), want)
+        out = torch.full_like(want, torch.nan)
+        scaled_mm._launch(*operands, out)
+        assert torch.equal(out, want)
+        out.fill_(torch.nan)
+        if scaled_mm._hopper_fits(*operands[:2], out):
+            for processors in (132, 3):
+                scaled_mm._launch_hopper(*operands, out, processors)
+                assert torch.equal(out, want)
+    a, b, scale_a, scale_b, bias = (t.cpu() for t in operands)
+    on_cpu = scaled_mm_int8_reference(a[:3], b, scale_a[:3], scale_b, bias, out_type)
+    assert torch.equal(on_cpu, want[:3].cpu())
+
+
+@pytest.mark.gpu
+@on_card
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_card_is_close_to_the_fp8_reference(shape: tuple[int, int, int]) -> None:
+    """Fast accumulation adds in about 14 bits."""
+    for bias in (False, True):
+        operands = _fp8(*shape, device="cuda", bias=bias)
+        for out_type in TYPES:
+            want = scaled_mm_fp8_reference(*operands, torch.float32)
+            for fast, limit in ((True, 5e-3), (False, 1e-3)):
+                out = scaled_mm_fp8(*operands, out_type, use_fast_accum=fast)
+                assert out.dtype == out_type and out.shape == want.shape and out.is_contiguous()
+                error = float((out.float() - want).norm() / want.norm())
+                assert error < limit + (2**-9 if out_type == torch.bfloat16 else 0)
