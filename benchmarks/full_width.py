@@ -2,7 +2,7 @@
 
     python -m solostep.benchmarks.full_width block vae
     python -m solostep.benchmarks.full_width step --steps 2
-    python -m solostep.benchmarks.full_width load --layers 4
+    python -m solostep.benchmarks.full_width load --layers 8 --precision int8
 
 Weights and activations are random normal numbers of realistic size, never zeros (a GPU is faster on zeros). A time is
 the median of the repeats, taken with device events after a warm-up; memory is the allocator's peak beside what was
@@ -12,11 +12,15 @@ there before. Nothing is left out of a time: both guidance branches go through, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
+import mmap
+import os
 import statistics
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -30,10 +34,13 @@ from solostep.engine.checkpoint import load, open_component
 from solostep.engine.config import GenerationSettings, TransformerConfig, VAEConfig
 from solostep.engine.models.transformer import StepVideoTransformer, TransformerBlock, rope_table
 from solostep.engine.models.vae import Decoder, Encoder
+from solostep.engine.quantization import linears
 from solostep.engine.runtime import Stage, measured, numerics, pick_device
 from solostep.engine.sampling import GuidedVelocity
 from solostep.engine.scheduler import euler_step, make_sigmas
 from solostep.engine.text import PromptEmbedding
+from solostep.quant.formats import quantize
+from solostep.quant.recipe import Recipe, default_recipe
 
 TEXT_TOKENS = 397
 """CLIP's 77 and all of Step-LLM's 320: the longest text."""
@@ -71,7 +78,7 @@ def timed(run: Callable[[], object], device: torch.device, repeats: int, warm_up
     peak = torch.cuda.max_memory_allocated(device)
     return {
         "seconds": round(statistics.median(seconds), 4),
-        "all_seconds": [round(s, 4) for s in seconds],
+        "all_seconds": [round(s, 6) for s in seconds],
         "peak_above_gib": round((peak - before) / 2**30, 2),
         "peak_gib": round(peak / 2**30, 2),
     }
@@ -134,39 +141,119 @@ def bench_step(settings: GenerationSettings, device: torch.device, steps: int) -
     return result | {"weights_gib": round(weights / 2**30, 2)}
 
 
-def bench_load(device: torch.device, layers: int) -> dict[str, Any]:
-    """Loads a DiT of some full-width blocks from its safetensors shards, written just before (so from page cache)."""
+def bench_load(device: torch.device, layers: int, precision: str, on_load: bool) -> dict[str, Any]:
+    """Loads a DiT of some full-width blocks from its safetensors shards: from disk, then from page cache.
+
+    Beside it stand the two rates that bound it, measured in the same run: the disk's, read in sequence by one thread
+    (buffered or not, whichever is faster), and that of one large copy from pinned memory. Pinning the ring counts: the
+    allocator's pinned memory is given back before each load.
+    """
+    recipe = None if precision == "bf16" else default_recipe(precision, "transformer")
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_dit(Path(folder), layers, device, None if on_load else recipe)
+        disk = max(disk_rate(files, direct=False), disk_rate(files, direct=True))
+        bus = pinned_rate(device)
+        stored = sum(file.stat().st_size for file in files)
+        result: dict[str, Any] = {
+            "precision": precision, "on_load": on_load, "layers": layers, "stored_gb": round(stored / 1e9, 2),
+            "disk_gb_per_second": round(disk / 1e9, 2), "pinned_gb_per_second": round(bus / 1e9, 2),
+        }  # fmt: skip
+        for name, bound in (("cold", disk), ("cached", bus)):
+            for file in files:
+                (evict if name == "cold" else Path.read_bytes)(file)
+            result[name] = timed_load(Path(folder), device, recipe if on_load else None)
+            rate = stored / result[name]["seconds"]
+            result[name] |= {"gb_per_second": round(rate / 1e9, 2), "of_the_bound": round(rate / bound, 3)}
+    return result
+
+
+def write_dit(root: Path, layers: int, device: torch.device, recipe: Recipe | None) -> list[Path]:
+    """A transformer folder with random weights in three shards; quantized if there is a recipe."""
     config = TransformerConfig(num_layers=layers)
+    folder = root / "transformer"
+    folder.mkdir()
+    described = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+    (folder / "config.json").write_text(json.dumps(described))
     model = random_weights(lambda: StepVideoTransformer(config), device)
-    state = {k: v.cpu() for k, v in model.state_dict().items()}
+    modules = {} if recipe is None else recipe.resolve(linears(model, "transformer"))
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        path = name.removesuffix(".weight")
+        if path in modules:
+            state |= {f"{path}.{k}": t.cpu() for k, t in quantize(modules[path], parameter).items()}
+        else:
+            state[name] = parameter.cpu()
     del model
     torch.cuda.empty_cache()
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder) / "transformer"
-        root.mkdir()
-        described = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
-        (root / "config.json").write_text(json.dumps(described))
-        names, shards = sorted(state), {}
-        for i in range(3):
-            shard = f"diffusion_pytorch_model-{i + 1:05d}-of-00003.safetensors"
-            save_file({n: state[n] for n in names[i::3]}, root / shard)
-            shards |= {n: shard for n in names[i::3]}
-        (root / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-        del state
-        gc.collect()
-        stages: list[Stage] = []
-        anonymous = anonymous_bytes()
-        with measured("load", device, stages):
-            loaded = load(open_component(Path(folder), "transformer"), device, torch.bfloat16)
-        grown = anonymous_bytes() - anonymous
-    size = sum(p.numel() for p in loaded.parameters()) * 2
+    if recipe is not None:
+        values = {"solostep_quantization": 1, "precision": recipe.name, "recipe": recipe.as_dict(), "source": {}}
+        (folder / "quantization.json").write_text(json.dumps(values | {"modules": modules}))
+    names, files, weight_map = list(state), [], {}
+    for i in range(3):
+        file = folder / f"diffusion_pytorch_model-{i + 1:05d}-of-00003.safetensors"
+        inside = names[i * len(names) // 3 : (i + 1) * len(names) // 3]
+        save_file({n: state.pop(n) for n in inside}, file)
+        weight_map |= {n: file.name for n in inside}
+        files.append(file)
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    del state
+    gc.collect()
+    return files
+
+
+def timed_load(root: Path, device: torch.device, recipe: Recipe | None) -> dict[str, Any]:
+    torch.cuda.empty_cache()
+    torch._C._host_emptyCache()
+    component = open_component(root, "transformer")  # a pipeline checks headers long before it loads
+    stages: list[Stage] = []
+    anonymous = anonymous_bytes()
+    with measured("load", device, stages):
+        loaded = load(component, device, torch.bfloat16, recipe=recipe)
+    grown = anonymous_bytes() - anonymous
+    size = sum(p.nbytes for p in loaded.parameters())
     return {
-        "seconds": round(stages[0].seconds, 2),
-        "gigabytes": round(size / 1e9, 2),
-        "gb_per_second": round(size / 1e9 / stages[0].seconds, 2),
+        "seconds": round(stages[0].seconds, 3),
         "gpu_peak_over_model": round((stages[0].gpu_peak or 0) / size, 3),
         "host_growth_gb": round(grown / 1e9, 2),
     }
+
+
+def evict(file: Path) -> None:
+    """Puts a file on disk and takes it out of the page cache; of the host of a virtual machine nothing is known."""
+    with file.open("rb+") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with contextlib.suppress(OSError):  # only root may
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+
+
+def disk_rate(files: list[Path], direct: bool, piece: int = 16 << 20) -> float:
+    """Bytes a second of reading files that are not in memory, one after the other, in pieces of 16 MiB."""
+    buffer = mmap.mmap(-1, piece)
+    for file in files:
+        evict(file)
+    start, count = time.perf_counter(), 0
+    for file in files:
+        try:
+            handle = os.open(file, os.O_RDONLY | (os.O_DIRECT if direct else 0))
+        except OSError:  # a file system without direct reads
+            return 0.0
+        try:
+            got = piece
+            while got == piece:  # a direct read after a short one would begin in the middle of a sector
+                got = os.readv(handle, [buffer])
+                count += got
+        finally:
+            os.close(handle)
+    return count / (time.perf_counter() - start)
+
+
+def pinned_rate(device: torch.device, size: int = 256 << 20, repeats: int = 16) -> float:
+    """Bytes a second of copies from pinned memory to the device."""
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8).pin_memory()
+    target = torch.empty(size, dtype=torch.uint8, device=device)
+    timing = timed(lambda: target.copy_(source, non_blocking=True), device, repeats)
+    return size / min(timing["all_seconds"])
 
 
 def anonymous_bytes() -> int:
@@ -196,6 +283,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--layers", type=int, default=4, help="blocks of the DiT that `load` writes and loads")
+    parser.add_argument("--precision", default="bf16", help="of `load`: bf16, int8, fp8 ...")
+    parser.add_argument("--on-load", action="store_true", help="`load` reads bf16 files and quantizes them")
     parser.add_argument("-o", "--output", type=Path, help="append the result as a JSON line")
     args = parser.parse_args()
     device = pick_device("cuda")
@@ -207,7 +296,7 @@ def main() -> None:
             elif what == "step":
                 result = bench_step(settings, device, args.steps)
             elif what == "load":
-                result = bench_load(device, args.layers)
+                result = bench_load(device, args.layers, args.precision, args.on_load)
             else:
                 result = bench_vae(settings, device, args.repeats, decode=what == "vae")
         torch.cuda.empty_cache()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,16 @@ from .weights import (
     build_on_meta,
     check_tensors,
     load,
+    memory_bytes,
     read_bin,
     read_header,
     read_json,
+    read_quantization,
     type_name,
 )
 
 __all__ = ["COMPONENTS", "Component", "ModelFolder", "TensorInfo", "build_on_meta", "check_tensors", "describe", "load"]
-__all__ += ["network_root", "open_component", "open_model", "read_header", "tokenizer_files"]
+__all__ += ["memory_bytes", "network_root", "open_component", "open_model", "read_header", "tokenizer_files"]
 
 COMPONENTS = ("transformer", "vae", "step_llm", "hunyuan_clip")
 EMBEDDINGS = {
@@ -173,6 +175,7 @@ def open_component(root: Path, name: str) -> Component:
         folder = root / name
         stem = "diffusion_pytorch_model" if name == "transformer" else "model"
         component = _component(name, folder, read_json(folder / "config.json"), _weight_files(folder, stem))
+        component = replace(component, quantization=read_quantization(folder))
     check_tensors(component, build_on_meta(component))
     return component
 
@@ -196,6 +199,10 @@ def open_model(model: str | Path, preset: str | None = None) -> ModelFolder:
 
 def _check_folders(root: Path, source: str) -> None:
     """What can be missing as a whole."""
+    if (root / "conversion.json").exists():
+        raise CheckpointError(
+            f"{root} is a conversion that is not finished; run the command that began it again, and it goes on."
+        )
     if not (root / "transformer").is_dir() and not (root / "model_index.json").exists():
         raise CheckpointError(
             f"{root} is not a Step-Video model: it has no model_index.json and no transformer folder; "
@@ -310,6 +317,13 @@ def _check_tokenizers(folder: ModelFolder) -> None:
             )
 
 
+def _describe_quantization(component: Component) -> dict[str, Any] | None:
+    stored = component.quantization
+    if stored is None:
+        return None
+    return {"precision": stored.precision, "recipe": stored.recipe.name, "linears": stored.counts}
+
+
 def describe(model: str | Path) -> dict[str, Any]:
     """What a model folder holds, and every problem found: for `solostep info`. Raises only if there is no folder."""
     root, source = resolve_model(model)
@@ -319,7 +333,8 @@ def describe(model: str | Path) -> dict[str, Any]:
         try:
             c = whole[name] = open_component(root, name)
             entry |= {"parameters": c.parameters, "stored_bytes": c.stored_bytes, "dtypes": c.dtypes,
-                      "files": len(c.files), "fingerprint": c.fingerprint, "ignored": list(c.ignored)}  # fmt: skip
+                      "files": len(c.files), "fingerprint": c.fingerprint, "ignored": list(c.ignored),
+                      "quantization": _describe_quantization(c)}  # fmt: skip
         except CheckpointError as error:
             entry["problem"] = str(error)
             if str(error) not in problems:

@@ -25,6 +25,18 @@ FPS = 25.0
 LLM_TOKENS = 320
 CLIP_TOKENS = 77
 PRECISIONS = ("bf16", "fp32")
+"""Types that networks compute in."""
+MODES = {
+    "bf16": "the official numerics",
+    "fp32": "twice the memory and several times slower",
+    "int8": "half the memory; int8 products, inputs rotated",
+    "fp8": "half the memory; e4m3 products, fast from sm_89 on",
+    "int8-weight": "half the memory; products in bf16",
+    "fp8-weight": "half the memory; products in bf16",
+    "nf4": "0.28 of the memory; 4-bit weights, coarse",
+    "int4-weight": "0.27 of the memory; 4-bit weights, coarse",
+}
+"""What a network can run in, and what that means against bf16. A test holds the names equal to those of quant/."""
 
 _Config = TypeVar("_Config", bound="_FromDict")
 

@@ -25,6 +25,16 @@ from .config import GenerationSettings, cache_dir
 from .errors import OutputError, SolostepError, UsageError
 from .latents import SavedLatents
 from .models.vae import decode_chunks
+from .precision import (
+    AUTO,
+    Mode,
+    Recipes,
+    check_precision,
+    choose_mode,
+    choose_recipe,
+    measure_recipe,
+    read_recipe_option,
+)
 from .progress import ConsoleProgress, Progress
 from .request import (
     SETTINGS,
@@ -70,12 +80,23 @@ class StepVideoPipeline:
     """
 
     def __init__(
-        self, model: ModelFolder, precision: str = "bf16", device: str | torch.device | None = None,
-        keep_loaded: bool = False, cache: bool = True,
+        self, model: ModelFolder, precision: str | None = None, device: str | torch.device | None = None,
+        keep_loaded: bool = False, cache: bool = True, *, text_precision: str | None = None, recipe: Recipes = None,
     ) -> None:  # fmt: skip
+        check_precision(precision)
+        check_precision(text_precision, "--text-precision")
+        asked = read_recipe_option(recipe, precision)
         self.model = model
-        self.precision = precision
-        self.dtype = pick_dtype(precision)
+        self.dtype = pick_dtype("fp32" if precision == "fp32" else "bf16")
+        transformer, llm = (model.components[name] for name in ("transformer", "step_llm"))
+        self.budget = asked if isinstance(asked, float) else None
+        self._mode = (
+            choose_mode(transformer, precision, "bf16", "--precision", self.dtype)
+            if asked is None
+            else choose_recipe(transformer, asked)
+        )
+        default = "fp32" if precision == "fp32" else "bf16"
+        self.text_mode = choose_mode(llm, text_precision, default, "--text-precision", self.dtype)
         self.device = pick_device(device)
         self.keep_loaded = keep_loaded
         self.cache = cache_dir() / "embeddings" if cache else None
@@ -83,30 +104,76 @@ class StepVideoPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path | None = None, precision: str = "bf16", device: str | torch.device | None = None,
-        *, preset: str | None = None, keep_loaded: bool = False, cache: bool = True,
+        cls, model: str | Path | None = None, precision: str | None = None, device: str | torch.device | None = None,
+        *, text_precision: str | None = None, recipe: Recipes = None, preset: str | None = None,
+        keep_loaded: bool = False, cache: bool = True,
     ) -> StepVideoPipeline:  # fmt: skip
         """Finds and checks a model; its weights are loaded stage by stage, when a video is made.
 
         Args:
             model: a folder in the released layout, a Hugging Face id, or None for the small embedded demo model.
-            precision: bf16 (the official numerics) or fp32.
+            precision: of the transformer: bf16 (the official numerics), fp32, or a format that its weights are
+                quantized to while they are loaded: int8, fp8, int8-weight, fp8-weight, nf4, int4-weight, or for
+                comparison one of another package (torchao:int8, bnb:nf4). By default what the folder is stored in,
+                else bf16.
+            text_precision: of Step-LLM, likewise; by default what it is stored in, else fp32 beside fp32 and bf16.
+                Hunyuan-CLIP always runs in fp32 and the VAE in bf16, or both in fp32.
+            recipe: in place of ``precision``: which linears get which format, as a Recipe, the path of a JSON file, or
+                ``auto:BUDGET``, which measures the cheapest recipe with at most that error before the first video.
             device: cpu, cuda, cuda:1; by default the first CUDA card, else the CPU.
             preset: t2v, turbo or ti2v, where the folder does not say which it is.
             keep_loaded: keep networks between videos, if the memory is there for all of them at once.
             cache: keep prompt embeddings on disk (in ``$SOLOSTEP_CACHE`` or ``~/.cache/solostep``).
 
         Raises:
-            UsageError: unknown precision or device, or not a model.
+            UsageError: unknown precision, recipe or device, one that the folder is not stored in, or not a model.
             CheckpointError: the model folder is incomplete or damaged; the message names the file or tensor.
         """
-        pick_dtype(precision)
+        check_precision(precision)
+        check_precision(text_precision, "--text-precision")
+        asked = read_recipe_option(recipe, precision)
         pick_device(device)
         if model is None:
             from .demo import demo_model
 
             model = demo_model()
-        return cls(open_model(model, preset), precision, device, keep_loaded, cache)
+        return cls(
+            open_model(model, preset), precision, device, keep_loaded, cache,
+            text_precision=text_precision, recipe=recipe if isinstance(asked, float) else asked,
+        )  # fmt: skip
+
+    # --- its precision --------------------------------------------------------------------------------------------
+
+    @property
+    def mode(self) -> Mode:
+        """How the transformer runs. With ``recipe="auto:BUDGET"`` the first use measures it, which takes its time."""
+        return self._decided(None)
+
+    @property
+    def precision(self) -> str:
+        """The name of the transformer's precision or recipe."""
+        return f"{AUTO}{self.budget:g}" if self._mode is None else self._mode.name
+
+    @property
+    def text_precision(self) -> str:
+        """The name of Step-LLM's precision."""
+        return self.text_mode.name
+
+    def _decided(self, progress: Progress | None) -> Mode:
+        if self._mode is None:
+            assert self.budget is not None
+            with _readable_errors(self.device):
+                self._mode = measure_recipe(self.model, self.budget, self.device, progress)
+            release_memory(self.device)
+        return self._mode
+
+    def _modes(self) -> dict[str, Any]:
+        """For identities, records and metadata: two modes never share latents."""
+        return {
+            "precision": self.mode.name,
+            "text_precision": self.text_precision,
+            "recipe": self.mode.described(),
+        }
 
     # --- asking for a video ---------------------------------------------------------------------------------------
 
@@ -251,6 +318,7 @@ class StepVideoPipeline:
         """
         say = progress or (lambda stage, done, total: None)
         with contextlib.ExitStack() as locks:
+            self._decided(say)
             with _readable_errors(self.device):
                 jobs = [self._open(request, i, locks) for i, request in enumerate(requests)]
             yield from self._generate(jobs, open_sink, callback, say)
@@ -273,8 +341,9 @@ class StepVideoPipeline:
                 if texts:
                     with measured("text", self.device, shared):
                         embeddings = encode_prompts(
-                            self.model, texts, self.device, self.dtype, self.cache, _stage(say, "text encoders")
-                        )
+                            self.model, texts, self.device, self.dtype, self.cache, _stage(say, "text encoders"),
+                            self.text_mode,
+                        )  # fmt: skip
             try:
                 yield from self._each(jobs, embeddings, shared, open_sink, callback, say)
             finally:  # also when the caller stops early
@@ -302,20 +371,27 @@ class StepVideoPipeline:
                 if open_sink is not None:
                     with _latents_are_kept(job):
                         sink = open_sink(i, job.request, self._record(job))
-                        self._decode(job, sink, say)
+                        self._decode(job, sink, say, self.dtype)
                 job.delivered()
                 record = self._record(job)
             yield record, job.saved.latents
 
     def is_finished(self, request: Request) -> bool:
         """Whether the file at ``latents_path`` already holds the final latents of exactly this request."""
-        if request.latents_path is None:
+        if request.latents_path is None or not request.latents_path.exists():
             return False
         saved = storage.find_resumable(request.latents_path, self._identity(request), request.seed)
         return saved is not None and saved.finished
 
-    def decode(self, saved: SavedLatents, open_sink: OpenSink, progress: Progress | None = None) -> dict[str, Any]:
-        """Makes the video of saved latents, also of unfinished ones (which look noisy). Returns the record."""
+    def decode(
+        self, saved: SavedLatents, open_sink: OpenSink, progress: Progress | None = None, precision: str | None = None
+    ) -> dict[str, Any]:
+        """Makes the video of saved latents, also of unfinished ones (which look noisy). Returns the record.
+
+        ``precision`` is that of the VAE, bf16 or fp32; by default the one it has in this pipeline. That of the other
+        networks does not matter.
+        """
+        dtype = self.dtype if precision is None else pick_dtype(precision)
         settings = GenerationSettings(**saved.info["settings"])
         channels = self.model.vae_config.z_channels
         if saved.latents.shape[2] != channels:
@@ -331,6 +407,7 @@ class StepVideoPipeline:
                 job,
                 open_sink(0, request, self._record(job)),
                 progress or (lambda *_: None),
+                dtype,
             )
             self._free("vae")
         return self._record(job)
@@ -357,7 +434,7 @@ class StepVideoPipeline:
                 seed=seed,
                 seed_given=request.seed is not None,
                 identity=identity,
-                info={**request.asked, "texts": request.texts, "model": self.model.source, "precision": self.precision,
+                info={**request.asked, "texts": request.texts, "model": self.model.source, **self._modes(),
                       "preset": self.model.preset.name, "settings": settings_dict(request.settings)},
             )  # fmt: skip
         return Job(request, path, saved, resumed_from, managed)
@@ -371,7 +448,8 @@ class StepVideoPipeline:
             "prompt": request.prompt,
             "negative_prompt": request.negative if request.settings.use_guidance else None,
             "settings": request.settings.identity(),
-            "precision": self.precision,
+            **self._modes(),
+            "text_recipe": self.text_mode.described(),
             "image": tensor_hash(request.image),
             "noise": tensor_hash(request.noise),
         }
@@ -402,8 +480,9 @@ class StepVideoPipeline:
                 self._networks["transformer"] = load(
                     self.model.components["transformer"],
                     self.device,
-                    self.dtype,
+                    self.mode.dtype,
                     progress=_stage(say, "load transformer"),
+                    recipe=self.mode.on_load,
                 )
         with measured("denoise", self.device, job.stages):
             velocity = GuidedVelocity(self._networks["transformer"], embeddings, settings, job.condition)
@@ -421,8 +500,8 @@ class StepVideoPipeline:
                 say("denoise", step + 1, saved.steps)
 
     def _require_memory_for_transformer(self) -> None:
-        weights = self.model.components["transformer"].parameters * self.dtype.itemsize
-        require_memory(weights, self.device, f"The transformer in {self.precision}")
+        weights = self.mode.memory_bytes(self.model.components["transformer"])
+        require_memory(weights, self.device, f"The transformer in {self.mode.name}")
 
     def _keep(self, job: Job, latents: Tensor, step: int) -> None:
         """Puts a finished step on disk. A full disk does not end the run: the video may still find its place."""
@@ -446,15 +525,17 @@ class StepVideoPipeline:
         weights = self.model.components["vae"].parameters * self.dtype.itemsize
         return 4 * 20 * settings.height * settings.width * widest * self.dtype.itemsize + weights
 
-    def _decode(self, job: Job, sink: contextlib.AbstractContextManager[FrameSink], say: Progress) -> None:
+    def _decode(
+        self, job: Job, sink: contextlib.AbstractContextManager[FrameSink], say: Progress, dtype: torch.dtype
+    ) -> None:
         """Decodes chunk by chunk; frames leave as they are ready."""
         total = job.request.settings.num_frames
-        if "vae" not in self._networks:
+        if "vae" not in self._networks or next(self._networks["vae"].parameters()).dtype != dtype:
             with measured("load vae", self.device, job.stages):
-                self._networks["vae"] = load(self.model.components["vae"], self.device, self.dtype, part="decoder")
+                self._networks["vae"] = load(self.model.components["vae"], self.device, dtype, part="decoder")
         with measured("decode and write", self.device, job.stages), sink as open_sink:
             say("decode", 0, total)
-            latents = job.saved.latents.to(self.device, self.dtype)
+            latents = job.saved.latents.to(self.device, dtype)
             done = 0
             for frames in decode_chunks(self._networks["vae"], latents):
                 open_sink.write(to_uint8(frames[0]).cpu().numpy())
@@ -462,7 +543,8 @@ class StepVideoPipeline:
                 say("decode", done, total)
 
     def _record(self, job: Job) -> dict[str, Any]:
-        return make_record(job, self.model, self.precision, self.device)
+        modes = job.saved.info if "precision" in job.saved.info else self._modes()
+        return make_record(job, self.model, modes, self.device)
 
     def _free(self, name: str) -> None:
         if not self.keep_loaded and self._networks.pop(name, None) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -192,15 +193,27 @@ def versions() -> dict[str, str | None]:
 
 def video_metadata(record: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a record that goes into the video file: what repeats it, and nothing about the machine."""
-    names = ("prompt", "negative_prompt", "raw_prompt", "seed", "settings", "precision", "preset", "solostep")
+    names = ("prompt", "negative_prompt", "raw_prompt", "seed", "settings", "precision", "text_precision", "preset")
     # A hub id says which model it was; of a folder only its own name, not where it lies on somebody's disk.
     model = str(record["model"])
     model = Path(model).name if Path(model).is_absolute() else model
-    return {name: record[name] for name in names} | {"model": model, "torch": record["versions"]["torch"]}
+    described = {name: record[name] for name in (*names, "solostep")}
+    return described | {"recipe": _short(record["recipe"]), "model": model, "torch": record["versions"]["torch"]}
 
 
-def make_record(job: Job, model: ModelFolder, precision: str, device: torch.device) -> dict[str, Any]:
-    """Everything needed to repeat a video, and what it took."""
+def _short(recipe: Mapping[str, Any] | None, limit: int = 1000) -> Mapping[str, Any] | None:
+    """A recipe as it is, or of one that names hundreds of linears what it can be known by: a file holds little."""
+    text = json.dumps(recipe)
+    if recipe is None or len(text) <= limit:
+        return recipe
+    return {"name": recipe["name"], "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def make_record(job: Job, model: ModelFolder, modes: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Everything needed to repeat a video, and what it took.
+
+    ``modes`` holds ``precision``, ``text_precision`` and ``recipe``.
+    """
     saved = job.saved
     return {
         "solostep": versions()["solostep"],
@@ -210,7 +223,7 @@ def make_record(job: Job, model: ModelFolder, precision: str, device: torch.devi
         **{k: saved.info.get(k) for k in ("prompt", "negative_prompt", "raw_prompt", "texts")},
         "seed": saved.seed,
         "settings": saved.info["settings"],
-        "precision": saved.info.get("precision", precision),
+        **{k: modes.get(k) for k in ("precision", "text_precision", "recipe")},
         "image_sha256": saved.identity.get("image"),
         "noise_sha256": saved.identity.get("noise"),
         "device": describe_device(device),

@@ -42,7 +42,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def pick_dtype(precision: str) -> torch.dtype:
-    """``bf16`` or ``fp32``.
+    """The type of ``bf16`` or ``fp32``, for networks that come in no other precision.
 
     Raises:
         UsageError: an unknown precision.

@@ -13,18 +13,24 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .checkpoint import ModelFolder, load, tokenizer_files
+from ..quant.foreign import quiet
+from .checkpoint import ModelFolder, load, memory_bytes, tokenizer_files
 from .config import CLIP_TOKENS, LLM_TOKENS
 from .errors import CheckpointError
+from .precision import Mode, choose_mode
 from .runtime import release_memory, require_memory
+
+if TYPE_CHECKING:
+    from ..quant.recipe import Recipe
 
 log = logging.getLogger("solostep")
 BOS, EOS = 1, 2
+_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,8 @@ class ClipTokenizer:
     """BERT wordpieces of a prompt, cut and padded to 77."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import BertTokenizer
+        with quiet():
+            from transformers import BertTokenizer
 
         try:
             self.tokenizer = BertTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -79,12 +86,13 @@ class ClipTokenizer:
         return list(out["input_ids"]), list(out["attention_mask"])
 
 
-def _cache_key(text: str, model: ModelFolder, dtype: torch.dtype, device: torch.device) -> str:
+def _cache_key(text: str, model: ModelFolder, dtype: torch.dtype, mode: Mode, device: torch.device) -> str:
     digest = hashlib.sha256()
     tokenizers = [hashlib.sha256(f.read_bytes()).hexdigest() for f in tokenizer_files(model.root)]
     encoders = [model.components[name].fingerprint for name in ("step_llm", "hunyuan_clip")]
+    how = [str(dtype), mode.name, str(mode.dtype), mode.described()]
     # The device's type counts: kernels differ in the last bits, and a run has to repeat bit for bit.
-    digest.update(json.dumps([1, text, tokenizers, encoders, str(dtype), device.type]).encode())
+    digest.update(json.dumps([2, text, tokenizers, encoders, how, device.type]).encode())
     return digest.hexdigest()
 
 
@@ -123,17 +131,20 @@ def encode_prompts(
     dtype: torch.dtype,
     cache: Path | None,
     progress: Callable[[int, int], None] | None = None,
+    mode: Mode | None = None,
 ) -> dict[str, PromptEmbedding]:
     """Embeddings of ``texts``, by text, on the CPU; from ``cache`` where they are already there.
 
-    Step-LLM runs in ``dtype``. Hunyuan-CLIP always runs in fp32, as in the release, and its output is cast.
+    Step-LLM runs in ``mode``, by default in ``dtype`` as it is stored. Hunyuan-CLIP always runs in fp32, as in the
+    release, and its output is cast to ``dtype``.
     """
+    mode = mode or choose_mode(model.components["step_llm"], None, _NAMES[dtype], "", dtype)
     texts = list(dict.fromkeys(texts))
-    paths = {t: cache / f"{_cache_key(t, model, dtype, device)}.safetensors" for t in texts} if cache else {}
+    paths = {t: cache / f"{_cache_key(t, model, dtype, mode, device)}.safetensors" for t in texts} if cache else {}
     found = {t: e for t, path in paths.items() if (e := _read_cached(path)) is not None}
     todo = [t for t in texts if t not in found]
     if todo:
-        llm = run_step_llm(model, todo, device, dtype, progress)
+        llm = run_step_llm(model, todo, device, mode.dtype, progress, mode.on_load)
         clip = run_clip(model, todo, device)
         for text in todo:
             states, length = llm[text]
@@ -150,8 +161,12 @@ def run_step_llm(
     device: torch.device,
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None = None,
+    recipe: Recipe | None = None,
 ) -> dict[str, tuple[Tensor, int]]:
-    """Loads Step-LLM, runs each text and frees it: hidden states ``[320, c]`` and the number of tokens."""
+    """Loads Step-LLM, runs each text and frees it: hidden states ``[320, c]`` and the number of tokens.
+
+    ``recipe`` quantizes it as it is loaded; one that is stored quantized stays so.
+    """
     tokenizer = LLMTokenizer(tokenizer_files(model.root)[0])
     for text in texts:
         if (count := tokenizer.count(text)) > LLM_TOKENS - 2:
@@ -160,8 +175,8 @@ def run_step_llm(
                 text[:40], count, LLM_TOKENS - 2,
             )  # fmt: skip
     component = model.components["step_llm"]
-    require_memory(component.parameters * dtype.itemsize, device, "The text encoder Step-LLM")
-    network: Any = load(component, device, dtype, progress=progress)
+    require_memory(memory_bytes(component, dtype, recipe), device, "The text encoder Step-LLM")
+    network: Any = load(component, device, dtype, progress=progress, recipe=recipe)
     found = {}
     for text in texts:
         ids, length = tokenizer(text)

@@ -8,32 +8,49 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import StepLLMConfig, TransformerConfig, VAEConfig
-from .errors import CheckpointError, first_line
+from .errors import CheckpointError, UsageError, first_line
+from .headers import (
+    FLOAT_TYPES,
+    QUANTIZED_TYPES,
+    TensorInfo,
+    product,
+    read_bin,
+    read_header,
+    read_json,
+    type_name,
+)
+from .quantization import (
+    AGAIN,
+    QUANTIZATION_FILE,
+    Quantization,
+    formats_of,
+    install_stored,
+    read_quantization,
+)
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
-FLOAT_TYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""safetensors names of the types that can be read, and their bytes."""
+    from ..quant.recipe import Recipe
 
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies: its file, its name there, shape and safetensors type name."""
-
-    file: Path
-    stored_name: str
-    shape: tuple[int, ...]
-    dtype: str
+__all__ = [
+    "FLOAT_TYPES",
+    "QUANTIZED_TYPES",
+    "Component",
+    "Quantization",
+    "TensorInfo",
+    "build_on_meta",
+    "check_tensors",
+]
+__all__ += ["load", "memory_bytes", "read_bin", "read_header", "read_json", "read_quantization", "type_name"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +63,15 @@ class Component:
     files: tuple[Path, ...]
     tensors: Mapping[str, TensorInfo]
     ignored: tuple[str, ...] = ()
+    quantization: Quantization | None = None
+    """What is stored quantized, and how; None for a network of floats."""
 
-    @property
+    @cached_property
     def parameters(self) -> int:
-        return sum(_product(t.shape) for t in self.tensors.values())
+        """The network's parameters, however they are stored."""
+        if self.quantization is None:
+            return sum(t.numbers for t in self.tensors.values())
+        return sum(p.numel() for p in build_on_meta(replace(self, quantization=None)).parameters())
 
     @property
     def stored_bytes(self) -> int:
@@ -61,8 +83,10 @@ class Component:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the weights: configuration, headers, sizes and 16 samples of the data of each file."""
+        """Identity of the weights: configuration, formats, headers, sizes, and 16 samples of the data of each file."""
         digest = hashlib.sha256(json.dumps(dict(self.config), sort_keys=True, default=str).encode())
+        if self.quantization is not None:
+            digest.update(self.quantization.identity().encode())
         for name in sorted(self.tensors):
             digest.update(f"{name}:{self.tensors[name].shape}:{self.tensors[name].dtype}".encode())
         for file in self.files:
@@ -75,104 +99,16 @@ class Component:
         return digest.hexdigest()[:16]
 
 
-def _product(shape: Iterable[int]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: the file is missing or not JSON.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} is missing or cannot be read ({error.strerror}); download it again.") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({first_line(error)}); download it again.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} has to hold a JSON object; download it again.")
-    return value
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file, from its header; the header is checked against itself and the file's length.
-
-    Raises:
-        CheckpointError: not a safetensors file, or damaged, or cut short.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            length = struct.unpack("<Q", stream.read(8))[0]
-            if length > min(size, 100_000_000):
-                raise ValueError("bad header length")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        tensors = {
-            name: TensorInfo(path, name, tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()
-        }
-        places = sorted((*entry["data_offsets"], name) for name, entry in header.items())
-        end = 8 + length + max((stop for _, stop, _ in places), default=0)
-    except OSError as error:
-        raise CheckpointError(f"{path} is missing or cannot be read ({error.strerror}); download it again.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error):
-        raise CheckpointError(
-            f"{path} is not a safetensors file, or its start is damaged; download it again."
-        ) from None
-    if size != end:
-        how = "is cut short" if size < end else "is too long"
-        raise CheckpointError(
-            f"{path} {how}: its header promises {end:,} bytes and it has {size:,}; download it again."
-        )
-    expected = 0
-    for start, stop, name in places:  # one behind the other, without gaps, as safetensors asks for
-        needed = FLOAT_TYPES.get(tensors[name].dtype)
-        fits = needed is None or stop - start == needed * _product(tensors[name].shape)
-        if start != expected or not fits:
-            raise CheckpointError(f"{path}: its header contradicts itself at tensor {name}; download it again.")
-        expected = stop
-    return tensors
-
-
-def read_bin(path: Path) -> dict[str, torch.Tensor]:
-    """The one released pickle file. ``weights_only`` refuses anything but tensors: nothing in it is executed."""
-    import torch
-
-    try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files older than torch 1.6 cannot be mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch's own message is left out: it tells how to run the code
-        raise CheckpointError(
-            f"{path} cannot be read as plain tensors: it is damaged, or holds code, which is never run; "
-            "download it again."
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise CheckpointError(f"{path} does not hold a table of tensors; download it again.")
-    return state
-
-
-def type_name(tensor: torch.Tensor) -> str:
-    import torch
-
-    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    return names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
-
-
 def build_on_meta(component: Component) -> nn.Module:
-    """The network of a component, with parameters that have shapes but no memory.
+    """The network of a component, with parameters that have shapes but no memory; quantized if it is stored so.
 
     Raises:
-        CheckpointError: its configuration makes no network.
+        CheckpointError: its configuration makes no network, or quantization.json names what is no linear of it.
     """
+    import torch
     from accelerate import init_empty_weights
 
+    from ..quant.recipe import BLOCKS
     from .models.clip import HunyuanClip
     from .models.step_llm import StepLLM
     from .models.transformer import StepVideoTransformer
@@ -184,9 +120,11 @@ def build_on_meta(component: Component) -> nn.Module:
         "step_llm": lambda c: StepLLM(StepLLMConfig.from_dict(c)),
         "hunyuan_clip": HunyuanClip,
     }
+    # The blocks' networks hold no buffers, which have to be real; this way is the faster one for hundreds of linears.
+    on_meta = torch.device("meta") if component.name in BLOCKS else init_empty_weights(include_buffers=False)
     try:
-        with init_empty_weights(include_buffers=False):
-            return makers[component.name](component.config).eval().requires_grad_(False)
+        with on_meta:
+            module = makers[component.name](component.config).eval().requires_grad_(False)
     except CheckpointError:
         raise
     except Exception as error:  # values of a wrong type or that do not fit together fail anywhere in a constructor
@@ -194,16 +132,20 @@ def build_on_meta(component: Component) -> nn.Module:
             f"{component.folder / 'config.json'} does not describe a {component.name} network ({first_line(error)}); "
             "download it again."
         ) from error
+    if component.quantization is not None:
+        install_stored(module, component.name, component.quantization, component.folder)
+    return module
 
 
 def check_tensors(component: Component, module: nn.Module, prefix: str = "") -> None:
     """Holds a component's tensors against a module's parameters: names, shapes and types, strictly.
 
     Raises:
-        CheckpointError: names the first tensor that is missing, unknown, of a wrong shape or of no float type.
+        CheckpointError: names the first tensor that is missing, unknown, of a wrong shape or of a wrong type.
     """
-    expected = {prefix + name: tuple(p.shape) for name, p in module.named_parameters()}
+    expected = {prefix + name: (tuple(p.shape), kind) for name, p, kind in _parameters(module)}
     found = {k: t for k, t in component.tensors.items() if k.startswith(prefix)}
+    _check_has_quantization(component, found)
     where = component.folder
     missing = sorted(set(expected) - set(found))
     if missing:
@@ -219,18 +161,72 @@ def check_tensors(component: Component, module: nn.Module, prefix: str = "") -> 
             f"{found[unknown[0]].file}: tensor {unknown[0]}{more} is unknown to this network; "
             "the file or config.json is of another model: download them again."
         )
-    for name, shape in expected.items():
+    for name, (shape, kind) in expected.items():
         info = found[name]
         if info.shape != shape:
             raise CheckpointError(
                 f"{info.file}: tensor {name} has shape {list(info.shape)} and has to have {list(shape)}; "
                 "the file or config.json is of another model: download them again."
             )
-        if info.dtype not in FLOAT_TYPES:
+        if kind is not None and info.dtype != kind:
+            raise CheckpointError(
+                f"{info.file}: tensor {name} is stored as {info.dtype} and {QUANTIZATION_FILE} asks for {kind}; "
+                f"{AGAIN}."
+            )
+        if kind is None and info.dtype not in FLOAT_TYPES:
             raise CheckpointError(
                 f"{info.file}: tensor {name} is stored as {info.dtype} and only {', '.join(FLOAT_TYPES)} can be read; "
                 "download it again."
             )
+
+
+def _parameters(module: nn.Module) -> Iterator[tuple[str, Tensor, str | None]]:
+    """Name, parameter, and the one type that it can be stored in; None where any float type will do."""
+    from ..quant.linear import QuantizedLinear
+
+    for path, part in module.named_modules():
+        exact = isinstance(part, QuantizedLinear)
+        for name, parameter in part.named_parameters(path, recurse=False):
+            yield name, parameter, type_name(parameter) if exact and not name.endswith(".bias") else None
+
+
+def _check_has_quantization(component: Component, found: Mapping[str, TensorInfo]) -> None:
+    """Quantized tensors without the file that says how to read them."""
+    from ..quant.recipe import BLOCKS
+
+    if component.quantization is not None or component.name not in BLOCKS:
+        return
+    for name, info in found.items():
+        if info.dtype in QUANTIZED_TYPES:
+            raise CheckpointError(
+                f"{component.folder / QUANTIZATION_FILE} is missing, and without it tensor {name} in {info.file.name}, "
+                f"stored as {info.dtype}, cannot be read; copy it from where the folder came from, or {AGAIN}."
+            )
+
+
+def memory_bytes(component: Component, dtype: torch.dtype, recipe: Recipe | None = None) -> int:
+    """What the weights take on a device: as they are stored, or quantized by ``recipe``; the rest in ``dtype``.
+
+    Raises:
+        UsageError: the recipe fits no linear of the network.
+    """
+    from ..quant.foreign import is_foreign
+    from ..quant.formats import FORMATS, stored
+
+    module = build_on_meta(component)
+    formats = {} if recipe is None else formats_of(recipe, module, component.name)
+    total = 0.0
+    for name, parameter, kind in _parameters(module):
+        path, _, leaf = name.rpartition(".")
+        form = formats.get(path, "") if leaf == "weight" else ""
+        if form in FORMATS:
+            tensors = stored(form, parameter.shape[1], parameter.shape[0])
+            total += sum(product(shape) * t.itemsize for shape, t in tensors.values())
+        elif is_foreign(form):  # with their scales, about
+            total += parameter.numel() * (4.5 if "4" in form else 8) / 8
+        else:
+            total += parameter.numel() * (dtype if kind is None else parameter.dtype).itemsize
+    return int(total)
 
 
 def load(
@@ -239,69 +235,52 @@ def load(
     dtype: torch.dtype,
     part: str = "",
     progress: Callable[[int, int], None] | None = None,
+    recipe: Recipe | None = None,
 ) -> nn.Module:
     """Builds a network and fills it, tensor by tensor, each straight from its file to its place.
 
+    What is stored quantized is taken as it is. With ``recipe``, each weight of a float network is quantized when it
+    arrives on the device, from the type that it is stored in, and its float values are freed at once.
+
     Args:
+        dtype: of the weights that are not quantized, and of what the network computes in.
         part: load only this submodule (``decoder`` of the VAE, say).
-        progress: called with (bytes placed, bytes in all).
+        progress: called with (numbers placed, numbers in all).
 
     Raises:
+        UsageError: a recipe that fits no linear, or for a network that is stored quantized.
         CheckpointError: a tensor with NaN or infinity, a file that changed or ends early, or any mismatch.
+        SolostepError: a format of another package refuses a layer.
     """
-    from accelerate.utils import set_module_tensor_to_device
-
-    module = build_on_meta(component)
-    if part:
-        module = module.get_submodule(part)
-    prefix = f"{part}." if part else ""
-    check_tensors(component, module, prefix)
-    wanted = {name: component.tensors[prefix + name] for name, _ in module.named_parameters()}
-    total = sum(_product(t.shape) for t in wanted.values())
-    done = 0
-    for file in sorted({t.file for t in wanted.values()}):
-        with _open_tensors(file, device) as read:
-            for name, info in wanted.items():
-                if info.file != file:
-                    continue
-                tensor = read(info.stored_name)
-                _check_finite(tensor, info.stored_name, file)
-                # A mapped tensor would share the file's pages; the copy owns its memory and outlives the file.
-                tensor = tensor.to(device, dtype, copy=True) if tensor.device.type == "cpu" else tensor.to(dtype)
-                set_module_tensor_to_device(module, name, device, value=tensor, dtype=dtype, clear_cache=False)
-                done += _product(info.shape)
-                if progress is not None:
-                    progress(done, total)
-    return module.to(device)  # moves the few buffers (BERT's position numbers)
-
-
-class _open_tensors:
-    """Opens a .safetensors or .bin file; gives a function from a stored name to its tensor."""
-
-    def __init__(self, file: Path, device: torch.device | str) -> None:
-        self.file, self.device = file, device
-
-    def __enter__(self) -> Callable[[str], torch.Tensor]:
-        if self.file.suffix == ".bin":
-            self.handle = None
-            return read_bin(self.file).__getitem__
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            self.handle = safe_open(str(self.file), framework="pt", device=str(self.device))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.file} cannot be opened ({first_line(error)}); download it again.") from None
-        self.handle.__enter__()
-        return self.handle.get_tensor
-
-    def __exit__(self, *exception: object) -> None:
-        if self.handle is not None:
-            self.handle.__exit__(None, None, None)
-
-
-def _check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
     import torch
 
-    low, high = torch.aminmax(tensor)  # NaN wins in both, without a mask in memory
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
-        raise CheckpointError(f"{file}: tensor {name} holds NaN or infinity; the file is damaged, download it again.")
+    from .placing import Placer, read_infos
+
+    device = torch.device(device)
+    whole = build_on_meta(component)
+    module = whole.get_submodule(part) if part else whole
+    prefix = f"{part}." if part else ""
+    check_tensors(component, module, prefix)
+    wanted = {name: component.tensors[prefix + name] for name, _, _ in _parameters(module)}
+    formats = {} if recipe is None else formats_of(recipe, whole, component.name)
+    if formats and component.quantization is not None:
+        raise UsageError(
+            f"{component.folder} is stored in {component.quantization.precision} and cannot be quantized again; "
+            "take the original model."
+        )
+    own = {path.removeprefix(prefix): name for path, name in formats.items() if path.startswith(prefix)}
+    placer = Placer(module, device, dtype, own)
+    total, done = sum(info.numbers for info in wanted.values()), 0
+    names = sorted(wanted, key=lambda name: (wanted[name].file, wanted[name].offset))
+    tensors = read_infos([wanted[name] for name in names], device)
+    for i, name in enumerate(names):
+        file = wanted[name].file
+        # Not zip(), which would hold a tensor until the next one is there.
+        placer.place(name, wanted[name], next(tensors))
+        done += wanted[name].numbers
+        if progress is not None:
+            progress(done, total)
+        if i + 1 == len(names) or wanted[names[i + 1]].file != file:
+            placer.check(file)
+    next(tensors, None)  # the reader's last look at the files
+    return module

@@ -18,6 +18,7 @@ from ..models.clip import HunyuanClip
 from ..models.step_llm import StepLLM
 from ..models.transformer import StepVideoTransformer
 from ..models.vae import VideoAutoencoder, encode_video, sample_posterior
+from ..precision import Mode
 from .captions import Attributes, Prompt, combinations, held_out_prompts
 from .data import draw_clips, motion_score, psnr, to_frames
 from .nets import TIME_SHIFT, TextTable, encode_texts, llm_bias, sample
@@ -32,6 +33,14 @@ def load_network(root: Path, name: str, device: torch.device, dtype: torch.dtype
     return load(open_component(root, name), device, dtype)
 
 
+@dataclass(frozen=True)
+class Made:
+    """Videos, uint8 ``[n, 17, size, size, 3]``, and their final latents ``[n, 3, c, h, w]``, fp32."""
+
+    videos: Tensor
+    latents: Tensor
+
+
 @dataclass
 class Player:
     """The networks of one demo model, loaded, and what they make."""
@@ -44,14 +53,26 @@ class Player:
     """Folder that holds the tokenizers."""
 
     @classmethod
-    def load(cls, root: Path, device: torch.device, dtype: torch.dtype) -> Player:
-        vae, llm = (load_network(root, name, device, dtype) for name in ("vae", "step_llm"))
+    def load(
+        cls,
+        root: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        mode: Mode | None = None,
+        text_mode: Mode | None = None,
+    ) -> Player:
+        """All networks in ``dtype``, but for the transformer's ``mode`` and Step-LLM's ``text_mode``."""
+        vae = load_network(root, "vae", device, dtype)
         clip = load_network(root, "hunyuan_clip", device, torch.float32)  # fp32 in every precision, as in the pipeline
-        transformer = load_network(root, "transformer", device, dtype)
-        return cls(cast(StepVideoTransformer, transformer), vae, llm, clip, network_root(root, "step_llm"))
+        transformer, llm = (
+            load(open_component(root, name), device, m.dtype if m else dtype, recipe=m.on_load if m else None)
+            for name, m in (("transformer", mode), ("step_llm", text_mode))
+        )
+        texts = network_root(root, "step_llm")
+        return cls(cast(StepVideoTransformer, transformer), vae, cast(StepLLM, llm), clip, texts)
 
     @torch.inference_mode()
-    def videos(
+    def make(
         self,
         prompts: Sequence[str],
         seed: int,
@@ -61,8 +82,8 @@ class Player:
         shift: float = TIME_SHIFT,
         images: Tensor | None = None,
         scores: Tensor | None = None,
-    ) -> Tensor:
-        """Videos of the prompts, uint8 ``[n, 17, size, size, 3]``, on the networks' device (so is their reading).
+    ) -> Made:
+        """Videos of the prompts, on the networks' device (so is their reading).
 
         ``images [n, 3, size, size]`` in [-1, 1] and ``scores [n]`` are for an image-to-video model.
         """
@@ -84,8 +105,13 @@ class Player:
             latents = sample(
                 self.transformer, llm, clip, table.visible(), noise, steps, guidance, shift, condition, score
             )
-            parts.append(to_frames(self.vae.decode(latents.to(self.vae.dtype))))
-        return torch.cat(parts)
+            parts.append((to_frames(self.vae.decode(latents.to(self.vae.dtype))), latents))
+        videos, finals = (torch.cat(part) for part in zip(*parts, strict=True))
+        return Made(videos, finals)
+
+    def videos(self, *arguments: Any, **options: Any) -> Tensor:
+        """The videos alone that :meth:`make` makes."""
+        return self.make(*arguments, **options).videos
 
     def _condition(self, images: Tensor, noise: Tensor, generator: torch.Generator) -> Tensor:
         mean, logvar = encode_video(self.vae.encoder, images[:, None].to(self.vae.dtype))
@@ -131,10 +157,10 @@ def test_attributes(n: int) -> list[Attributes]:
 
 def prompt_score(
     player: Player, prompts: Sequence[Prompt], seed: int, steps: int, guidance: float, size: int
-) -> tuple[dict[str, Any], Tensor]:
+) -> tuple[dict[str, Any], Made]:
     """Accuracies over prompts, text-to-video; and the videos."""
-    videos = player.videos([p.text for p in prompts], seed, steps, guidance, size)
-    return grouped(read_clips(videos), prompts), videos
+    made = player.make([p.text for p in prompts], seed, steps, guidance, size)
+    return grouped(read_clips(made.videos), prompts), made
 
 
 def grouped(readings: Sequence[Reading], prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -160,24 +186,25 @@ def image_score(
     guidance: float,
     size: int,
     speed_scores: Sequence[float] = SPEED_SCORES,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Made]:
     """Image-to-video: frame 0 against the given image, beside the VAE's own reconstruction, and speed by motion score.
 
     Images are first frames of held-out clips with their captions. For the speed, every clip that moves in one of four
-    directions (at most 40) is made with each of ``speed_scores``.
+    directions (at most 40) is made with each of ``speed_scores``. Also returns the videos with their own scores.
     """
     prompts = held_out_prompts(n, seed)
     attributes = [p.attributes for p in prompts]
     batch, u = draw_clips(attributes, seed, "cpu", size)
     images, texts = batch.video[:, 0], [p.text for p in prompts]
     device = player.transformer.proj_out.weight.device
-    videos = player.videos(texts, seed, steps, guidance, size, images=images, scores=motion_score(u))
+    all_made = player.make(texts, seed, steps, guidance, size, images=images, scores=motion_score(u))
+    videos = all_made.videos
     back = reconstruct(player.vae, images[:, None].to(device)).cpu()[:, 0]
     made = videos[:, 0].permute(0, 3, 1, 2).float().cpu() / 127.5 - 1
     frame, own = psnr(made, images), psnr(back, images)
     moving = [i for i, a in enumerate(attributes) if a[3] < 4][:40]
     speeds = {}
-    for score in speed_scores:
+    for score in speed_scores if moving else ():
         some = player.videos(
             [texts[i] for i in moving], seed, steps, guidance, size,
             images=images[moving], scores=torch.full((len(moving),), score),
@@ -192,4 +219,4 @@ def image_score(
         "frame0_psnr_vae": float(own.mean()),
         "frame0_loss_db": float((own - frame).mean()),
         "speed": speeds,
-    }
+    }, all_made

@@ -357,11 +357,11 @@ def finish_t2v(job: Job, log: Log) -> None:
     export.write_index(job.t2v, "t2v", export.defaults(job.sizes.size, guidance, STEPS, TIME_SHIFT))
     prompts = held_out_prompts(n)
     for value, number in ((guidance, steps),) if job.smoke else ((guidance, steps), (guidance, 12), (4.0, 50)):
-        table, videos = prompt_score(player, prompts, 0, number, value, job.sizes.size)
+        table, made = prompt_score(player, prompts, 0, number, value, job.sizes.size)
         for group, row in table.items():
             log("held-out prompts", guidance=value, steps=number, group=group, scores=summary(row))
         if number == steps:
-            _picture(job.out / "t2v.png", videos[:16])
+            _picture(job.out / "t2v.png", made.videos[:16])
     log("size", megabytes=export.folder_bytes(job.t2v) / 1e6)
 
 
@@ -399,7 +399,7 @@ def train_ti2v(job: Job) -> None:
     n, steps = (4, 2) if job.smoke else (128, STEPS)
     for guidance in (1.5,) if job.smoke else (1.5, 1.0, 2.5):
         speeds = SPEED_SCORES if guidance == 1.5 else ()
-        score = image_score(player, n, 0, steps, guidance, job.sizes.size, speeds)
+        score, _ = image_score(player, n, 0, steps, guidance, job.sizes.size, speeds)
         log(
             "score", guidance=guidance, steps=steps, scores=summary(score["rules"]["all"]), speed=score["speed"],
             **{k: v for k, v in score.items() if k.startswith("frame0")},

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ..config import FPS, PRECISIONS
+from ..config import FPS, MODES
 from ..errors import SolostepError, UsageError
 from ..progress import ConsoleProgress
 from .console import console, guarded, say
 from .outputs import free_name, latents_beside, read_prompts, slug
+from .quantize import register as register_quantize
+from .sensitivity import register as register_sensitivity
 
 if TYPE_CHECKING:
     from ..pipeline import StepVideoPipeline
@@ -46,8 +48,24 @@ Output = Annotated[
     typer.Option("--output", "-o", help="File to write (a folder with --prompts). Default: a name from the prompt."),
 ]
 Precision = Annotated[
-    str,
-    typer.Option(help=f"{' or '.join(PRECISIONS)}. fp32 takes twice the memory and is several times slower."),
+    str | None,
+    typer.Option(
+        help="What the transformer runs in. Default: what the folder is stored in, else bf16.\n\n\b\n"
+        + "\n".join(f"{name}: {meaning}" for name, meaning in MODES.items())
+        + "\ntorchao:NAME, bnb:NAME: of other packages",
+    ),
+]
+TextPrecision = Annotated[
+    str | None,
+    typer.Option(help="What the text encoder Step-LLM runs in, likewise. Embeddings are kept on disk for each."),
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="In place of --precision: a JSON file that says which linear gets which format, or auto:0.02, which "
+        "measures the cheapest one with at most that error; measuring takes its time.",
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: the first CUDA card, else the CPU.")]
 PresetName = Annotated[
@@ -99,7 +117,9 @@ def generate(
     raw_prompt: Annotated[
         bool, typer.Option("--raw-prompt", help="Leave out the official additions to prompt and negative prompt.")
     ] = False,
-    precision: Precision = "bf16",
+    precision: Precision = None,
+    text_precision: TextPrecision = None,
+    recipe: RecipeOption = None,
     device: Device = None,
     preset: PresetName = None,
     codec: Codec = "h264",
@@ -134,8 +154,9 @@ def generate(
     if model is None:
         model = str(demo_model(image_to_video=any(values["settings"]["image"] is not None for values in wanted)))
     pipe = StepVideoPipeline.from_pretrained(
-        model, precision, device, preset=preset, keep_loaded=keep_loaded, cache=not no_cache
-    )
+        model, precision, device, text_precision=text_precision, recipe=recipe, preset=preset,
+        keep_loaded=keep_loaded, cache=not no_cache,
+    )  # fmt: skip
     planned = _plan(pipe, wanted, output, prompts is not None, codec, overwrite)
     write = {
         "codec": codec, "quality": quality, "fps": fps, "official_postprocess": official_postprocess,
@@ -362,7 +383,10 @@ def decode(
     latents: Annotated[Path, typer.Argument(help="A file of latents, finished or not (unfinished ones look noisy).")],
     model: Model = None,
     output: Output = None,
-    precision: Annotated[str | None, typer.Option(help="bf16 or fp32. Default: that of the run.")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="Of the VAE: bf16 or fp32. Default: fp32 after a run in fp32, else bf16."),
+    ] = None,
     device: Device = None,
     codec: Codec = "h264",
     quality: Quality = None,
@@ -376,19 +400,22 @@ def decode(
     from ..latents import SUFFIX, read_latents
     from ..pipeline import StepVideoPipeline
     from ..request import video_metadata
+    from ..runtime import pick_dtype
     from ..video import VideoWriter
 
     saved = read_latents(latents)
     if not {"settings", "model", "precision"} <= set(saved.info):
         raise UsageError(f"{latents} lacks the settings that it was made with; give a file that solostep wrote.")
     _check_writing(codec, quality)
+    precision = precision or ("fp32" if saved.info["precision"] == "fp32" else "bf16")
+    pick_dtype(precision)
     if output is None:
         output = latents.with_name(latents.name.removesuffix(SUFFIX) + ("" if codec == "png" else ".mp4"))
     settings = saved.info["settings"]
     _check_output(output, codec, (settings["width"], settings["height"]))
     if output.exists() and not overwrite:
         raise UsageError(f"{output} is already there; add --overwrite or choose another -o.")
-    pipe = StepVideoPipeline.from_pretrained(model or saved.info["model"], precision or saved.info["precision"], device)
+    pipe = StepVideoPipeline.from_pretrained(model or saved.info["model"], None, device)
     if not saved.finished:
         say(console, "note", f"{latents} is from step {saved.step} of {saved.steps}: the video will look noisy.")
 
@@ -399,7 +426,7 @@ def decode(
         )  # fmt: skip
 
     with ConsoleProgress(console) as progress:
-        record = pipe.decode(saved, open_sink, progress)
+        record = pipe.decode(saved, open_sink, progress, precision)
     _print_result(output, record | {"output": str(output)}, as_json)
 
 
@@ -449,6 +476,10 @@ def verify(
         verify_table(Console(emoji=False), results)
     if any(not r.passed for r in results):
         raise typer.Exit(1)
+
+
+register_quantize(app)
+register_sensitivity(app)
 
 
 @app.callback(invoke_without_command=True)

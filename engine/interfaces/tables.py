@@ -57,6 +57,7 @@ def info_table(console: Console, found: Mapping[str, Any]) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("stored as", no_wrap=True)
     table.add_column("state", no_wrap=True)
+    quantized = []
     for c in found["components"]:
         if c["problem"]:
             table.add_row(c["name"], "", "", "", "", "", "[bold red]see below[/bold red]")
@@ -65,9 +66,16 @@ def info_table(console: Console, found: Mapping[str, Any]) -> None:
             c["name"], f"{c['parameters']:,}", size(c["stored_bytes"]), size(2 * c["parameters"]), str(c["files"]),
             " ".join(c["dtypes"]), "[green]complete[/green]",
         )  # fmt: skip
+        if c.get("quantization"):
+            quantized.append((c["name"], c["quantization"]))
     if not console.is_terminal:
         console.width = 160
     console.print(table)
+    for name, q in quantized:
+        counts = ", ".join(f"{count} {form}" for form, count in q["linears"].items())
+        recipe = "" if q["recipe"] == q["precision"] else f" (recipe {q['recipe']})"
+        stored = escape(q["precision"] + recipe)
+        console.print(f"{name} is stored in {stored}: linears {counts}", soft_wrap=True, highlight=False)
     for problem in found["problems"]:
         console.print(f"[bold red]problem:[/bold red] {escape(problem)}", soft_wrap=True, highlight=False)
     if found.get("note"):

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...quant.foreign import quiet
 from ..errors import CheckpointError
 
 
@@ -18,7 +19,8 @@ class HunyuanClip(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        from transformers import BertConfig, BertModel
+        with quiet():  # transformers imports torchao, if it is here, which tells what does not fit this machine
+            from transformers import BertConfig, BertModel
 
         known = {k: v for k, v in config.items() if k not in ("transformers_version", "torch_dtype", "architectures")}
         try:
