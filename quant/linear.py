@@ -122,16 +122,23 @@ def _quantize_weight(weight: Tensor, dtype: torch.dtype, group: int = 1) -> dict
     parts = []
     for rows in row_chunks(weight):
         y = hadamard(rows, group)
-        best = quantize_rows(y, dtype)
-        for part in RANGES if dtype == torch.int8 else ():
-            limit = y.abs().amax(1, keepdim=True) * part
-            other = quantize_rows(y.clamp(-limit, limit), dtype)
-            better = _squared_error(y, *other) < _squared_error(y, *best)
-            q = torch.where(better[:, None], other[0], best[0])
-            best = q, torch.where(better, other[1], best[1])
-        parts.append(best)
+        q, scale = quantize_rows(y, dtype)
+        if dtype == torch.int8:
+            q, scale = _best_range(y, q, scale)
+        parts.append((q, scale))
     q, scale = (torch.cat(part) for part in zip(*parts, strict=True))
     return {"weight": q, "weight_scale": scale}
+
+
+def _best_range(y: Tensor, q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    error, amax = _squared_error(y, q, scale), y.abs().amax(1, keepdim=True)
+    for part in RANGES:
+        other, its_scale = quantize_rows(y.clamp(-amax * part, amax * part), q.dtype)
+        its_error = _squared_error(y, other, its_scale)
+        better = its_error < error
+        q, scale = torch.where(better[:, None], other, q), torch.where(better, its_scale, scale)
+        error = torch.where(better, its_error, error)
+    return q, scale
 
 
 def _squared_error(y: Tensor, q: Tensor, scale: Tensor) -> Tensor:
