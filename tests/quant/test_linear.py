@@ -123,7 +123,7 @@ def test_int8_rows_are_never_worse_than_with_their_whole_range(name: str) -> Non
     ours = (made(name, rows).dequantized() - rows).norm(dim=1)
     before = (plain - rows).norm(dim=1)
     assert bool((ours <= before * (1 + 1e-4) + 1e-5).all())
-    assert float(ours[0]) < 0.97 * float(before[0])
+    assert float(ours[0]) < 0.985 * float(before[0])
     assert float(ours[1]) < 1e-6 and float(ours[2]) < 1e-4
 
 
