@@ -30,6 +30,8 @@ from solostep.kernels.quantize import quantize_rows
 from solostep.kernels.scaled_mm import scaled_mm_fp8, scaled_mm_int8, scaled_mm_int8_reference
 
 DIM = 6144
+ROTATED = 256
+"""Channels that INT8 rotates together."""
 LIMITS = {"bf16": 4e-3, "fp8": 6e-2, "int8": 2e-2}
 """Relative L2 errors on normal numbers above which a result is wrong, not just rounded."""
 
@@ -41,15 +43,13 @@ class Linear:
     in_features: int
     count: int
     """In one block."""
-    group: int
-    """Channels that INT8 rotates together; what comes out of GELU is not rotated."""
 
 
 LINEARS = (
-    Linear("qkv", 3 * DIM, DIM, 1, 256),
-    Linear("wo, q, o", DIM, DIM, 3, 256),
-    Linear("ffn up", 4 * DIM, DIM, 1, 256),
-    Linear("ffn down", DIM, 4 * DIM, 1, 1),
+    Linear("qkv", 3 * DIM, DIM, 1),
+    Linear("wo, q, o", DIM, DIM, 3),
+    Linear("ffn up", 4 * DIM, DIM, 1),
+    Linear("ffn down", DIM, 4 * DIM, 1),
 )
 
 
@@ -99,7 +99,7 @@ def bench_linear(linear: Linear, tokens: int, rounds: int, turn: float) -> dict[
     x = torch.randn(tokens, linear.in_features, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(linear.out_features, linear.in_features, device="cuda", dtype=torch.bfloat16)
     weight *= linear.in_features**-0.5
-    kinds = {"fp8": (torch.float8_e4m3fn, 1, scaled_mm_fp8), "int8": (torch.int8, linear.group, scaled_mm_int8)}
+    kinds = {"fp8": (torch.float8_e4m3fn, 1, scaled_mm_fp8), "int8": (torch.int8, ROTATED, scaled_mm_int8)}
     runs: dict[str, Callable[[], Any]] = {"bf16": lambda: F.linear(x, weight)}
     int8: tuple[Tensor, ...] = ()
     for name, (dtype, group, product) in kinds.items():

@@ -97,9 +97,6 @@ def default_recipe(precision: str, network: str) -> Recipe:
     rules = [(blocks, precision)]
     if network == "transformer" and precision in WEIGHT_ONLY:
         rules.insert(0, (f"{blocks}.attn2.wkv", WEIGHT_ONLY[precision]))
-    if network == "transformer" and precision == "int8":
-        # After GELU the rotation does not pay (1.5e-2 becomes 2.4e-2).
-        rules.insert(0, (f"{blocks}.ff.net.2", "int8-plain"))
     return Recipe(precision, tuple(rules))
 
 

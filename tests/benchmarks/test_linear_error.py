@@ -65,8 +65,8 @@ def test_a_run_is_measured_and_written(small: None, monkeypatch: pytest.MonkeyPa
         assert all(name in text for name in result["errors"]) and "bnb:nf4 is not to be had." in text
     page = markdown(result)
     assert "the command" in page and page.count(r"\* |") == len(KINDS) + 1 - 1  # one cell a kind is marked
-    row = next(line for line in page.splitlines() if line.startswith("| `int8-plain` |"))
-    assert [r"\*" in cell for cell in row.split("|")[2:-1]] == [False, False, False, True, True]
+    row = next(line for line in page.splitlines() if line.startswith("| `int8` |"))
+    assert [r"\*" in cell for cell in row.split("|")[2:-1]] == [True] * 5
 
 
 def test_faults_are_found() -> None:
@@ -81,12 +81,9 @@ def test_faults_are_found() -> None:
     worse = copy.deepcopy(good)
     worse["nf4"]["gelu"]["mean"] = 1.1e-2
     assert faults(worse) == ["nf4, gelu: 1.10e-02 with nf4, and bnb:nf4 has 1.00e-02."]
-    # What counts is the format that a precision uses there.
     used = copy.deepcopy(good)
-    used["int8"]["gelu"]["mean"] = 9e-2
-    assert faults(used) == []
-    used["int8-plain"]["gelu"]["mean"] = 1.2e-2
-    assert faults(used) == ["int8, gelu: 1.20e-02 with int8-plain, and torchao:int8 has 1.00e-02."]
+    used["int8"]["gelu"]["mean"] = 1.2e-2
+    assert faults(used) == ["int8, gelu: 1.20e-02 with int8, and torchao:int8 has 1.00e-02."]
     del used["torchao:int8"]
     assert faults(used) == []
 

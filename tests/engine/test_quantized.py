@@ -611,13 +611,13 @@ def test_the_fingerprint_follows_the_quantization(int8: Path) -> None:
 def test_info(int8: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = {c["name"]: c for c in describe(int8)["components"]}
     assert found["transformer"]["quantization"] == {
-        "precision": "int8", "recipe": "int8", "linears": {"int8": 30, "int8-plain": 6, "int8-weight": 6},
+        "precision": "int8", "recipe": "int8", "linears": {"int8": 36, "int8-weight": 6},
     }  # fmt: skip
     assert found["transformer"]["parameters"] == open_component(demo(), "transformer").parameters
     assert found["step_llm"]["quantization"] is None
     shown = command(capsys, "info", int8)
     assert "BF16 F32 I8" in shown
-    assert "transformer is stored in int8: linears 30 int8, 6 int8-plain, 6 int8-weight\n" in shown
+    assert "transformer is stored in int8: linears 36 int8, 6 int8-weight\n" in shown
     rewrite_json(int8 / Q, lambda v: v["recipe"].update(name="mine"))
     assert "transformer is stored in int8 (recipe mine): " in command(capsys, "info", int8)
 

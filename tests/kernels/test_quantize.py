@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from solostep.kernels import quantize
-from solostep.kernels.quantize import hadamard, quantize_rows, quantize_rows_reference
+from solostep.kernels.quantize import hadamard, quantize_rows, quantize_rows_reference, rotate, unrotate
 
 E4M3 = torch.float8_e4m3fn
 FORMATS = [torch.int8, E4M3]
@@ -101,10 +101,18 @@ def test_hadamard_is_sylvesters_orthonormal_and_its_own_inverse() -> None:
             hadamard(x, group)
 
 
+def test_neither_an_outlier_nor_a_constant_stands_out_after_the_rotation() -> None:
+    single = rotate(torch.eye(512), 256).abs()
+    assert torch.allclose(single.amax(-1), torch.full((512,), 1 / 16))
+    assert torch.allclose(rotate(torch.ones(1, 512), 256).abs(), torch.ones(1, 512))
+
+
 def test_rotating_both_operands_leaves_the_product() -> None:
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(5, 512, generator=generator, dtype=torch.float32) for _ in range(2))
-    assert torch.allclose(hadamard(x, 256) @ hadamard(w, 256).t(), x @ w.t(), atol=1e-4)
+    for group in (1, 4, 32, 256):
+        assert torch.allclose(rotate(x, group) @ rotate(w, group).t(), x @ w.t(), atol=1e-4)
+        assert torch.allclose(unrotate(rotate(x, group), group), x, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
@@ -113,7 +121,7 @@ def test_error_is_half_a_step(dtype: torch.dtype, kind: torch.dtype) -> None:
     x = torch.randn(9, 3, 200, generator=torch.Generator().manual_seed(0)).to(kind)
     q, scale = quantize_rows(x, dtype, 8)
     assert q.shape == x.shape and q.dtype == dtype and scale.shape == (9, 3) and scale.dtype == torch.float32
-    y = hadamard(x, 8)
+    y = rotate(x, 8)
     assert torch.allclose(scale * quantize.QMAX[dtype], y.abs().amax(-1))
     error = (q.float() * scale[..., None] - y).abs()
     step = scale[..., None] if dtype == torch.int8 else y.abs() / 8 + scale[..., None] / 512

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from solostep.benchmarks.linear_error import KINDS, relative_error
 from solostep.engine.checkpoint import build_on_meta, open_component
 from solostep.engine.demo import demo_model
-from solostep.kernels.quantize import hadamard, quantize_rows
+from solostep.kernels.quantize import quantize_rows, unrotate
 from solostep.quant import linear as linear_module
 from solostep.quant.formats import FORMATS, check_format, install, is_storable, quantize, quantize_linear, stored
 from solostep.quant.linear import QuantizedLinear, assign, rotation_group
@@ -57,7 +57,7 @@ def exact(name: str, module: QuantizedLinear, x: Tensor) -> Tensor:
         kind = torch.float8_e4m3fn if name == "fp8" else torch.int8
         group = rotation_group(x.shape[-1]) if name == "int8" else 1
         q, scale = quantize_rows(rows, kind, group)
-        taken = hadamard(q.float(), group).double() * scale.double()[:, None]
+        taken = unrotate(q.float(), group).double() * scale.double()[:, None]
     else:
         taken = rows.double()
     out = taken @ module.dequantized().double().T
@@ -117,7 +117,7 @@ def test_int8_rows_are_never_worse_than_with_their_whole_range(name: str) -> Non
     rows[4, :20] *= 30
     q, scale = quantize_rows(rows, torch.int8, rotation_group(rows.shape[1]) if group > 1 else 1)
     if name == "int8":
-        plain = hadamard(q.float() * scale[:, None], rotation_group(rows.shape[1]))
+        plain = unrotate(q.float() * scale[:, None], rotation_group(rows.shape[1]))
     else:
         plain = q.float() * scale[:, None]
     ours = (made(name, rows).dequantized() - rows).norm(dim=1)
@@ -180,7 +180,7 @@ def test_a_row_does_not_depend_on_the_other_rows(name: str, dtype: torch.dtype) 
 
 
 BOUNDS = {
-    "int8": {"normal": 1.4e-2, "outliers": 1.4e-2, "heavy tails": 1.4e-2},
+    "int8": {"normal": 1.4e-2, "outliers": 1.4e-2, "heavy tails": 1.4e-2, "gelu": 1.4e-2},
     "int8-plain": {"normal": 1.4e-2, "gelu": 1.6e-2},
     "fp8": {"normal": 3.9e-2, "outliers": 3.9e-2, "heavy tails": 3.9e-2, "gelu": 3.9e-2},
     "int8-weight": {"normal": 1e-2, "outliers": 1e-2, "heavy tails": 1e-2, "gelu": 1e-2},
@@ -192,7 +192,7 @@ BOUNDS = {
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.name != "wide gelu"], ids=lambda k: k.name)
 def test_errors_are_within_their_bounds(kind: Any) -> None:
-    """The floor of each format at K = 6144, bf16 in and out; int8 where its rotation is meant for."""
+    """The floor of each format at K = 6144, bf16 in and out."""
     x, weight = kind.data(1, torch.device("cpu"))
     x, weight = x[:96], weight[:96]
     product = x.double() @ weight.double().T

@@ -108,8 +108,10 @@ def test_precisions_on_the_released_transformer(name: str) -> None:
             blocks, index, place = path.split(".", 2)
             assert blocks == "transformer_blocks" and int(index) < 48  # nothing outside the blocks
             by_place.setdefault(place, set()).add(form)
-        want = {place: {precision} for place in ("attn1.wqkv", "attn1.wo", "attn2.wq", "attn2.wo", "ff.net.0.proj")}
-        want |= {"ff.net.2": {"int8-plain" if precision == "int8" else precision}}
+        want = {
+            place: {precision}
+            for place in ("attn1.wqkv", "attn1.wo", "attn2.wq", "attn2.wo", "ff.net.0.proj", "ff.net.2")
+        }
         weights = {"int8": "int8-weight", "int8-plain": "int8-weight", "fp8": "fp8-weight"}
         want |= {"attn2.wkv": {weights.get(precision, precision)}}
         assert by_place == want
