@@ -1,8 +1,46 @@
-"""Tests run in two processes; each of them, and what it starts, takes one thread, or they wait for each other."""
+"""What tests share. They run in two processes; each of them, and what it starts, takes one thread, or they wait for
+each other."""
 
 from __future__ import annotations
 
+import gc
+import json
 import os
+from collections.abc import Iterator
+from typing import Any
 
-if "PYTEST_XDIST_WORKER" in os.environ:
+import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, which is why the fixture imports it itself
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def fast() -> Iterator[None]:
+    """Without what takes most of the time of tiny networks: threads that wait for each other, garbage collections that
+    go through all imported modules, and building the same networks on the meta device to look at their shapes."""
+    import torch
+
+    from solostep.engine import checkpoint, comfy, conversion
+    from solostep.engine.demo import demo_model
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    checkpoint.open_model(demo_model())  # imports what is imported on first use
+    gc.collect()
+    gc.freeze()
+    build, built = checkpoint.build_on_meta, dict[str, Any]()
+
+    def build_once(component: checkpoint.Component) -> Any:
+        stored = "" if component.quantization is None else component.quantization.identity()
+        key = component.name + stored + json.dumps(dict(component.config), sort_keys=True)
+        if key not in built:
+            built[key] = build(component)
+        return built[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (checkpoint, conversion, comfy):
+            patch.setattr(module, "build_on_meta", build_once)
+        yield
+    gc.unfreeze()
+    torch.set_num_threads(before)

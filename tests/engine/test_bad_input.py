@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import json
 import os
 import re
@@ -26,12 +25,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import solostep.engine.pipeline as pipeline_module
-from solostep.engine import checkpoint, runtime, text
 from solostep.engine import latents as storage
-from solostep.engine.checkpoint import build_on_meta
+from solostep.engine import runtime, text
 from solostep.engine.interfaces import cli
 from solostep.engine.latents import SavedLatents, read_latents, save_latents
 from solostep.engine.video import read_frames
+
+pytestmark = pytest.mark.usefixtures("fast")
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 COMMAND = typer.main.get_command(cli.app)
@@ -63,30 +63,6 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def model(tmp_path: Path) -> Path:
     """A copy of the tiny text-to-video checkpoint, to be damaged."""
     return Path(shutil.copytree(T2V, tmp_path / "model"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def fast() -> Iterator[None]:
-    """Without what takes most of the time of so small networks: threads that wait for each other, garbage collections
-    that go through all imported modules, and building the same networks on the meta device to look at their shapes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    checkpoint.open_model(T2V)  # imports what is imported on first use
-    gc.collect()
-    gc.freeze()
-    built: dict[str, torch.nn.Module] = {}
-
-    def build_once(component: checkpoint.Component) -> torch.nn.Module:
-        key = component.name + json.dumps(dict(component.config), sort_keys=True)
-        if key not in built:
-            built[key] = build_on_meta(component)
-        return built[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "build_on_meta", build_once)
-        yield
-    gc.unfreeze()
-    torch.set_num_threads(before)
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
@@ -26,14 +25,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import solostep.engine.pipeline as pipeline_module
-from solostep.engine import checkpoint, text
-from solostep.engine.checkpoint import build_on_meta
+from solostep.engine import text
 from solostep.engine.config import T2V_NEGATIVE, T2V_POSITIVE
 from solostep.engine.errors import UsageError
 from solostep.engine.interfaces import cli
 from solostep.engine.interfaces.outputs import slug
 from solostep.engine.latents import read_latents, save_latents
 from solostep.engine.video import read_frames, read_metadata
+
+pytestmark = pytest.mark.usefixtures("fast")
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 COMMAND = typer.main.get_command(cli.app)
@@ -50,30 +50,6 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "work"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def fast() -> Iterator[None]:
-    """Without what takes most of the time of so small networks: threads that wait for each other, garbage collections
-    that go through all imported modules, and building the same networks on the meta device to look at their shapes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    checkpoint.open_model(T2V)  # imports what is imported on first use
-    gc.collect()
-    gc.freeze()
-    built: dict[str, torch.nn.Module] = {}
-
-    def build_once(component: checkpoint.Component) -> torch.nn.Module:
-        key = component.name + json.dumps(dict(component.config), sort_keys=True)
-        if key not in built:
-            built[key] = build_on_meta(component)
-        return built[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "build_on_meta", build_once)
-        yield
-    gc.unfreeze()
-    torch.set_num_threads(before)
 
 
 def names(folder: Path | str = ".") -> list[str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +18,7 @@ from torch import nn
 
 import solostep.engine.pipeline as pipeline_module
 from solostep import StepVideoPipeline
-from solostep.engine import checkpoint, runtime, text
+from solostep.engine import runtime, text
 from solostep.engine.checkpoint import build_on_meta, describe, load, memory_bytes, open_component
 from solostep.engine.config import MODES, PRECISIONS
 from solostep.engine.demo import demo_model
@@ -33,6 +32,8 @@ from solostep.engine.weights import Component
 from solostep.quant.formats import FORMATS, quantize
 from solostep.quant.linear import QuantizedLinear
 from solostep.quant.recipe import Recipe, default_recipe, precisions
+
+pytestmark = pytest.mark.usefixtures("fast")
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {"num_frames": 17, "height": 32, "width": 48, "num_inference_steps": 2, "progress": False}
@@ -51,31 +52,6 @@ def cache(tmp_path: Path, embeddings: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "embeddings").symlink_to(embeddings)
     return tmp_path / "cache"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def fast() -> Iterator[None]:
-    """Without threads that wait for each other, garbage collections that go through all imported modules, and building
-    the same networks on the meta device to look at their shapes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    checkpoint.open_model(demo())  # imports what is imported on first use
-    gc.collect()
-    gc.freeze()
-    built: dict[str, nn.Module] = {}
-
-    def build_once(component: Component) -> nn.Module:
-        stored = component.quantization
-        key = component.name + json.dumps([dict(component.config), stored and stored.identity()])
-        if key not in built:
-            built[key] = build_on_meta(component)
-        return built[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "build_on_meta", build_once)
-        yield
-    gc.unfreeze()
-    torch.set_num_threads(before)
 
 
 def demo() -> Path:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,15 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from solostep import StepVideoPipeline
-from solostep.engine import checkpoint, conversion
-from solostep.engine import comfy as engine_comfy
-from solostep.engine.checkpoint import build_on_meta, describe, load, open_model
+from solostep.engine.checkpoint import describe, load, open_model
 from solostep.engine.comfy import export_comfy, import_comfy
 from solostep.engine.convert import quantize_model
 from solostep.engine.errors import CheckpointError, UsageError
 from solostep.engine.interfaces import cli
 from solostep.quant.comfy import e5m2_to_e4m3, measure_cast, quantize_tensor, read_comfy
 from solostep.quant.linear import QuantizedLinear
+
+pytestmark = pytest.mark.usefixtures("fast")
 
 T2V = Path(__file__).parents[1] / "golden" / "tiny-stepvideo-t2v"
 COMMAND = typer.main.get_command(cli.app)
@@ -35,27 +34,6 @@ Tensors = dict[str, torch.Tensor]
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOLOSTEP_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def fast() -> Iterator[None]:
-    """Without threads that wait for each other, and without building the same networks again and again."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    built: dict[str, torch.nn.Module] = {}
-
-    def build_once(component: Any) -> torch.nn.Module:
-        stored = "" if component.quantization is None else component.quantization.identity()
-        key = component.name + stored + json.dumps(dict(component.config), sort_keys=True)
-        if key not in built:
-            built[key] = build_on_meta(component)
-        return built[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (checkpoint, conversion, engine_comfy):
-            patch.setattr(module, "build_on_meta", build_once)
-        yield
-    torch.set_num_threads(before)
 
 
 def original() -> Tensors:

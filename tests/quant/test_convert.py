@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from solostep import StepVideoPipeline
 from solostep.benchmarks.convert_speed import manifest_bytes
-from solostep.engine import assemble, checkpoint, conversion, convert
+from solostep.engine import assemble, conversion, convert
 from solostep.engine.checkpoint import COMPONENTS, build_on_meta, describe, load, open_component, open_model
 from solostep.engine.convert import quantize_model
 from solostep.engine.demo import demo_model
@@ -35,6 +35,8 @@ from solostep.engine.interfaces import cli
 from solostep.quant.convert import Item, index, is_finished, kept, plan_shards, stream
 from solostep.quant.recipe import Recipe, default_recipe
 from solostep.quant.writing import FileWriter, ShardWriter
+
+pytestmark = pytest.mark.usefixtures("fast")
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 T2V, TI2V = GOLDEN / "tiny-stepvideo-t2v", GOLDEN / "tiny-stepvideo-ti2v"
@@ -47,28 +49,6 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads peaks from /pr
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOLOSTEP_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def fast() -> Iterator[None]:
-    """Without what takes most of the time of so small networks: threads that wait for each other, and building the same
-    networks on the meta device again and again."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    built: dict[str, torch.nn.Module] = {}
-
-    def build_once(component: Any) -> torch.nn.Module:
-        stored = "" if component.quantization is None else component.quantization.identity()
-        key = component.name + stored + json.dumps(dict(component.config), sort_keys=True)
-        if key not in built:
-            built[key] = build_on_meta(component)
-        return built[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (checkpoint, conversion):
-            patch.setattr(module, "build_on_meta", build_once)
-        yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
