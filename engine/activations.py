@@ -19,7 +19,7 @@ from .checkpoint import Component, ModelFolder, tokenizer_files
 from .config import CHUNK_FRAMES, CLIP_TOKENS, GenerationSettings, cache_dir
 from .errors import UsageError
 from .models.step_llm import attention_bias
-from .placing import Placer, read_file
+from .placing import Placer, read_infos
 from .request import SETTINGS, check_asked, tensor_hash
 from .runtime import free_memory, release_memory
 from .sampling import first_frame_condition, initial_noise
@@ -132,7 +132,7 @@ def load_shell(component: Component, device: torch.device, dtype: torch.dtype) -
     placer = Placer(module, device, dtype, {})
     for file in sorted({info.file for info in wanted.values()}):
         names = sorted((n for n, info in wanted.items() if info.file == file), key=lambda n: wanted[n].offset)
-        tensors = read_file(file, [wanted[name] for name in names], device)
+        tensors = read_infos([wanted[name] for name in names], device)
         for name in names:
             placer.place(name, wanted[name], next(tensors))
         next(tensors, None)

@@ -23,7 +23,7 @@ from .checkpoint import ModelFolder, network_root, open_model
 from .conversion import STEMS, Network, Progress, readable_errors, write_model
 from .errors import CheckpointError, UsageError
 from .headers import TensorInfo, read_header, torch_type
-from .placing import read_file
+from .placing import read_infos
 from .quantization import linears
 from .runtime import pick_device
 from .weights import Component, build_on_meta
@@ -229,7 +229,7 @@ def _scales(component: Component, formats: dict[str, str]) -> Iterator[tuple[str
             for name, info in component.tensors.items()
             if info.file == file and name.endswith(".weight_scale") and name.removesuffix(".weight_scale") in formats
         ]
-        for info, tensor in zip(infos, read_file(file, infos, torch.device("cpu")), strict=True):
+        for info, tensor in zip(infos, read_infos(infos, torch.device("cpu")), strict=True):
             yield info.stored_name.removesuffix(".weight_scale"), tensor
 
 
@@ -237,7 +237,7 @@ def _items_of(component: Component, items: dict[str, Item], device: torch.device
     for file in component.files:
         infos = [info for name, info in component.tensors.items() if info.file == file and name in items]
         infos.sort(key=lambda info: info.offset)
-        tensors = read_file(file, infos, device)
+        tensors = read_infos(infos, device)
         for info in infos:
             yield items[info.stored_name], next(tensors)
         next(tensors, None)

@@ -36,7 +36,7 @@ from .digests import Digests
 from .errors import CheckpointError, OutputError, UsageError
 from .headers import TensorInfo, read_json, torch_type
 from .latents import lock
-from .placing import read_file
+from .placing import read_infos
 from .quantization import QUANTIZATION_FILE, VERSION, formats_of, read_quantization
 from .weights import Component, build_on_meta
 
@@ -259,7 +259,7 @@ def _source(
     for file, infos in network.contents.items():
         follower = digests.follow(f"{network.name}/{file.name}", file)
         wanted = [info for info in infos if info.stored_name in pending]
-        tensors = read_file(file, wanted, device)
+        tensors = read_infos(wanted, device)
         for info in wanted:
             yield pending[info.stored_name], next(tensors)
             if follower is not None:

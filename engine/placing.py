@@ -17,15 +17,8 @@ from .errors import CheckpointError, SolostepError
 from .headers import TensorInfo, read_bin, read_header, torch_type
 
 
-def read_file(file: Path, infos: Sequence[TensorInfo], device: torch.device) -> Iterator[Tensor]:
-    """Tensors of one file on ``device``, in the order of ``infos``; as :func:`read_infos`."""
-    if any(info.file != file for info in infos):
-        raise ValueError(f"not all tensors are in {file}")
-    return read_infos(infos, device)
-
-
 def read_infos(infos: Sequence[TensorInfo], device: torch.device) -> Iterator[Tensor]:
-    """Stored tensors on ``device``, in the order of ``infos``, for speed that of the files.
+    """Stored tensors on ``device``, in the order of ``infos``; fastest in the order of the files.
 
     Raises:
         CheckpointError: a file is not what it was when its header was read, ends early, or cannot be read.
