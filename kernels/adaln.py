@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .quantize import BLOCK, FLOOR, QMAX, _jit, _nan_max, _plan, _rotate, quantize_rows_reference
+from .quantize import BLOCK, FLOOR, QMAX, _columns, _jit, _plan, _store_quantized, quantize_rows_reference
 
 try:
     import triton
@@ -51,8 +51,7 @@ def _row_kernel(
 ):  # fmt: skip
     """One row a program, in the layout of the quantization kernel; QMAX 0 is an output that is not quantized."""
     row = tl.program_id(0).to(tl.int64)
-    high = tl.arange(0, 16)[:, None, None] * 16
-    column = tl.arange(0, BLOCKS)[None, :, None] * 256 + high + tl.arange(0, 16)[None, None, :]
+    column = _columns(BLOCKS)
     values = ()
     total = 0.0
     for i in tl.static_range(TILES):
@@ -86,29 +85,7 @@ def _row_kernel(
             columns = i * (BLOCKS * 256) + column
             tl.store(out_ptr + row * K + columns, done[i].to(out_ptr.dtype.element_ty), mask=EVEN or columns < K)
     else:
-        rotated = ()
-        for i in tl.static_range(TILES):
-            y = _rotate(done[i], BITS)
-            if BITS % 2:
-                y = y * NORM
-            largest = tl.abs(y) if i == 0 else _nan_max(largest, tl.abs(y))  # noqa: F821
-            rotated += (y,)
-        amax = tl.reduce(tl.reshape(largest, [largest.numel]), 0, _nan_max)
-        if BITS % 2 == 0:
-            amax = amax * NORM
-        scale = tl.div_rn(tl.maximum(amax, FLOOR), QMAX)
-        factor = tl.div_rn(1.0, scale)
-        if BITS % 2 == 0:
-            factor = factor * NORM
-        tl.store(out_scale_ptr + row, tl.where(amax < float("inf"), scale, float("nan")))
-        for i in tl.static_range(TILES):
-            columns = i * (BLOCKS * 256) + column
-            y = rotated[i] * factor
-            if QMAX == 127.0:
-                q = (y + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
-            else:
-                q = tl.minimum(tl.maximum(y, -QMAX), QMAX).to(tl.float8e4nv)
-            tl.store(out_ptr + row * K + columns, q, mask=EVEN or columns < K)
+        _store_quantized(done, row, out_ptr, out_scale_ptr, K, TILES, BLOCKS, BITS, NORM, QMAX, FLOOR, EVEN)
 
 
 @_jit

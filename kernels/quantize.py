@@ -134,25 +134,22 @@ def _rotate(x, BITS: tl.constexpr):
 
 
 @_jit
-def _quantize_rows_kernel(
-    x_ptr, q_ptr, scale_ptr, K, stride,
+def _columns(BLOCKS: tl.constexpr):
+    """The channels of a tile, in the layout that _rotate() takes."""
+    high = tl.arange(0, 16)[:, None, None] * 16
+    return tl.arange(0, BLOCKS)[None, :, None] * 256 + high + tl.arange(0, 16)[None, None, :]
+
+
+@_jit
+def _store_quantized(
+    values, row, q_ptr, scale_ptr, K,
     TILES: tl.constexpr, BLOCKS: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, QMAX: tl.constexpr,
     FLOOR: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, in registers: TILES tiles of BLOCKS x 256 channels."""
-    row = tl.program_id(0).to(tl.int64)
-    high = tl.arange(0, 16)[:, None, None] * 16
-    column = tl.arange(0, BLOCKS)[None, :, None] * 256 + high + tl.arange(0, 16)[None, None, :]
-    loaded = ()
-    for i in tl.static_range(TILES):
-        columns = i * (BLOCKS * 256) + column
-        if EVEN:
-            loaded += (tl.load(x_ptr + row * stride + columns),)
-        else:
-            loaded += (tl.load(x_ptr + row * stride + columns, mask=columns < K, other=0.0),)
+    """Rotates, scales, rounds and stores one row, which `values` holds in fp32, a tile each; beyond K they are zero."""
     rotated = ()
     for i in tl.static_range(TILES):
-        y = _rotate(loaded[i].to(tl.float32), BITS)
+        y = _rotate(values[i], BITS)
         if BITS % 2:  # NORM is no power of two: its rounding belongs here
             y = y * NORM
         largest = tl.abs(y) if i == 0 else _nan_max(largest, tl.abs(y))  # noqa: F821
@@ -165,6 +162,7 @@ def _quantize_rows_kernel(
     if BITS % 2 == 0:
         inverse = inverse * NORM
     tl.store(scale_ptr + row, tl.where(amax < float("inf"), scale, float("nan")))
+    column = _columns(BLOCKS)
     for i in tl.static_range(TILES):
         columns = i * (BLOCKS * 256) + column
         y = rotated[i] * inverse
@@ -177,6 +175,25 @@ def _quantize_rows_kernel(
             tl.store(q_ptr + row * K + columns, q)
         else:
             tl.store(q_ptr + row * K + columns, q, mask=columns < K)
+
+
+@_jit
+def _quantize_rows_kernel(
+    x_ptr, q_ptr, scale_ptr, K, stride,
+    TILES: tl.constexpr, BLOCKS: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, QMAX: tl.constexpr,
+    FLOOR: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """One row a program, in registers: TILES tiles of BLOCKS x 256 channels."""
+    row = tl.program_id(0).to(tl.int64)
+    column = _columns(BLOCKS)
+    values = ()
+    for i in tl.static_range(TILES):
+        columns = i * (BLOCKS * 256) + column
+        if EVEN:
+            values += (tl.load(x_ptr + row * stride + columns).to(tl.float32),)
+        else:
+            values += (tl.load(x_ptr + row * stride + columns, mask=columns < K, other=0.0).to(tl.float32),)
+    _store_quantized(values, row, q_ptr, scale_ptr, K, TILES, BLOCKS, BITS, NORM, QMAX, FLOOR, EVEN)
 
 
 def _check(x: Tensor, dtype: torch.dtype, group: int) -> None:
