@@ -5,7 +5,7 @@ Three modes, one softmax each, fp32 accumulators:
 | mode | q k^T | P V | relative L2 error, N(0,1) |
 |---|---|---|---|
 | bf16 | bf16 | bf16 | 2.3e-3 |
-| int8 + bf16 | int8, a scale for each query and for 128 keys | bf16 | 1.2e-2 |
+| int8 + bf16 | int8, a scale for each query and for 32 keys | bf16 | 1.2e-2 |
 | int8 + fp8 | the same | e4m3 P, e4m3 V with a scale a channel | 4.0e-2 |
 
 A program owns a tile of queries of one head: two or three consumer warpgroups of 64 queries each, and one producer warp
@@ -44,12 +44,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .qk_norm_rope import KEY_GROUP, key_groups
+from .values import permute_keys as permute_keys
+
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the older name, up to Triton 3.7
 
 HEAD_DIM = 128
-KEY_BLOCK = 128
-"""Keys that share a scale in the 8-bit modes."""
 
+_KEY_GROUP = gl.constexpr(KEY_GROUP)
 _MAGIC_BITS = gl.constexpr(0x4B400000)
 _MAGIC = gl.constexpr(12582912.0)
 """1.5 x 2^23: an int32 accumulator that starts at its bits reads as the float 12582912 + dot, exactly, for |dot| < 2^22
@@ -142,18 +144,42 @@ def _as_float(s, INT8: gl.constexpr):
 
 
 @gluon.jit
-def _row_max(x, f, INT8: gl.constexpr):
-    if INT8:
-        return (gl.max(x, 1) - _MAGIC) * f
+def _grouped(x, G: gl.constexpr):
+    """Scores ``[BM, BN]`` as ``[BM, G, n, 4, 2]``: G groups of keys, in each 2 n for each of the 4 lanes of a row."""
+    return gl.reshape(x, [x.shape[0], G, x.shape[1] // (8 * G), 4, 2])
+
+
+@gluon.jit
+def _factors(q_scale, key_scales, tile, G: gl.constexpr):
+    """What makes a tile's integers logits in powers of two: the query's scale times that of each group of keys."""
+    layout: gl.constexpr = gl.SliceLayout(0, q_scale.type.layout.parent)
+    return q_scale[:, None] * gl.load(key_scales + tile * G + gl.arange(0, G, layout=layout))[None, :]
+
+
+@gluon.jit
+def _row_max(x, f, MAGIC: gl.constexpr, G: gl.constexpr):
+    """The largest logit of each row; ``f [BM, G]`` with integer scores, ``[BM]`` without."""
+    if G:
+        most = gl.max(gl.max(_grouped(x, G), 4), 2)
+        layout: gl.constexpr = most.type.layout
+        f = gl.convert_layout(f, gl.SliceLayout(2, layout), assert_trivial=True)
+        if MAGIC:
+            most = most - _MAGIC
+        return gl.max(gl.max(most * f[:, :, None], 1), 1)
     else:
         return gl.max(x, 1) * f
 
 
 @gluon.jit
-def _row_exp(x, f, offset, INT8: gl.constexpr):
+def _row_exp(x, f, offset, MAGIC: gl.constexpr, G: gl.constexpr):
     """2^(score f - offset)."""
-    if INT8:
-        return _exp2(x * f[:, None] - (offset + _MAGIC * f)[:, None])
+    if G:
+        y = gl.reshape(x, [x.shape[0], G, x.shape[1] // G])
+        layout: gl.constexpr = gl.SliceLayout(2, y.type.layout)
+        f = gl.convert_layout(f, layout, assert_trivial=True)
+        off = gl.convert_layout(offset, gl.SliceLayout(1, layout), assert_trivial=True)[:, None]
+        off = off + _MAGIC * f if MAGIC else off + gl.zeros_like(f)
+        return gl.reshape(_exp2(y * f[:, :, None] - off[:, :, None]), x.shape)
     else:
         return _exp2(x * f[:, None] - offset[:, None])
 
@@ -195,15 +221,17 @@ def _consumer_16(
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     r_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     v_type: gl.constexpr = v_smem.dtype
+    G: gl.constexpr = BN // _KEY_GROUP if INT8 else 0
 
     h = gl.program_id(1)
     row0 = gl.program_id(0) * (NC * BM) + wg * BM
     q = q_smem.index(wg)
     if INT8:
-        rows = row0 + gl.arange(0, BM, layout=r_layout)
-        q_scale = gl.load(q_scale_ptr + h * n_q + rows, mask=rows < n_q, other=0.0) * scale
-        key_scales = k_scale_ptr + h * n_tiles
-        f = q_scale * gl.load(key_scales + (n_tiles - 1))
+        f_layout: gl.constexpr = gl.reshape(gl.zeros([BM, BN], gl.int32, layout=s_layout), [BM, G, BN // G]).type.layout
+        rows = row0 + gl.arange(0, BM, layout=gl.SliceLayout(1, gl.SliceLayout(2, f_layout)))
+        q_scale = gl.load(q_scale_ptr + h * n_q + rows, mask=rows < n_q, other=1.0) * scale
+        key_scales = k_scale_ptr + h * (n_tiles * G)
+        f = _factors(q_scale, key_scales, n_tiles - 1, G)
     else:
         f = gl.full([BM], scale, gl.float32, layout=r_layout)
 
@@ -216,8 +244,8 @@ def _consumer_16(
     mbarrier.arrive(k_empty.index(0), count=1)
     keys = (n_tiles - 1) * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, s_layout))
     x = gl.where((keys < n_k)[None, :], _as_float(s, INT8), float("-inf"))
-    m_i = _row_max(x, f, INT8)
-    p = _row_exp(x, f, m_i, INT8)
+    m_i = gl.convert_layout(_row_max(x, f, INT8, G), r_layout)
+    p = gl.convert_layout(_row_exp(x, f, m_i, INT8, G), s_layout, assert_trivial=True)
     l_i = _lane_sums(p, BN)
     pb = _probabilities_16(p, p_layout, v_type)
     o = gl.zeros([BM, D], gl.float32, layout=o_layout)
@@ -233,7 +261,7 @@ def _consumer_16(
     mbarrier.wait(k_full.index(ki), k_phase, pred=n_tiles > 1)
     for t in range(1, n_tiles):
         if INT8:
-            f = q_scale * gl.load(key_scales + (t - 1))
+            f = _factors(q_scale, key_scales, t - 1, G)
         if IN_TURN:
             mbarrier.wait(turn.index(wg), turn_phase)
             turn_phase ^= 1
@@ -247,11 +275,11 @@ def _consumer_16(
         x = _as_float(s, INT8)
         m_new = m_i
         if REFRESH == 1:
-            m_new = gl.maximum(m_i, _row_max(x, f, INT8))
+            m_new = gl.maximum(m_i, gl.convert_layout(_row_max(x, f, INT8, G), r_layout))
         elif (t < 8) | (t % REFRESH == 0):
-            m_new = gl.maximum(m_i, _row_max(x, f, INT8))
+            m_new = gl.maximum(m_i, gl.convert_layout(_row_max(x, f, INT8, G), r_layout))
         alpha = _exp2(m_i - m_new)
-        p = _row_exp(x, f, m_new, INT8)
+        p = gl.convert_layout(_row_exp(x, f, m_new, INT8, G), s_layout, assert_trivial=True)
         l_layout: gl.constexpr = gl.SliceLayout(1, l_i.type.layout)
         l_i = l_i * gl.convert_layout(alpha, l_layout)[:, None] + _lane_sums(p, BN)
         m_i = m_new
@@ -295,10 +323,12 @@ def _consumer_8(
     h = gl.program_id(1)
     row0 = gl.program_id(0) * (NC * BM) + wg * BM
     q = q_smem.index(wg)
-    rows = row0 + gl.arange(0, BM, layout=r_layout)
-    q_scale = gl.load(q_scale_ptr + h * n_q + rows, mask=rows < n_q, other=0.0) * scale
-    key_scales = k_scale_ptr + h * n_tiles
-    f = q_scale * gl.load(key_scales + (n_tiles - 1))
+    G: gl.constexpr = BN // _KEY_GROUP
+    f_layout: gl.constexpr = gl.reshape(gl.zeros([BM, BN], gl.int32, layout=s_layout), [BM, G, BN // G]).type.layout
+    rows = row0 + gl.arange(0, BM, layout=gl.SliceLayout(1, gl.SliceLayout(2, f_layout)))
+    q_scale = gl.load(q_scale_ptr + h * n_q + rows, mask=rows < n_q, other=1.0) * scale
+    key_scales = k_scale_ptr + h * (n_tiles * G)
+    f = _factors(q_scale, key_scales, n_tiles - 1, G)
     zero = gl.zeros([BM, BN], gl.int32, layout=s_layout)
 
     mbarrier.wait(q_full, 0)
@@ -308,8 +338,8 @@ def _consumer_8(
     mbarrier.arrive(k_empty.index(0), count=1)
     keys = (n_tiles - 1) * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, s_layout))
     x = gl.where((keys < n_k)[None, :], s.to(gl.float32), float("-inf"))
-    m_i = gl.max(x, 1) * f
-    p = _exp2(x * f[:, None] - (m_i - 8.0)[:, None])
+    m_i = gl.convert_layout(_row_max(x, f, False, G), r_layout)
+    p = gl.convert_layout(_row_exp(x, f, m_i - 8.0, False, G), s_layout, assert_trivial=True)
     l_i = _lane_sums(p, BN)
     o = gl.zeros([BM, D], gl.float32, layout=o_layout)
     ki = 1
@@ -317,7 +347,7 @@ def _consumer_8(
     vi = 0
     v_phase = 0
     for t in range(1, n_tiles):
-        f = q_scale * gl.load(key_scales + (t - 1))
+        f = _factors(q_scale, key_scales, t - 1, G)
         mbarrier.wait(v_full.index(vi), v_phase)
         mbarrier.wait(k_full.index(ki), k_phase)
         # P stays fp32 across the loop: carried as e4m3 it would be taken apart into single bytes.
@@ -328,10 +358,10 @@ def _consumer_8(
         mbarrier.arrive(v_empty.index(vi), count=1)
         mbarrier.arrive(k_empty.index(ki), count=1)
         x = s.to(gl.float32)
-        m_new = gl.maximum(m_i, gl.max(x, 1) * f)
+        m_new = gl.maximum(m_i, gl.convert_layout(_row_max(x, f, False, G), r_layout))
         alpha = _exp2(m_i - m_new)
         o = _rescale(o, gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)))
-        p = _exp2(x * f[:, None] - (m_new - 8.0)[:, None])
+        p = gl.convert_layout(_row_exp(x, f, m_new - 8.0, False, G), s_layout, assert_trivial=True)
         l_layout: gl.constexpr = gl.SliceLayout(1, l_i.type.layout)
         l_i = l_i * gl.convert_layout(alpha, l_layout)[:, None] + _lane_sums(p, BN)
         m_i = m_new
@@ -513,7 +543,7 @@ def attention_hopper(
     """softmax(q k^T scale) v, ``q [S, H, 128]``, ``k [L, H, 128]`` -> bf16 ``[S, H, 128]``.
 
     Args:
-        q, k: bf16; or int8 with ``q_scale`` fp32 ``[H, S]`` and ``k_scale`` fp32 ``[H, ceil(L / 128)]``. Heads and
+        q, k: bf16; or int8 with ``q_scale`` fp32 ``[H, S]`` and ``k_scale`` fp32 ``[H, key_groups(L)]``. Heads and
             tokens may lie apart (views of a wider tensor); their strides have to be multiples of 16 bytes.
         v: 16 bits ``[L, H, 128]``; or e4m3 ``[H, 128, L16]`` with ``v_scale`` fp32 ``[H, 128]``, L16 >= L a multiple of
             16, what lies beyond L finite, and keys in the order of :func:`permute_keys`.
@@ -577,16 +607,16 @@ def _check(
         raise ValueError(f"q and k have to be both bf16, fp16 or int8, not {q.dtype} and {k.dtype}")
     if v.dtype == torch.float8_e4m3fn:
         good = v.ndim == 3 and v.shape[:2] == (heads, HEAD_DIM) and v.shape[2] >= n_k and v.shape[2] % 16 == 0
-        if not good or not v.is_contiguous() or q.dtype != torch.int8 or plan.keys != KEY_BLOCK:
+        if not good or not v.is_contiguous() or q.dtype != torch.int8 or plan.keys != 128:
             raise ValueError(f"8-bit v has to be [{heads}, 128, {-(-n_k // 16) * 16} or more], with int8 q and k")
         _check_scale("v_scale", v_scale, (heads, HEAD_DIM))
     elif v.dtype not in (torch.bfloat16, torch.float16) or v.shape != k.shape:
         raise ValueError(f"v has to be 16 bits {list(k.shape)}, or e4m3, not {v.dtype} {list(v.shape)}")
     if q.dtype == torch.int8:
-        if plan.keys != KEY_BLOCK:
-            raise ValueError(f"int8 keys have a scale for {KEY_BLOCK} of them, and the schedule takes {plan.keys}")
+        if plan.keys != 128:
+            raise ValueError(f"int8 keys go 128 at a time, and the schedule takes {plan.keys}")
         _check_scale("q_scale", q_scale, (heads, n_q))
-        _check_scale("k_scale", k_scale, (heads, -(-n_k // KEY_BLOCK)))
+        _check_scale("k_scale", k_scale, (heads, key_groups(n_k)))
     for name, x in (("q", q), ("k", k), ("v", v)):
         strides = [s * x.element_size() for s in x.stride()[:2]]
         if x.stride(2) != 1 or any(s % 16 for s in strides) or x.data_ptr() % 16:
@@ -596,9 +626,3 @@ def _check(
 def _check_scale(name: str, scale: Tensor | None, shape: tuple[int, ...]) -> None:
     if scale is None or scale.shape != shape or scale.dtype != torch.float32 or not scale.is_contiguous():
         raise ValueError(f"{name} has to be contiguous fp32 {list(shape)}")
-
-
-def permute_keys(v: Tensor) -> Tensor:
-    """Puts keys (the last axis, a multiple of 16) into the order of 8-bit V: place 4 q + 2 h + i of each 16 gets key
-    8 h + 2 q + i."""
-    return v.unflatten(-1, (-1, 2, 4, 2)).transpose(-3, -2).flatten(-4)

@@ -7,13 +7,14 @@ where it is. Everything between is fp32: one rounding, where the official code h
 8 bits: a constant vector taken out of every key changes no softmax, so the mean of k goes first, estimated from some
 sampled tokens (a channel with a large mean would eat the range of int8). q and k are then rotated by an orthonormal
 Hadamard transform over the 128 channels of a head, which leaves q k^T alone and spreads what sticks out. q gets a scale
-for each token, k one for 128 tokens, as the kernels in attention_hopper.py take them.
+for each token, k one for 32 tokens, as the attention kernels take them.
 
 Moves 4 S H 128 values of 2 bytes in and as many out (of 1 byte in 8 bits): 2.8 GB at 75,888 tokens and 48 heads.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -28,10 +29,16 @@ except ImportError:  # a CPU build of torch brings none
     triton = None
 
 HEAD_DIM = 128
-TOKENS = 128
-"""Tokens of one program; also the keys that share a scale."""
+TOKENS = 64
+"""Tokens of one program."""
+KEY_GROUP = 32
+"""Keys that share a scale: half the error of 128 of them where keys come in clusters of different sizes."""
+FLOOR = 2.0**-50
+"""The least amax a scale is made of: the product of two such scales is no zero yet."""
 SAMPLES = 256
 """Tokens that k's mean is estimated from."""
+PLANS = {False: {"heads": 6, "stages": 1, "warps": 8}, True: {"heads": 6, "stages": 1, "warps": 8}}
+"""By whether q and k are quantized: heads of a program, stages of its loop, warps."""
 
 
 def qk_norm_rope_reference(
@@ -49,15 +56,26 @@ def qk_norm_rope_reference(
 
 def quantize_qk_reference(q: Tensor, k: Tensor, k_mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """int8 q and k ``[S, H, 128]`` of fp32 ones, rotated, k less ``k_mean [H, 128]``; scales ``[H, S]`` and
-    ``[H, ceil(S / 128)]``."""
+    ``[H, key_groups(S)]``."""
     q, k = hadamard(q, HEAD_DIM), hadamard(k - k_mean, HEAD_DIM)
-    blocks = -(-len(k) // TOKENS)
-    q_scale = q.abs().amax(-1).clamp_min(2.0**-100) / 127
-    padded = torch.nn.functional.pad(k, (0, 0, 0, 0, 0, blocks * TOKENS - len(k)))
-    k_scale = padded.unflatten(0, (blocks, TOKENS)).abs().amax((1, 3)).clamp_min(2.0**-100) / 127
+    groups = key_groups(len(k))
+    q_scale = q.abs().amax(-1).clamp_min(FLOOR) / 127
+    padded = torch.nn.functional.pad(k, (0, 0, 0, 0, 0, groups * KEY_GROUP - len(k)))
+    k_scale = padded.unflatten(0, (groups, KEY_GROUP)).abs().amax((1, 3)).clamp_min(FLOOR) / 127
     q8 = (q / q_scale[..., None]).round().clamp(-127, 127).to(torch.int8)
-    k8 = (k / k_scale.repeat_interleave(TOKENS, 0)[: len(k), :, None]).round().clamp(-127, 127).to(torch.int8)
-    return q8, k8, q_scale.t().contiguous(), k_scale.t().contiguous()
+    k_scale = k_scale.t().contiguous()
+    k8 = (k / scale_of_keys(k_scale, len(k)).t()[..., None]).round().clamp(-127, 127).to(torch.int8)
+    return q8, k8, q_scale.t().contiguous(), k_scale
+
+
+def key_groups(keys: int) -> int:
+    """Scales of int8 keys: one for each 32, in whole tiles of 128; those of groups without keys are small, not zero."""
+    return -(-keys // 128) * (128 // KEY_GROUP)
+
+
+def scale_of_keys(k_scale: Tensor, keys: int) -> Tensor:
+    """The scale of each key, ``[H, keys]``, from those of groups."""
+    return k_scale.repeat_interleave(KEY_GROUP, 1)[:, :keys]
 
 
 def sampled_tokens(tokens: int) -> tuple[int, int]:
@@ -74,67 +92,93 @@ def k_mean_reference(k: Tensor) -> Tensor:
 if triton is not None:
 
     @triton.jit
-    def _norm_rope(base, row_stride, offset, rows, mask, weight_ptr, cos_ptr, sin_ptr, eps):
-        """Rows of one head, normed and rotated, fp32 ``[rows, 128]``."""
-        c = tl.arange(0, 128)
-        # Channel i is paired with the one half a part away: 32 in the part of the frame, 16 in those of row and column.
-        partner = tl.where(c < 64, c ^ 32, c ^ 16)
-        sign = tl.where(tl.where(c < 64, c & 32, c & 16) == 0, -1.0, 1.0)
-        at = base + rows.to(tl.int64)[:, None] * row_stride + offset
-        keep = mask[:, None]
-        x = tl.load(at + c[None, :], mask=keep, other=0.0).to(tl.float32)
-        y = tl.load(at + partner[None, :], mask=keep, other=0.0).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(x * x, 1) / 128 + eps)
-        x = x * inverse[:, None] * tl.load(weight_ptr + c).to(tl.float32)[None, :]
-        y = y * inverse[:, None] * (tl.load(weight_ptr + partner).to(tl.float32) * sign)[None, :]
-        table = rows.to(tl.int64)[:, None] * 128 + c[None, :]
-        cos = tl.load(cos_ptr + table, mask=keep, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + table, mask=keep, other=0.0).to(tl.float32)
-        return x * cos + y * sin
+    def _pairs():
+        """The channels of each of the 64 rotated pairs: 32 of the frame's part, 16 of the row's, 16 of the column's."""
+        p = tl.arange(0, 64)
+        first = p + tl.where(p >= 32, 32, 0) + tl.where(p >= 48, 16, 0)
+        second = first + tl.where(p < 32, 32, 16)
+        # Runs of 16: without being told, the compiler would load every value on its own.
+        first = tl.max_contiguous(tl.multiple_of(first, 16), 16)
+        return first, tl.max_contiguous(tl.multiple_of(second, 16), 16)
 
     @triton.jit
-    def _hadamard_128(x):
-        """x H for rows of 128, on tensor cores: H is exact in tf32, and x keeps 11 bits, three more than int8 will."""
-        c = tl.arange(0, 128)
-        parity = c[:, None] & c[None, :]
-        parity = parity ^ (parity >> 4)
-        parity = parity ^ (parity >> 2)
-        parity = parity ^ (parity >> 1)
-        return tl.dot(x, tl.where((parity & 1) == 0, 1.0, -1.0), input_precision="tf32") * 0.08838834764831845
+    def _norm_rope(at, mask, first, second, weight_first, weight_second, cos, sin, eps):
+        """Rows of one head, normed and rotated: the first and the second channels of pairs, fp32 ``[rows, 64]``."""
+        x = tl.load(at + first[None, :], mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(at + second[None, :], mask=mask, other=0.0).to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(x * x + y * y, 1) / 128 + eps)
+        x = x * (inverse[:, None] * weight_first)
+        y = y * (inverse[:, None] * weight_second)
+        return x * cos - y * sin, y * cos + x * sin
+
+    @triton.jit
+    def _gains(weight_ptr, first, second):
+        return tl.load(weight_ptr + first).to(tl.float32)[None, :], tl.load(weight_ptr + second).to(tl.float32)[None, :]
+
+    @triton.jit
+    def _turned(x, y, h_first, h_second):
+        """[x, y] H on tensor cores: H is exact in fp16, and x and y keep 11 bits, three more than int8 will."""
+        return tl.dot(y.to(tl.float16), h_second, tl.dot(x.to(tl.float16), h_first)) * 0.08838834764831845
 
     @triton.jit
     def _round_int8(x):
-        # Adding 1.5 x 2^23 rounds to the nearest whole number, halves to the even one.
-        whole = (x + 12582912.0) - 12582912.0
-        return tl.minimum(tl.maximum(whole, -127.0), 127.0).to(tl.int8)
+        # 1.5 x 2^23: the sum's low bits are the integer, rounded half to even. |x| <= 127 (1 + 2^-22): no clamp.
+        return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
     @triton.jit
     def _qk_norm_rope_kernel(
         qkv_ptr, q_ptr, k_ptr, q_scale_ptr, k_scale_ptr, k_mean_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
-        S, row_stride, head_stride, eps, H: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+        h_ptr, S, row_stride, head_stride, eps,
+        H: tl.constexpr, HEADS: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
-        head = tl.program_id(0)
+        """BLOCK tokens of HEADS heads, one after the other: the tables and H are loaded once."""
         block = tl.program_id(1)
         rows = block * BLOCK + tl.arange(0, BLOCK)
-        mask = rows < S
+        mask = (rows < S)[:, None]
         c = tl.arange(0, 128)
-        out = (rows.to(tl.int64)[:, None] * H + head) * 128 + c[None, :]
-        offset = head * head_stride
-        q = _norm_rope(qkv_ptr, row_stride, offset, rows, mask, q_weight_ptr, cos_ptr, sin_ptr, eps)
+        first, second = _pairs()
+        table = rows.to(tl.int64)[:, None] * 128 + first[None, :]
+        cos = tl.load(cos_ptr + table, mask=mask, other=0.0)
+        sin = tl.load(sin_ptr + table, mask=mask, other=0.0)
+        q_first, q_second = _gains(q_weight_ptr, first, second)
+        k_first, k_second = _gains(k_weight_ptr, first, second)
+        at = qkv_ptr + rows.to(tl.int64)[:, None] * row_stride
+        to = rows.to(tl.int64)[:, None] * (H * 128)
         if QUANTIZE:
-            q = _hadamard_128(q)
-            scale = tl.div_rn(tl.maximum(tl.max(tl.abs(q), 1), 7.888609052210118e-31), 127.0)
-            tl.store(q_scale_ptr + head * S + rows, scale, mask=mask)
-            q = _round_int8(q * tl.div_rn(1.0, scale)[:, None])
-        tl.store(q_ptr + out, q.to(q_ptr.dtype.element_ty), mask=mask[:, None])
-        k = _norm_rope(qkv_ptr, row_stride, offset + 128, rows, mask, k_weight_ptr, cos_ptr, sin_ptr, eps)
-        if QUANTIZE:
-            k = tl.where(mask[:, None], k - tl.load(k_mean_ptr + head * 128 + c)[None, :], 0.0)
-            k = _hadamard_128(k)
-            scale = tl.div_rn(tl.maximum(tl.max(tl.max(tl.abs(k), 1), 0), 7.888609052210118e-31), 127.0)
-            tl.store(k_scale_ptr + head * tl.num_programs(1) + block, scale)
-            k = _round_int8(k * tl.div_rn(1.0, scale))
-        tl.store(k_ptr + out, k.to(k_ptr.dtype.element_ty), mask=mask[:, None])
+            row = tl.arange(0, 64)[:, None] * 128 + c[None, :]
+            h_first, h_second = tl.load(h_ptr + row), tl.load(h_ptr + 64 * 128 + row)
+        for i in tl.range(0, HEADS, num_stages=STAGES):
+            head = tl.program_id(0) * HEADS + i
+            here = at + head * head_stride
+            x, y = _norm_rope(
+                here, mask, first, second, q_first, q_second, cos.to(tl.float32), sin.to(tl.float32), eps
+            )  # fmt: skip
+            if QUANTIZE:
+                q = _turned(x, y, h_first, h_second)
+                scale = tl.div_rn(tl.maximum(tl.max(tl.abs(q), 1), 8.881784197001252e-16), 127.0)
+                tl.store(q_scale_ptr + head * S + rows, scale, mask=rows < S)
+                q = _round_int8(q * tl.div_rn(1.0, scale)[:, None])
+                tl.store(q_ptr + to + head * 128 + c[None, :], q, mask=mask)
+            else:
+                tl.store(q_ptr + to + head * 128 + first[None, :], x.to(q_ptr.dtype.element_ty), mask=mask)
+                tl.store(q_ptr + to + head * 128 + second[None, :], y.to(q_ptr.dtype.element_ty), mask=mask)
+            x, y = _norm_rope(
+                here + 128, mask, first, second, k_first, k_second, cos.to(tl.float32), sin.to(tl.float32), eps
+            )  # fmt: skip
+            if QUANTIZE:
+                x = tl.where(mask, x - tl.load(k_mean_ptr + head * 128 + first)[None, :], 0.0)
+                y = tl.where(mask, y - tl.load(k_mean_ptr + head * 128 + second)[None, :], 0.0)
+                k = _turned(x, y, h_first, h_second)
+                groups: tl.constexpr = BLOCK // 32
+                amax = tl.max(tl.reshape(tl.max(tl.abs(k), 1), [groups, 32]), 1)
+                scale = tl.div_rn(tl.maximum(amax, 8.881784197001252e-16), 127.0)
+                at_scale = head * (tl.num_programs(1) * groups) + block * groups
+                tl.store(k_scale_ptr + at_scale + tl.arange(0, groups), scale)
+                factor = tl.reshape(tl.broadcast_to(tl.div_rn(1.0, scale)[:, None], [groups, 32]), [BLOCK])
+                tl.store(k_ptr + to + head * 128 + c[None, :], _round_int8(k * factor[:, None]), mask=mask)
+            else:
+                tl.store(k_ptr + to + head * 128 + first[None, :], x.to(k_ptr.dtype.element_ty), mask=mask)
+                tl.store(k_ptr + to + head * 128 + second[None, :], y.to(k_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _k_mean_kernel(
@@ -142,15 +186,31 @@ if triton is not None:
         BLOCK: tl.constexpr,
     ):  # fmt: skip
         head = tl.program_id(0)
-        total = tl.zeros([128], tl.float32)
+        first, second = _pairs()
+        weight_first, weight_second = _gains(weight_ptr, first, second)
+        x_total = tl.zeros([64], tl.float32)
+        y_total = tl.zeros([64], tl.float32)
         for start in range(0, count, BLOCK):
             index = start + tl.arange(0, BLOCK)
-            k = _norm_rope(
-                qkv_ptr, row_stride, head * head_stride + 128, index * step, index < count, weight_ptr, cos_ptr,
-                sin_ptr, eps,
-            )  # fmt: skip
-            total += tl.sum(k, 0)
-        tl.store(mean_ptr + head * 128 + tl.arange(0, 128), total / count)
+            mask = (index < count)[:, None]
+            rows = (index * step).to(tl.int64)[:, None]
+            cos = tl.load(cos_ptr + rows * 128 + first[None, :], mask=mask, other=0.0).to(tl.float32)
+            sin = tl.load(sin_ptr + rows * 128 + first[None, :], mask=mask, other=0.0).to(tl.float32)
+            at = qkv_ptr + rows * row_stride + head * head_stride + 128
+            x, y = _norm_rope(at, mask, first, second, weight_first, weight_second, cos, sin, eps)
+            x_total += tl.sum(x, 0)
+            y_total += tl.sum(y, 0)
+        tl.store(mean_ptr + head * 128 + first, x_total / count)
+        tl.store(mean_ptr + head * 128 + second, y_total / count)
+
+
+@functools.cache
+def _walsh(device: torch.device) -> Tensor:
+    """H of 128 in fp16, +1 and -1, its rows in the order of the kernel: first channels of pairs, then second ones."""
+    p = torch.arange(64)
+    first = p + 32 * (p >= 32) + 16 * (p >= 48)
+    rows = torch.cat([first, first + torch.where(p < 32, 32, 16)])
+    return (hadamard(torch.eye(128), 128) * 128**0.5).round()[rows].half().to(device).contiguous()
 
 
 def qk_norm_rope(
@@ -167,11 +227,12 @@ def qk_norm_rope(
 
     Args:
         q_weight, k_weight: gains of the norms, ``[128]``.
-        cos, sin: tables of the rotary embedding, contiguous ``[S, 128]``.
+        cos, sin: tables of the rotary embedding, contiguous ``[S, 128]``; both channels of a pair turn by one angle:
+            the kernel reads the first one's.
         quantize: int8 q and k with their scales, rotated and k less its mean; else both in the type of ``qkv``.
 
     Returns:
-        q and k ``[S, H, 128]``, and with ``quantize`` their scales, fp32 ``[H, S]`` and ``[H, ceil(S / 128)]``.
+        q and k ``[S, H, 128]``, and with ``quantize`` their scales, fp32 ``[H, S]`` and ``[H, key_groups(S)]``.
 
     Raises:
         ValueError: a shape that does not fit.
@@ -205,20 +266,23 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The kernels, on checked arguments (also under Triton's interpreter)."""
     tokens, heads, _ = qkv.shape
+    plan = PLANS[quantize]
     like: dict[str, Any] = {"device": qkv.device, "dtype": torch.int8 if quantize else qkv.dtype}
     q, k = (torch.empty(tokens, heads, HEAD_DIM, **like) for _ in range(2))
-    blocks = -(-tokens // TOKENS)
+    blocks = key_groups(tokens) * KEY_GROUP // TOKENS if quantize else -(-tokens // TOKENS)
     q_scale = k_scale = mean = None
     if quantize:
         q_scale = torch.empty(heads, tokens, device=qkv.device)
-        k_scale = torch.empty(heads, blocks, device=qkv.device)
+        k_scale = torch.empty(heads, key_groups(tokens), device=qkv.device)
         mean = torch.empty(heads, HEAD_DIM, device=qkv.device)
         step, count = sampled_tokens(tokens)
         _k_mean_kernel[(heads,)](
             qkv, mean, k_weight, cos, sin, step, count, qkv.stride(0), qkv.stride(1), eps, BLOCK=32, num_warps=4
         )
-    _qk_norm_rope_kernel[(heads, blocks)](
-        qkv, q, k, q_scale, k_scale, mean, q_weight, k_weight, cos, sin, tokens, qkv.stride(0), qkv.stride(1), eps,
-        H=heads, QUANTIZE=quantize, BLOCK=TOKENS, num_warps=8,
+    together = next(n for n in (plan["heads"], 4, 3, 2, 1) if heads % n == 0)
+    _qk_norm_rope_kernel[(heads // together, blocks)](
+        qkv, q, k, q_scale, k_scale, mean, q_weight, k_weight, cos, sin, _walsh(qkv.device) if quantize else None,
+        tokens, qkv.stride(0), qkv.stride(1), eps, H=heads, HEADS=together, QUANTIZE=quantize, BLOCK=TOKENS,
+        STAGES=plan["stages"], num_warps=plan["warps"],
     )  # fmt: skip
     return q, k, q_scale, k_scale

@@ -122,7 +122,8 @@ def _rotate(x, BITS: tl.constexpr):
     if BITS > 0:  # the signs of rotate()
         v = tl.arange(0, 16)[:, None, None] & tl.arange(0, 16)[None, None, :]
         v = v ^ (v >> 2)
-        x = tl.where(((v ^ (v >> 1)) & 1) == 1, -x, x)
+        # Not -x, which Triton makes 0 - x: a zero would lose its sign, and e4m3 its last bit of agreement.
+        x = tl.where(((v ^ (v >> 1)) & 1) == 1, x * -1.0, x)
     for bit in tl.static_range(BITS):
         if bit < 4:
             x = _butterflies(x, 1 << bit)

@@ -19,6 +19,7 @@ from ..config import FPS, MODES
 from ..errors import SolostepError, UsageError
 from ..progress import ConsoleProgress
 from .console import console, guarded, say
+from .doctor import register as register_doctor
 from .outputs import free_name, latents_beside, read_prompts, slug
 from .quantize import register as register_quantize
 from .sensitivity import register as register_sensitivity
@@ -480,6 +481,7 @@ def verify(
 
 register_quantize(app)
 register_sensitivity(app)
+register_doctor(app)
 
 
 @app.callback(invoke_without_command=True)

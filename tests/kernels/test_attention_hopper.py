@@ -17,6 +17,8 @@ triton = pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 
 from solostep.kernels import attention_hopper as hopper  # noqa: E402
+from solostep.kernels.qk_norm_rope import quantize_qk_reference  # noqa: E402
+from solostep.kernels.values import quantize_v  # noqa: E402
 
 gpu = pytest.mark.gpu
 on_hopper = pytest.mark.skipif(
@@ -51,7 +53,7 @@ name = sys.argv[1]
 int8, v8 = "int8" in name, "fp8" in name
 q = torch.zeros(1000, 3, 128, dtype=torch.int8 if int8 else torch.bfloat16)
 v = torch.zeros(3, 128, 1008, dtype=torch.float8_e4m3fn) if v8 else torch.zeros(1000, 3, 128, dtype=torch.bfloat16)
-more = {"q_scale": torch.ones(3, 1000), "k_scale": torch.ones(3, 8)} if int8 else {}
+more = {"q_scale": torch.ones(3, 1000), "k_scale": torch.ones(3, 32)} if int8 else {}
 more |= {"v_scale": torch.ones(3, 128), "v_mean": torch.ones(3, 128)} if v8 else {}
 hopper.attention_hopper(q, q, v, schedule=name, **more)
 tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -112,7 +114,7 @@ def test_wrong_operands_are_refused() -> None:
     refused("v has to be 16 bits", q, k, v[:5])
     refused("q_scale", q.to(torch.int8), k.to(torch.int8), v, schedule="int8")
     refused("k_scale", q.to(torch.int8), k.to(torch.int8), v, schedule="int8", q_scale=torch.ones(2, 40))
-    refused("a scale for 128", q.to(torch.int8), k.to(torch.int8), v, schedule="bf16")
+    refused("128 at a time", q.to(torch.int8), k.to(torch.int8), v, schedule="bf16")
     refused("8-bit v", q, k, torch.zeros(2, 128, 48, dtype=torch.float8_e4m3fn))
     odd = torch.zeros(40, 2, 132, dtype=torch.bfloat16)
     refused("16 bytes", odd[..., 4:], odd[..., 4:], v)
@@ -121,34 +123,16 @@ def test_wrong_operands_are_refused() -> None:
 # --- on a card ----------------------------------------------------------------------------------------------------
 
 
-def hadamard(x: Tensor) -> Tensor:
-    half = 1
-    while half < x.shape[-1]:
-        a, b = x.unflatten(-1, (-1, 2, half)).unbind(-2)
-        x = torch.stack([a + b, a - b], dim=-2).flatten(-3)
-        half *= 2
-    return x / math.sqrt(x.shape[-1])
-
-
 def quantized(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """Operands of a schedule, quantized in plain torch."""
     if not name.startswith("int8"):
         return (q, k, v), {}
-    tokens = len(k)
-    blocks = -(-tokens // 128)
-    qr, kr = hadamard(q.float()), hadamard(k.float() - k.float().mean(0))
-    q_scale = qr.abs().amax(2).clamp_min(1e-20) / 127
-    padded = torch.nn.functional.pad(kr, (0, 0, 0, 0, 0, blocks * 128 - tokens))
-    k_scale = padded.unflatten(0, (blocks, 128)).abs().amax((1, 3)).clamp_min(1e-20) / 127
-    q8 = (qr / q_scale[..., None]).round().to(torch.int8)
-    k8 = (kr / k_scale.repeat_interleave(128, 0)[:tokens, :, None]).round().to(torch.int8)
-    more = {"q_scale": q_scale.t().contiguous(), "k_scale": k_scale.t().contiguous()}
+    q8, k8, q_scale, k_scale = quantize_qk_reference(q.float(), k.float(), k.float().mean(0))
+    more = {"q_scale": q_scale, "k_scale": k_scale}
     if "fp8" not in name:
         return (q8, k8, v), more
-    scale = (v.float().abs().amax(0) / 448).clamp_min(1e-20)
-    turned = torch.nn.functional.pad((v.float() / scale).permute(1, 2, 0), (0, -tokens % 16))
-    v8 = hopper.permute_keys(turned).contiguous().to(torch.float8_e4m3fn)
-    return (q8, k8, v8), more | {"v_scale": scale.contiguous()}
+    v8, v_scale, v_mean = quantize_v(v)
+    return (q8, k8, v8), more | {"v_scale": v_scale, "v_mean": v_mean}
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,0 +1,290 @@
+"""Times every fused operator, attention back end and matrix product of a DiT block at full width, in one table.
+
+    python -m solostep.benchmarks.kernels
+    python -m solostep.benchmarks.kernels --tokens 18972 -o kernels.jsonl --markdown kernels.md
+
+What stands together in the table was timed in turns, so that it shares the card's clock and heat; a time is the median
+of all runs. Inputs are random normal numbers, never zeros (a GPU is faster on zeros). Rates count what an operator has
+to read and write once, or its products; the ceiling is measured in the same run: a copy of a big tensor for passes, the
+cuBLAS bf16 product of the qkv shape for products and attention. An error is the relative L2 distance on sampled rows to
+the operator's own reference: for attention fp64 of the bf16 operands, for a quantized output the reference's own
+quantized rows. The ratio is the time of the eager form in bf16 over that of the row; attention's is torch's cuDNN
+kernel, *without* the passes before it, also where a row counts its own.
+
+The second table has attention's errors at 8,192 keys on three kinds of data, beside the bars of the project.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from solostep.benchmarks.full_width import commit
+from solostep.benchmarks.kernel_cases import (
+    Group,
+    attention_group,
+    attention_passes,
+    gate_group,
+    gelu_group,
+    gemm_groups,
+    norm_group,
+    quantize_group,
+)
+from solostep.benchmarks.linear_speed import DIM, milliseconds
+from solostep.engine.doctor import plain
+from solostep.engine.machine import copy_rate, gpu_facts
+from solostep.kernels.attention import BACKENDS, HEAD_DIM, MODES, Operands, one_line
+from solostep.kernels.attention_check import exact, relative_error
+from solostep.kernels.qk_norm_rope import k_mean_reference, quantize_qk_reference
+from solostep.kernels.values import quantize_v
+
+KINDS = ("normal", "qknorm", "peaky")
+BARS = {"int8": (1.3e-2, 4e-3, 2.6e-2), "int8-fp8": (4.0e-2, 1.0e-2, 4.6e-2)}
+"""Largest errors by kind of data."""
+DATA_KEYS, DATA_QUERIES, DATA_HEADS = 8192, 256, 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    operator: str
+    shape: str
+    variant: str
+    ms: float
+    rate: float
+    unit: str
+    fraction: float
+    """Of the ceiling."""
+    error: float | None
+    ratio: float | None
+
+
+def rows_of(
+    group: Group, times: Mapping[str, float], errors: Mapping[str, float], ceilings: Mapping[str, float]
+) -> list[Row]:
+    """The lines of a group from its measured milliseconds."""
+    found = []
+    for case in group.cases:
+        if case.name not in times:
+            continue
+        ms = times[case.name]
+        rate = case.work / ms / 1e9  # units of 10^12 a second
+        base = times.get(group.baseline)
+        found.append(Row(
+            group.name, group.shape, case.name, ms, rate, group.unit, rate / ceilings[group.unit],
+            errors.get(case.name), None if base is None else base / ms,
+        ))  # fmt: skip
+    return found
+
+
+def bench(group: Group, ceilings: Mapping[str, float], rounds: int, turn: float) -> tuple[list[Row], list[str]]:
+    """Errors, then times in turns; and what did not work, one sentence each."""
+    errors, runs, notes = {}, {}, []
+    for case in group.cases:
+        try:
+            if case.error is not None:
+                errors[case.name] = case.error()
+            case.run()
+            torch.cuda.synchronize()
+        except Exception as error:  # whatever a compiler or another package raises is the finding
+            notes.append(f"{group.name}, {case.name}: {one_line(error)}")
+            errors.pop(case.name, None)
+            continue
+        runs[case.name] = case.run
+    return rows_of(group, milliseconds(runs, rounds, turn), errors, ceilings), notes
+
+
+# ---------------------------------------------------------------- errors on kinds of data
+
+
+def attention_data(kind: str, keys: int = DATA_KEYS, queries: int = DATA_QUERIES, seed: int = 1) -> list[Tensor]:
+    """q ``[queries, h, 128]``, k and v ``[keys, h, 128]``, bf16, on the CPU: the same numbers for every card.
+
+    normal: N(0, 1). qknorm: normed, gains of 8 in four channels, means in keys and values. peaky: two channels of the
+    keys at 30 and -25, sixteen clusters of keys and queries, values of very different channels.
+    """
+    g = torch.Generator().manual_seed(seed)
+    h, d = DATA_HEADS, HEAD_DIM
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    q, k, v = normal(queries, h, d), normal(keys, h, d), normal(keys, h, d)
+    if kind == "qknorm":
+        gain = torch.ones(d)
+        gain[torch.randperm(d, generator=g)[:4]] = 8.0
+        q, k = (y * torch.rsqrt(y.square().mean(-1, keepdim=True)) * gain for y in (q, k + normal(h, d)))
+        v = v + 2 * normal(h, d)
+    elif kind == "peaky":
+        k[..., 5], k[..., 77] = 30 + 2 * normal(keys, h), -25 + normal(keys, h)
+        base = normal(16, h, d)
+        k = k + 1.5 * base[torch.randint(0, 16, (keys,), generator=g)]
+        q = q + 1.5 * base[torch.randint(0, 16, (queries,), generator=g)]
+        v = v * (torch.rand(d, generator=g) * 4 + 0.2)
+    elif kind != "normal":
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    return [x.bfloat16() for x in (q, k, v)]
+
+
+def data_operands(q: Tensor, k: Tensor, v: Tensor, mode: str) -> Operands:
+    """Operands of a mode from 16 bits; q and k are quantized in plain torch (the pass for it norms them, too)."""
+    if mode == "bf16":
+        return Operands(q, k, v)
+    q8, k8, q_scale, k_scale = quantize_qk_reference(q.float(), k.float(), k_mean_reference(k.float()))
+    x = Operands(q8, k8, v, q_scale, k_scale)
+    if mode == "int8":
+        return x
+    v8, v_scale, v_mean = quantize_v(v)
+    return Operands(q8, k8, v8, q_scale, k_scale, v_scale, v_mean)
+
+
+def data_errors(device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
+    """Relative L2 errors by mode, back end and kind of data, against fp64; and what did not work."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    notes = []
+    for kind in KINDS:
+        q, k, v = (x.to(device) for x in attention_data(kind))
+        true = exact(q, k, v, torch.arange(len(q), device=device), range(DATA_HEADS))
+        for mode in MODES:
+            for name, backend in BACKENDS.items():
+                if mode not in backend.modes or backend.available(device, mode) is not None:
+                    continue
+                try:
+                    result = backend.run(data_operands(q, k, v, backend.operand_mode(mode)), mode, None, None)
+                    found.setdefault((mode, name), {})[kind] = relative_error(result, true)
+                except Exception as error:  # whatever it is, it is the finding
+                    notes.append(f"attention, {mode}, {name}, {kind}: {one_line(error)}")
+    lines = [
+        {"errors": mode, "backend": name, **errors, "bars": BARS.get(mode), "missed": missed(mode, errors)}
+        for (mode, name), errors in found.items()
+    ]
+    return lines, notes
+
+
+def missed(mode: str, errors: Mapping[str, float]) -> list[str]:
+    """Kinds of data with an error above its bar."""
+    bars = dict(zip(KINDS, BARS.get(mode, ()), strict=False))
+    return [kind for kind, error in errors.items() if kind in bars and not error <= bars[kind]]
+
+
+# ---------------------------------------------------------------- the tables
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown; an operator's name stands in its first line only."""
+    lines = [
+        "| operator | variant | ms | rate | of the ceiling | error | against eager |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    before = None
+    for row in rows:
+        name = f"{row.operator}<br>{row.shape}" if (row.operator, row.shape) != before else ""
+        before = row.operator, row.shape
+        digits = 2 if row.unit == "TB/s" else 0
+        error = "" if row.error is None else "exact" if row.error == 0 else f"{row.error:.1e}"
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        cells = [name, row.variant, f"{row.ms:.3f}", f"{row.rate:.{digits}f} {row.unit}", f"{row.fraction:.0%}"]
+        lines.append(f"| {' | '.join([*cells, error, ratio])} |")
+    return "\n".join(lines)
+
+
+def error_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown; an error above its bar is bold, the bar behind it."""
+    found = [f"| mode | back end | {' | '.join(KINDS)} |", "|---|---|--:|--:|--:|"]
+    for line in lines:
+        bars, cells = line["bars"] or (None,) * len(KINDS), []
+        for kind, bar in zip(KINDS, bars, strict=True):
+            error = line.get(kind)
+            text = "" if error is None else f"{error:.1e}"
+            cells.append(f"**{text}** (bar {bar:.1e})" if kind in line["missed"] else text)
+        found.append(f"| {line['errors']} | {line['backend']} | {' | '.join(cells)} |")
+    return "\n".join(found)
+
+
+def page(
+    rows: Sequence[Row], errors: Sequence[Mapping[str, Any]], notes: Sequence[str], about: Mapping[str, Any]
+) -> str:
+    """Everything, as Markdown."""
+    doc = (__doc__ or "").split("\n\n")
+    parts = ["# Kernels", doc[2], table(rows), doc[3], error_table(errors), "\n".join(f"- {note}" for note in notes)]
+    return "\n\n".join(filter(None, [*parts, ", ".join(f"{key} {value}" for key, value in about.items())])) + "\n"
+
+
+def product_rate(tokens: int, rounds: int, turn: float, device: torch.device) -> float:
+    """Operations a second of cuBLAS in bf16, at the shape of the qkv product."""
+    x, w = (torch.randn(n, DIM, device=device, dtype=torch.bfloat16) for n in (tokens, 3 * DIM))
+    ms = milliseconds({"bf16": lambda: F.linear(x, w)}, rounds, turn)["bf16"]
+    return 2 * tokens * w.numel() / ms * 1e3
+
+
+def measure(
+    tokens: int, heads: int, rounds: int, turn: float, device: torch.device
+) -> tuple[list[Row], list[str], Any]:
+    """All groups; lines, notes and ceilings."""
+    ceilings = {"TB/s": copy_rate(device) / 1e12, "TFLOP/s": product_rate(tokens, rounds, turn, device) / 1e12}
+
+    def groups() -> Iterator[tuple[Group, list[str]]]:
+        for make in (norm_group, gate_group, gelu_group, quantize_group):
+            yield make(tokens, device), []
+        for group in attention_passes(tokens, heads, device):
+            yield group, []
+        yield attention_group(tokens, heads, device)
+        yield from gemm_groups(tokens, device)
+
+    rows: list[Row] = []
+    notes: list[str] = []
+    for group, missing in groups():
+        found, failed = bench(group, ceilings, rounds, turn)
+        rows += found
+        notes += missing + failed
+        print(table(found), flush=True)
+        del group
+        torch.cuda.empty_cache()
+    return rows, notes, ceilings
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="kernels", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=75_888, help="default: 544 x 992, 204 frames")
+    parser.add_argument("--heads", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--turn", type=float, default=300, help="milliseconds that one function is timed at a stretch")
+    parser.add_argument("-o", "--output", type=Path, help="append the results as JSON lines")
+    parser.add_argument("--markdown", type=Path, help="write the tables as a page")
+    args = parser.parse_args(arguments)
+    if args.tokens < 128 or args.heads < 1 or args.rounds < 1:
+        parser.error("--tokens has to be at least 128, --heads and --rounds at least 1")
+    if not torch.cuda.is_available():
+        raise SystemExit("kernels needs a CUDA card")
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        rows, notes, ceilings = measure(args.tokens, args.heads, args.rounds, args.turn, device)
+        errors, failed = data_errors(device)
+    about = {
+        "card": torch.cuda.get_device_name(), "driver": gpu_facts(device)["driver"], "torch": torch.__version__,
+        "triton": version("triton"), "cuda": torch.version.cuda, "commit": commit(),
+        **{f"ceiling, {unit}": round(value, 2) for unit, value in ceilings.items()},
+    }  # fmt: skip
+    notes += failed
+    print(error_table(errors), *notes, *(f"{key} {value}" for key, value in about.items()), sep="\n", flush=True)
+    if args.output is not None:
+        lines = [*map(asdict, rows), *errors, *({"note": note} for note in notes)]
+        with args.output.open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(plain(line | about)) + "\n" for line in lines)
+    if args.markdown is not None:
+        args.markdown.write_text(page(rows, errors, notes, about), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Facts and rates of this machine: processor, memory, card and driver, and how fast bytes move between them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.attention_check import median_ms
+from .request import versions
+from .runtime import free_memory
+
+# ---------------------------------------------------------------- facts
+
+
+def _run(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def installed(name: str) -> str | None:
+    """The version of a package, if it is there."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+    return None
+
+
+def cgroup_limit() -> int | None:
+    """Bytes that this process's control group may use, where a container or a service limits it."""
+    places = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            if line.startswith("0::"):
+                places.insert(0, Path("/sys/fs/cgroup") / line[3:].strip("/") / "memory.max")
+    limits = []
+    for place in places:
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(place.read_text()))
+    return min((n for n in limits if n < 1 << 60), default=None)  # version 1 writes a huge number for no limit
+
+
+def host_facts() -> dict[str, Any]:
+    """Processor, memory, system, versions."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return {
+        "system": platform.platform(), "python": platform.python_version(), "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "ram_bytes": memory.total, "ram_available_bytes": memory.available, "cgroup_limit_bytes": cgroup_limit(),
+        "triton": installed("triton"), **{name: versions()[name] for name in ("solostep", "torch", "cuda")},
+    }  # fmt: skip
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def _nvidia_smi(uuid: str) -> dict[str, str]:
+    names = ("driver_version", "power.limit", "clocks.max.sm", "pcie.link.gen.max", "pcie.link.width.max")
+    for which in ([f"--id={uuid}"], []):
+        text = _run("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", *which)
+        if text is not None and "\n" not in text and text.count(",") == len(names) - 1:
+            return dict(zip(names, (part.strip() for part in text.split(",")), strict=True))
+    return {}
+
+
+def gpu_facts(device: torch.device) -> dict[str, Any]:
+    """The card, its driver and its memory."""
+    properties = torch.cuda.get_device_properties(device)
+    smi = _nvidia_smi(f"GPU-{getattr(properties, 'uuid', '')}")
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "name": properties.name, "capability": f"{properties.major}.{properties.minor}",
+        "processors": properties.multi_processor_count, "memory_bytes": total, "memory_free_bytes": free,
+        "driver": smi.get("driver_version", "unknown"), "power_limit": smi.get("power.limit"),
+        "clock": smi.get("clocks.max.sm"),
+        "pcie": f"gen {smi['pcie.link.gen.max']} x{smi['pcie.link.width.max']}" if smi else None,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- rates
+
+
+def pinned_memory(quick: bool) -> dict[str, Any]:
+    """The largest block of 1, 4, 16, 64 GB that the driver pins, and at what rate.
+
+    It stops at half of what is free, and before a step that would take more than about eight seconds.
+    """
+    import psutil
+
+    room = min(psutil.virtual_memory().available, cgroup_limit() or 1 << 60) // 2
+    runtime, best, rate, why = torch.cuda.cudart(), 0, 0.0, ""
+    for size in (10**9, 4 * 10**9) if quick else (10**9, 4 * 10**9, 16 * 10**9, 64 * 10**9):
+        if size > room:
+            why = f"half of the free memory is {room / 1e9:.1f} GB"
+            break
+        if rate and size / rate > 8:
+            why = "more would take long"
+            break
+        block = torch.empty(size, dtype=torch.uint8)
+        start = time.perf_counter()
+        code = int(runtime.cudaHostRegister(block.data_ptr(), size, 0))
+        seconds = time.perf_counter() - start
+        if code:
+            why = f"the driver refused {size / 1e9:.0f} GB (error {code})"
+            with contextlib.suppress(RuntimeError):  # the error stays behind until a call reports it
+                torch.zeros(1, device="cuda").item()
+            break
+        runtime.cudaHostUnregister(block.data_ptr())
+        best, rate = size, size / seconds
+    return {"largest_bytes": best, "bytes_per_second": rate, "stopped": why or "not tried further"}
+
+
+def transfer_rates(device: torch.device, quick: bool) -> dict[str, float]:
+    """Bytes a second between host and card, pinned and pageable, and read and written by a copy on the card."""
+    size = 64 << 20 if quick else 256 << 20
+    on_card = torch.empty(size, dtype=torch.uint8, device=device)
+    pageable, rates = torch.ones(size, dtype=torch.uint8), {}
+    for kind, host in (("pinned", pageable.pin_memory()), ("pageable", pageable)):
+
+        def to_device(host: Tensor = host) -> Tensor:
+            return on_card.copy_(host, non_blocking=True)
+
+        def to_host(host: Tensor = host) -> Tensor:
+            return host.copy_(on_card, non_blocking=True)
+
+        rates[f"host_to_device_{kind}"] = size / median_ms(to_device, device, 200) * 1e3
+        rates[f"device_to_host_{kind}"] = size / median_ms(to_host, device, 200) * 1e3
+    rates["device_copy"] = copy_rate(device)
+    return rates
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second that a copy of a big bf16 tensor reads and writes: the ceiling of a pass over memory."""
+    count = min(1 << 30, free_memory(device) // 16)
+    source = torch.empty(count, dtype=torch.bfloat16, device=device).normal_()  # zeros take less power
+    target = torch.empty_like(source)
+    return 4 * count / median_ms(lambda: target.copy_(source), device, 200) * 1e3
