@@ -5,7 +5,7 @@ Three modes, one softmax each, fp32 accumulators:
 | mode | q k^T | P V | relative L2 error, N(0,1) |
 |---|---|---|---|
 | bf16 | bf16 | bf16 | 2.3e-3 |
-| int8 + bf16 | int8, a scale for each query and for 32 keys | bf16 | 1.2e-2 |
+| int8 + bf16 | int8, a scale for each query and for 32 keys, or 64 | bf16 | 1.2e-2 |
 | int8 + fp8 | the same | e4m3 P, e4m3 V with a scale a channel | 4.0e-2 |
 
 A program owns a tile of queries of one head: two or three consumer warpgroups of 64 queries each, and one producer warp
@@ -19,8 +19,8 @@ of them hide one another, and P never lies beside the next scores in registers.
 
 The running maximum may be *stale*: taken in the first 8 tiles and then in every `refresh`-th. With P in bf16 this costs
 no accuracy, as P only has to stay within the range of bf16; a row that grows by 2^100 within `refresh` tiles overflows,
-its sum is then not finite, and the program's tile is computed again with an exact maximum (`_redo` below). It is never
-used with P in e4m3, which saturates at 448.
+its sum is then not finite, and the program's tile is computed again with an exact maximum. P in e4m3 saturates at 448:
+there a lane's sums say whether any value may have been clipped, and the tile is computed again likewise.
 
 Memory beside inputs and output: one int32 a tile of queries in the stale mode.
 """
@@ -44,14 +44,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .qk_norm_rope import KEY_GROUP, key_groups
+from .qk_norm_rope import groups_of_tile
 from .values import permute_keys as permute_keys
 
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the older name, up to Triton 3.7
 
 HEAD_DIM = 128
 
-_KEY_GROUP = gl.constexpr(KEY_GROUP)
 _MAGIC_BITS = gl.constexpr(0x4B400000)
 _MAGIC = gl.constexpr(12582912.0)
 """1.5 x 2^23: an int32 accumulator that starts at its bits reads as the float 12582912 + dot, exactly, for |dot| < 2^22
@@ -185,6 +184,12 @@ def _row_exp(x, f, offset, MAGIC: gl.constexpr, G: gl.constexpr):
 
 
 @gluon.jit
+def _flag(flag_ptr, bad):
+    """Marks the program's tile for the exact pass."""
+    gl.store(flag_ptr + (gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)), 1, mask=bad != 0)
+
+
+@gluon.jit
 def _finish(
     o, l_i, wg: gl.constexpr, out_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, out_stride, row0, h,
     r_layout: gl.constexpr, o_layout: gl.constexpr, BM: gl.constexpr, D: gl.constexpr,
@@ -203,8 +208,7 @@ def _finish(
     gl.store(out_ptr + offsets, o.to(out_ptr.dtype.element_ty), mask=(rows < n_q)[:, None])
     if STALE:
         # inf and NaN are the only numbers whose product with zero is not zero.
-        bad = gl.max((total * 0.0 != 0.0).to(gl.int32), 0)
-        gl.store(flag_ptr + (gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)), 1, mask=bad != 0)
+        _flag(flag_ptr, gl.max((total * 0.0 != 0.0).to(gl.int32), 0))
 
 
 @gluon.jit
@@ -213,15 +217,15 @@ def _consumer_16(
     out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr, INT8: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr, IN_TURN: gl.constexpr, REFRESH: gl.constexpr, HAS_MEAN: gl.constexpr,
+    G: gl.constexpr,
 ):  # fmt: skip
-    """64 queries against all keys, P and V in 16 bits."""
+    """64 queries against all keys, P and V in 16 bits; G scales for the keys of a tile, 0 without any."""
     k_bits: gl.constexpr = 32 if INT8 else 16
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, k_bits])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     r_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     v_type: gl.constexpr = v_smem.dtype
-    G: gl.constexpr = BN // _KEY_GROUP if INT8 else 0
 
     h = gl.program_id(1)
     row0 = gl.program_id(0) * (NC * BM) + wg * BM
@@ -313,8 +317,15 @@ def _consumer_8(
     out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr, INT8: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr, IN_TURN: gl.constexpr, REFRESH: gl.constexpr, HAS_MEAN: gl.constexpr,
+    G: gl.constexpr,
 ):  # fmt: skip
-    """64 queries against all keys, int8 q k^T, P and V in e4m3; P is 2^8 too large, to use e4m3's range."""
+    """64 queries against all keys, int8 q k^T, P and V in e4m3.
+
+    P is 2^8 too large, to use e4m3's range; with a stale maximum 2^3, which leaves room for growth by 56 and costs no
+    accuracy yet. If the sum of what a lane holds of a row of P stays below 448, no value of it is above, and none is
+    clipped; the 32 values of a lane stay below it as long as none is above the maximum known.
+    """
+    shift: gl.constexpr = 8.0 if REFRESH == 1 else 3.0
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
@@ -323,7 +334,6 @@ def _consumer_8(
     h = gl.program_id(1)
     row0 = gl.program_id(0) * (NC * BM) + wg * BM
     q = q_smem.index(wg)
-    G: gl.constexpr = BN // _KEY_GROUP
     f_layout: gl.constexpr = gl.reshape(gl.zeros([BM, BN], gl.int32, layout=s_layout), [BM, G, BN // G]).type.layout
     rows = row0 + gl.arange(0, BM, layout=gl.SliceLayout(1, gl.SliceLayout(2, f_layout)))
     q_scale = gl.load(q_scale_ptr + h * n_q + rows, mask=rows < n_q, other=1.0) * scale
@@ -339,8 +349,9 @@ def _consumer_8(
     keys = (n_tiles - 1) * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, s_layout))
     x = gl.where((keys < n_k)[None, :], s.to(gl.float32), float("-inf"))
     m_i = gl.convert_layout(_row_max(x, f, False, G), r_layout)
-    p = gl.convert_layout(_row_exp(x, f, m_i - 8.0, False, G), s_layout, assert_trivial=True)
+    p = gl.convert_layout(_row_exp(x, f, m_i - shift, False, G), s_layout, assert_trivial=True)
     l_i = _lane_sums(p, BN)
+    largest = l_i
     o = gl.zeros([BM, D], gl.float32, layout=o_layout)
     ki = 1
     k_phase = 0
@@ -358,12 +369,19 @@ def _consumer_8(
         mbarrier.arrive(v_empty.index(vi), count=1)
         mbarrier.arrive(k_empty.index(ki), count=1)
         x = s.to(gl.float32)
-        m_new = gl.maximum(m_i, gl.convert_layout(_row_max(x, f, False, G), r_layout))
+        m_new = m_i
+        if REFRESH == 1:
+            m_new = gl.maximum(m_i, gl.convert_layout(_row_max(x, f, False, G), r_layout))
+        elif (t < 8) | (t % REFRESH == 0):
+            m_new = gl.maximum(m_i, gl.convert_layout(_row_max(x, f, False, G), r_layout))
         alpha = _exp2(m_i - m_new)
         o = _rescale(o, gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)))
-        p = gl.convert_layout(_row_exp(x, f, m_new - 8.0, False, G), s_layout, assert_trivial=True)
+        p = gl.convert_layout(_row_exp(x, f, m_new - shift, False, G), s_layout, assert_trivial=True)
         l_layout: gl.constexpr = gl.SliceLayout(1, l_i.type.layout)
-        l_i = l_i * gl.convert_layout(alpha, l_layout)[:, None] + _lane_sums(p, BN)
+        sums = _lane_sums(p, BN)
+        if REFRESH > 1:
+            largest = gl.maximum(largest, sums)
+        l_i = l_i * gl.convert_layout(alpha, l_layout)[:, None] + sums
         m_i = m_new
         ki += 1
         if ki == STAGES:
@@ -376,8 +394,11 @@ def _consumer_8(
     mbarrier.wait(v_full.index(vi), v_phase)
     o = warpgroup_mma(_probabilities_8(p, BN, p_layout), v_smem.index(vi).permute((1, 0)), o, is_async=True)
     o = warpgroup_mma_wait(0, deps=(o,))
+    if REFRESH > 1:
+        clipped = gl.max(gl.max((largest > 448.0).to(gl.int32), 1), 0)
+        _flag(flag_ptr, clipped)
     _finish(o, l_i, wg, out_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, out_stride, row0, h,
-            r_layout, o_layout, BM, D, True, HAS_MEAN, False)  # fmt: skip
+            r_layout, o_layout, BM, D, True, HAS_MEAN, REFRESH > 1)  # fmt: skip
 
 
 @gluon.jit
@@ -386,16 +407,16 @@ def _consumer(
     out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr, INT8: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr, IN_TURN: gl.constexpr, REFRESH: gl.constexpr, HAS_MEAN: gl.constexpr,
-    V8: gl.constexpr,
+    G: gl.constexpr, V8: gl.constexpr,
 ):  # fmt: skip
     if V8:
         _consumer_8(wg, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr, q_scale_ptr,
                     k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale, BM, BN, D,
-                    NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN)  # fmt: skip
+                    NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, G)  # fmt: skip
     else:
         _consumer_16(wg, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr, q_scale_ptr,
                      k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale, BM, BN, D,
-                     NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN)  # fmt: skip
+                     NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, G)  # fmt: skip
 
 
 @gluon.jit
@@ -434,7 +455,7 @@ def _attention_kernel(
     n_q, n_k, n_tiles, out_stride, q_head, k_head, v_head, scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, INT8: gl.constexpr, V8: gl.constexpr, Q_IN_REGISTERS: gl.constexpr, IN_TURN: gl.constexpr,
-    REFRESH: gl.constexpr, HAS_MEAN: gl.constexpr, REDO: gl.constexpr,
+    REFRESH: gl.constexpr, HAS_MEAN: gl.constexpr, G: gl.constexpr, REDO: gl.constexpr,
 ):  # fmt: skip
     if REDO:
         if gl.load(flag_ptr + (gl.program_id(1) * gl.num_programs(0) + gl.program_id(0))) == 0:
@@ -465,10 +486,12 @@ def _attention_kernel(
         gl.warp_specialize([
             (_consumer, (0, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr,
                          q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride,
-                         scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, V8)),
+                         scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, G,
+                         V8)),
             (_consumer, (1, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr,
                          q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride,
-                         scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, V8)),
+                         scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, G,
+                         V8)),
             (_producer, (q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty,
                          n_tiles, q_head, k_head, v_head, BM, BN, D, NC, STAGES, V8)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
@@ -476,13 +499,16 @@ def _attention_kernel(
         gl.warp_specialize([
             (_consumer, (0, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr,
                          q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride,
-                         scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, V8)),
+                         scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, G,
+                         V8)),
             (_consumer, (1, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr,
                          q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride,
-                         scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, V8)),
+                         scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, G,
+                         V8)),
             (_consumer, (2, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr,
                          q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride,
-                         scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, V8)),
+                         scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, G,
+                         V8)),
             (_producer, (q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty,
                          n_tiles, q_head, k_head, v_head, BM, BN, D, NC, STAGES, V8)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
@@ -508,7 +534,8 @@ SCHEDULES = {
     "bf16": Schedule(3, 64, 4, 160, refresh=32),
     "int8-exact": Schedule(2, 128, 2, 240, in_turn=True),
     "int8": Schedule(2, 128, 2, 240, in_turn=True, refresh=8),
-    "int8-fp8": Schedule(3, 128, 4, 160),
+    "int8-fp8-exact": Schedule(3, 128, 4, 160),
+    "int8-fp8": Schedule(3, 128, 4, 160, refresh=8),
 }
 
 _TYPES = {
@@ -543,7 +570,7 @@ def attention_hopper(
     """softmax(q k^T scale) v, ``q [S, H, 128]``, ``k [L, H, 128]`` -> bf16 ``[S, H, 128]``.
 
     Args:
-        q, k: bf16; or int8 with ``q_scale`` fp32 ``[H, S]`` and ``k_scale`` fp32 ``[H, key_groups(L)]``. Heads and
+        q, k: bf16; or int8 with ``q_scale`` fp32 ``[H, S]`` and ``k_scale`` fp32 ``[H, key_groups(L, 32 or 64)]``. Heads and
             tokens may lie apart (views of a wider tensor); their strides have to be multiples of 16 bytes.
         v: 16 bits ``[L, H, 128]``; or e4m3 ``[H, 128, L16]`` with ``v_scale`` fp32 ``[H, 128]``, L16 >= L a multiple of
             16, what lies beyond L finite, and keys in the order of :func:`permute_keys`.
@@ -570,6 +597,7 @@ def attention_hopper(
     grid = (triton.cdiv(n_q, 64 * plan.consumers), heads)
     stale = plan.refresh > 1
     flags = torch.zeros(grid[0] * heads if stale else 1, dtype=torch.int32, device=q.device)
+    groups = 0 if k_scale is None else groups_of_tile(k_scale, n_k)
     factor = (HEAD_DIM**-0.5 if scale is None else scale) * math.log2(math.e)
 
     def run(chosen: Schedule, redo: bool) -> None:
@@ -581,7 +609,7 @@ def attention_hopper(
             q_desc, k_desc, v_desc, out, _or(q_scale, unused), _or(k_scale, unused), _or(v_scale, unused),
             _or(v_mean, unused), flags, n_q, n_k, triton.cdiv(n_k, chosen.keys), out.stride(0), q_head, k_head, v_head,
             factor, 64, chosen.keys, HEAD_DIM, chosen.consumers, chosen.stages, chosen.registers, int8, v8,
-            chosen.q_in_registers, chosen.in_turn, chosen.refresh, v_mean is not None, redo,
+            chosen.q_in_registers, chosen.in_turn, chosen.refresh, v_mean is not None, groups, redo,
         )  # fmt: skip
 
     run(plan, False)
@@ -616,7 +644,7 @@ def _check(
         if plan.keys != 128:
             raise ValueError(f"int8 keys go 128 at a time, and the schedule takes {plan.keys}")
         _check_scale("q_scale", q_scale, (heads, n_q))
-        _check_scale("k_scale", k_scale, (heads, key_groups(n_k)))
+        _check_scale("k_scale", k_scale, (heads, -(-n_k // 128) * (k_scale is not None and groups_of_tile(k_scale, n_k) or 4)))
     for name, x in (("q", q), ("k", k), ("v", v)):
         strides = [s * x.element_size() for s in x.stride()[:2]]
         if x.stride(2) != 1 or any(s % 16 for s in strides) or x.data_ptr() % 16:

@@ -32,13 +32,14 @@ HEAD_DIM = 128
 TOKENS = 64
 """Tokens of one program."""
 KEY_GROUP = 32
-"""Keys that share a scale: half the error of 128 of them where keys come in clusters of different sizes."""
+"""Keys that share a scale, if nothing else is asked for. The fewer, the smaller the error where keys come in clusters of
+different sizes: 2.5e-2 with 32, 2.6e-2 with 64 and 128; the more, the faster the attention kernel."""
 FLOOR = 2.0**-50
 """The least amax a scale is made of: the product of two such scales is no zero yet."""
 SAMPLES = 256
 """Tokens that k's mean is estimated from."""
-PLANS = {False: {"heads": 6, "stages": 1, "warps": 8}, True: {"heads": 6, "stages": 1, "warps": 8}}
-"""By whether q and k are quantized: heads of a program, stages of its loop, warps."""
+PLANS = {False: {"heads": 1, "stages": 1, "warps": 4}, True: {"heads": 6, "stages": 3, "warps": 4}}
+"""By whether q and k are quantized: heads of a program, stages of its loop, warps; the fastest of 16 on an H200."""
 
 
 def qk_norm_rope_reference(
@@ -54,28 +55,37 @@ def qk_norm_rope_reference(
     return y * cos.float()[:, None] + torch.cat(turned, dim=-1) * sin.float()[:, None]
 
 
-def quantize_qk_reference(q: Tensor, k: Tensor, k_mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_qk_reference(
+    q: Tensor, k: Tensor, k_mean: Tensor, key_group: int = KEY_GROUP
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """int8 q and k ``[S, H, 128]`` of fp32 ones, rotated, k less ``k_mean [H, 128]``; scales ``[H, S]`` and
-    ``[H, key_groups(S)]``."""
+    ``[H, key_groups(S, key_group)]``."""
     q, k = hadamard(q, HEAD_DIM), hadamard(k - k_mean, HEAD_DIM)
-    groups = key_groups(len(k))
+    groups = key_groups(len(k), key_group)
     q_scale = q.abs().amax(-1).clamp_min(FLOOR) / 127
-    padded = torch.nn.functional.pad(k, (0, 0, 0, 0, 0, groups * KEY_GROUP - len(k)))
-    k_scale = padded.unflatten(0, (groups, KEY_GROUP)).abs().amax((1, 3)).clamp_min(FLOOR) / 127
+    padded = torch.nn.functional.pad(k, (0, 0, 0, 0, 0, groups * key_group - len(k)))
+    k_scale = padded.unflatten(0, (groups, key_group)).abs().amax((1, 3)).clamp_min(FLOOR) / 127
     q8 = (q / q_scale[..., None]).round().clamp(-127, 127).to(torch.int8)
     k_scale = k_scale.t().contiguous()
     k8 = (k / scale_of_keys(k_scale, len(k)).t()[..., None]).round().clamp(-127, 127).to(torch.int8)
     return q8, k8, q_scale.t().contiguous(), k_scale
 
 
-def key_groups(keys: int) -> int:
-    """Scales of int8 keys: one for each 32, in whole tiles of 128; those of groups without keys are small, not zero."""
-    return -(-keys // 128) * (128 // KEY_GROUP)
+def key_groups(keys: int, key_group: int = KEY_GROUP) -> int:
+    """How many scales int8 keys have, in whole tiles of 128 keys; those of groups without keys are small, not zero."""
+    return -(-keys // 128) * (128 // key_group)
+
+
+def groups_of_tile(k_scale: Tensor, keys: int) -> int:
+    """Scales of 128 keys, 1 to 4, from the shape of ``k_scale [H, groups]``; 0 if it is none for these keys."""
+    tiles = -(-keys // 128)
+    groups = k_scale.shape[-1] // tiles
+    return groups if groups in (1, 2, 4) and k_scale.shape[-1] == tiles * groups else 0
 
 
 def scale_of_keys(k_scale: Tensor, keys: int) -> Tensor:
     """The scale of each key, ``[H, keys]``, from those of groups."""
-    return k_scale.repeat_interleave(KEY_GROUP, 1)[:, :keys]
+    return k_scale.repeat_interleave(128 // groups_of_tile(k_scale, keys), 1)[:, :keys]
 
 
 def sampled_tokens(tokens: int) -> tuple[int, int]:
@@ -128,8 +138,9 @@ if triton is not None:
     @triton.jit
     def _qk_norm_rope_kernel(
         qkv_ptr, q_ptr, k_ptr, q_scale_ptr, k_scale_ptr, k_mean_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
-        h_ptr, S, row_stride, head_stride, eps,
-        H: tl.constexpr, HEADS: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+        h_ptr, S, row_stride, head_stride, out_row, out_head, eps,
+        HEADS: tl.constexpr, QUANTIZE: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
+        STAGES: tl.constexpr,
     ):  # fmt: skip
         """BLOCK tokens of HEADS heads, one after the other: the tables and H are loaded once."""
         block = tl.program_id(1)
@@ -143,7 +154,7 @@ if triton is not None:
         q_first, q_second = _gains(q_weight_ptr, first, second)
         k_first, k_second = _gains(k_weight_ptr, first, second)
         at = qkv_ptr + rows.to(tl.int64)[:, None] * row_stride
-        to = rows.to(tl.int64)[:, None] * (H * 128)
+        to = rows.to(tl.int64)[:, None] * out_row
         if QUANTIZE:
             row = tl.arange(0, 64)[:, None] * 128 + c[None, :]
             h_first, h_second = tl.load(h_ptr + row), tl.load(h_ptr + 64 * 128 + row)
@@ -158,10 +169,10 @@ if triton is not None:
                 scale = tl.div_rn(tl.maximum(tl.max(tl.abs(q), 1), 8.881784197001252e-16), 127.0)
                 tl.store(q_scale_ptr + head * S + rows, scale, mask=rows < S)
                 q = _round_int8(q * tl.div_rn(1.0, scale)[:, None])
-                tl.store(q_ptr + to + head * 128 + c[None, :], q, mask=mask)
+                tl.store(q_ptr + to + head * out_head + c[None, :], q, mask=mask)
             else:
-                tl.store(q_ptr + to + head * 128 + first[None, :], x.to(q_ptr.dtype.element_ty), mask=mask)
-                tl.store(q_ptr + to + head * 128 + second[None, :], y.to(q_ptr.dtype.element_ty), mask=mask)
+                tl.store(q_ptr + to + head * out_head + first[None, :], x.to(q_ptr.dtype.element_ty), mask=mask)
+                tl.store(q_ptr + to + head * out_head + second[None, :], y.to(q_ptr.dtype.element_ty), mask=mask)
             x, y = _norm_rope(
                 here + 128, mask, first, second, k_first, k_second, cos.to(tl.float32), sin.to(tl.float32), eps
             )  # fmt: skip
@@ -169,16 +180,16 @@ if triton is not None:
                 x = tl.where(mask, x - tl.load(k_mean_ptr + head * 128 + first)[None, :], 0.0)
                 y = tl.where(mask, y - tl.load(k_mean_ptr + head * 128 + second)[None, :], 0.0)
                 k = _turned(x, y, h_first, h_second)
-                groups: tl.constexpr = BLOCK // 32
-                amax = tl.max(tl.reshape(tl.max(tl.abs(k), 1), [groups, 32]), 1)
+                groups: tl.constexpr = BLOCK // KEYS
+                amax = tl.max(tl.reshape(tl.max(tl.abs(k), 1), [groups, KEYS]), 1)
                 scale = tl.div_rn(tl.maximum(amax, 8.881784197001252e-16), 127.0)
                 at_scale = head * (tl.num_programs(1) * groups) + block * groups
                 tl.store(k_scale_ptr + at_scale + tl.arange(0, groups), scale)
-                factor = tl.reshape(tl.broadcast_to(tl.div_rn(1.0, scale)[:, None], [groups, 32]), [BLOCK])
-                tl.store(k_ptr + to + head * 128 + c[None, :], _round_int8(k * factor[:, None]), mask=mask)
+                factor = tl.reshape(tl.broadcast_to(tl.div_rn(1.0, scale)[:, None], [groups, KEYS]), [BLOCK])
+                tl.store(k_ptr + to + head * out_head + c[None, :], _round_int8(k * factor[:, None]), mask=mask)
             else:
-                tl.store(k_ptr + to + head * 128 + first[None, :], x.to(k_ptr.dtype.element_ty), mask=mask)
-                tl.store(k_ptr + to + head * 128 + second[None, :], y.to(k_ptr.dtype.element_ty), mask=mask)
+                tl.store(k_ptr + to + head * out_head + first[None, :], x.to(k_ptr.dtype.element_ty), mask=mask)
+                tl.store(k_ptr + to + head * out_head + second[None, :], y.to(k_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _k_mean_kernel(
@@ -203,6 +214,15 @@ if triton is not None:
         tl.store(mean_ptr + head * 128 + first, x_total / count)
         tl.store(mean_ptr + head * 128 + second, y_total / count)
 
+    @triton.jit
+    def _norm_heads_kernel(x_ptr, weight_ptr, count, eps, BLOCK: tl.constexpr):
+        rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        c = tl.arange(0, 128)
+        at = x_ptr + rows[:, None] * 128 + c[None, :]
+        x = tl.load(at, mask=(rows < count)[:, None], other=0.0).to(tl.float32)
+        x = x * tl.rsqrt(tl.sum(x * x, 1) / 128 + eps)[:, None] * tl.load(weight_ptr + c).to(tl.float32)[None, :]
+        tl.store(at, x.to(x_ptr.dtype.element_ty), mask=(rows < count)[:, None])
+
 
 @functools.cache
 def _walsh(device: torch.device) -> Tensor:
@@ -221,6 +241,8 @@ def qk_norm_rope(
     sin: Tensor,
     *,
     quantize: bool = False,
+    key_group: int = KEY_GROUP,
+    overwrite: bool = False,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """q and k for attention from the qkv product ``[S, H, 384]``; v is ``qkv[..., 256:]``, where it is.
@@ -230,9 +252,12 @@ def qk_norm_rope(
         cos, sin: tables of the rotary embedding, contiguous ``[S, 128]``; both channels of a pair turn by one angle:
             the kernel reads the first one's.
         quantize: int8 q and k with their scales, rotated and k less its mean; else both in the type of ``qkv``.
+        key_group: keys that share a scale, 32 or 64.
+        overwrite: puts q and k into the place of those in ``qkv``, if they are not quantized.
 
     Returns:
-        q and k ``[S, H, 128]``, and with ``quantize`` their scales, fp32 ``[H, S]`` and ``[H, key_groups(S)]``.
+        q and k ``[S, H, 128]``, and with ``quantize`` their scales, fp32 ``[H, S]`` and
+        ``[H, key_groups(S, key_group)]``.
 
     Raises:
         ValueError: a shape that does not fit.
@@ -246,34 +271,44 @@ def qk_norm_rope(
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight.shape != (HEAD_DIM,):
             raise ValueError(f"{name} has to be [128], not {list(weight.shape)}")
+    if key_group not in (32, 64):
+        raise ValueError(f"key_group has to be 32 or 64, not {key_group}")
     if not qkv.is_cuda or triton is None:
-        return _on_cpu(qkv, q_weight, k_weight, cos, sin, quantize, eps)
-    return launch(qkv, q_weight, k_weight, cos, sin, quantize, eps)
+        q, k, *scales = _on_cpu(qkv, q_weight, k_weight, cos, sin, quantize, eps, key_group)
+        if overwrite and not quantize:
+            q, k = qkv[..., :HEAD_DIM].copy_(q), qkv[..., HEAD_DIM : 2 * HEAD_DIM].copy_(k)
+        return q, k, *scales
+    return launch(qkv, q_weight, k_weight, cos, sin, quantize, eps, key_group, overwrite)
 
 
 def _on_cpu(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, quantize: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, quantize: bool, eps: float,
+    key_group: int = KEY_GROUP,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     q = qk_norm_rope_reference(qkv[..., :HEAD_DIM], q_weight, cos, sin, eps)
     k = qk_norm_rope_reference(qkv[..., HEAD_DIM : 2 * HEAD_DIM], k_weight, cos, sin, eps)
     if not quantize:
         return q.to(qkv.dtype), k.to(qkv.dtype), None, None
-    return quantize_qk_reference(q, k, k_mean_reference(k))
+    return quantize_qk_reference(q, k, k_mean_reference(k), key_group)
 
 
 def launch(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, quantize: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, quantize: bool, eps: float,
+    key_group: int = KEY_GROUP, overwrite: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """The kernels, on checked arguments (also under Triton's interpreter)."""
     tokens, heads, _ = qkv.shape
     plan = PLANS[quantize]
     like: dict[str, Any] = {"device": qkv.device, "dtype": torch.int8 if quantize else qkv.dtype}
-    q, k = (torch.empty(tokens, heads, HEAD_DIM, **like) for _ in range(2))
-    blocks = key_groups(tokens) * KEY_GROUP // TOKENS if quantize else -(-tokens // TOKENS)
+    if overwrite and not quantize:
+        q, k = qkv[..., :HEAD_DIM], qkv[..., HEAD_DIM : 2 * HEAD_DIM]
+    else:
+        q, k = (torch.empty(tokens, heads, HEAD_DIM, **like) for _ in range(2))
+    blocks = key_groups(tokens, TOKENS) if quantize else -(-tokens // TOKENS)
     q_scale = k_scale = mean = None
     if quantize:
         q_scale = torch.empty(heads, tokens, device=qkv.device)
-        k_scale = torch.empty(heads, key_groups(tokens), device=qkv.device)
+        k_scale = torch.empty(heads, key_groups(tokens, key_group), device=qkv.device)
         mean = torch.empty(heads, HEAD_DIM, device=qkv.device)
         step, count = sampled_tokens(tokens)
         _k_mean_kernel[(heads,)](
@@ -282,7 +317,24 @@ def launch(
     together = next(n for n in (plan["heads"], 4, 3, 2, 1) if heads % n == 0)
     _qk_norm_rope_kernel[(heads // together, blocks)](
         qkv, q, k, q_scale, k_scale, mean, q_weight, k_weight, cos, sin, _walsh(qkv.device) if quantize else None,
-        tokens, qkv.stride(0), qkv.stride(1), eps, H=heads, HEADS=together, QUANTIZE=quantize, BLOCK=TOKENS,
-        STAGES=plan["stages"], num_warps=plan["warps"],
+        tokens, qkv.stride(0), qkv.stride(1), q.stride(0), q.stride(1), eps, HEADS=together, QUANTIZE=quantize, KEYS=key_group,
+        BLOCK=TOKENS, STAGES=plan["stages"], num_warps=plan["warps"],
     )  # fmt: skip
     return q, k, q_scale, k_scale
+
+
+def norm_heads(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """RMS-norm of each head of ``x``, contiguous ``[S, H, 128]``, in place: the query of cross-attention."""
+    if x.ndim != 3 or not x.is_contiguous() or weight.shape != x.shape[2:]:
+        raise ValueError(f"x has to be a contiguous [S, H, {weight.shape[0]}], not {list(x.shape)}")
+    if not x.is_cuda or triton is None or x.shape[2] != HEAD_DIM:
+        y = x.float()
+        return x.copy_(y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.float())
+    return launch_norm(x, weight, eps)
+
+
+def launch_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    rows = x.shape[0] * x.shape[1]
+    if rows:
+        _norm_heads_kernel[(triton.cdiv(rows, 64),)](x, weight, rows, eps, BLOCK=64, num_warps=4)
+    return x

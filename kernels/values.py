@@ -126,6 +126,6 @@ def launch(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q = torch.empty(heads, HEAD_DIM, padded, dtype=E4M3, device=v.device)
     sums = torch.empty(heads, blocks, HEAD_DIM, device=v.device)
     _quantize_v_kernel[(heads, blocks)](
-        v, q, sums, mean, scale, tokens, padded, v.stride(0), v.stride(1), BLOCK=TOKENS, num_warps=8
+        v, q, sums, mean, scale, tokens, padded, v.stride(0), v.stride(1), BLOCK=TOKENS, num_warps=4
     )
     return q, scale, mean - scale * (sums.sum(1) / tokens)

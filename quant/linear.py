@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.quantize import quantize_rows, rotate, unrotate
-from ..kernels.scaled_mm import scaled_mm_fp8, scaled_mm_int8
+from ..kernels.scaled_mm import NOTHING, After, scaled_mm_fp8, scaled_mm_int8
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """The tensors of a format: name -> (shape, type)."""
@@ -45,6 +45,8 @@ class QuantizedLinear(nn.Module):
 
     storable: ClassVar[bool] = True
     """Whether the tensors can be written to a file and read again."""
+    activation: ClassVar[torch.dtype | None] = None
+    """The 8-bit type that rows of the activation are quantized to; None if the product takes them as they come."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -79,6 +81,16 @@ class QuantizedLinear(nn.Module):
     def compute_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight in the type that a product is computed in."""
         return self.dequantized().to(dtype)
+
+    @property
+    def rotated_together(self) -> int:
+        """Channels of the activation that are rotated together before they are quantized; 1 for none."""
+        return 1
+
+    def product(self, rows: Tensor, scale: Tensor, dtype: torch.dtype, after: After = NOTHING) -> Tensor:
+        """The product of rows that are quantized already, in ``activation`` with their scales ``[M]``; and what follows
+        it (see kernels/scaled_mm.py)."""
+        raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Moves between devices; ``module.to(dtype)`` leaves quantized weights and their scales in their types."""
@@ -154,9 +166,19 @@ def rotation_group(channels: int) -> int:
     return min(channels & -channels, MAX_GROUP)
 
 
-class Int8Linear(QuantizedLinear):
+class EightBitLinear(QuantizedLinear):
+    """W8A8: the base of the formats whose products are of 8-bit rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.activation is not None
+        q, scale = quantize_rows(_rows(x), self.activation, self.rotated_together)
+        return self.product(q, scale, x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+class Int8Linear(EightBitLinear):
     """W8A8 on INT8 tensor cores (sm_80 and up), rotated."""
 
+    activation = torch.int8
     rotated: ClassVar[bool] = True
 
     @classmethod
@@ -174,10 +196,12 @@ class Int8Linear(QuantizedLinear):
     def dequantized(self) -> Tensor:
         return unrotate(self.weight.float() * self.weight_scale[:, None], self.group(self.in_features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, scale = quantize_rows(_rows(x), torch.int8, self.group(self.in_features))
-        out = scaled_mm_int8(q, self.weight, scale, self.weight_scale, self.bias, x.dtype)
-        return out.view(*x.shape[:-1], self.out_features)
+    @property
+    def rotated_together(self) -> int:
+        return self.group(self.in_features)
+
+    def product(self, rows: Tensor, scale: Tensor, dtype: torch.dtype, after: After = NOTHING) -> Tensor:
+        return scaled_mm_int8(rows, self.weight, scale, self.weight_scale, self.bias, dtype, after)
 
 
 class Int8PlainLinear(Int8Linear):
@@ -186,8 +210,10 @@ class Int8PlainLinear(Int8Linear):
     rotated: ClassVar[bool] = False
 
 
-class Fp8Linear(QuantizedLinear):
+class Fp8Linear(EightBitLinear):
     """W8A8 in e4m3 on FP8 tensor cores (sm_89 and up); on older cards the product runs in bf16."""
+
+    activation = torch.float8_e4m3fn
 
     @classmethod
     def layout(cls, in_features: int, out_features: int) -> Layout:
@@ -200,10 +226,8 @@ class Fp8Linear(QuantizedLinear):
     def dequantized(self) -> Tensor:
         return self.weight.float() * self.weight_scale[:, None]
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, scale = quantize_rows(_rows(x), torch.float8_e4m3fn)
-        out = scaled_mm_fp8(q, self.weight, scale, self.weight_scale, self.bias, x.dtype)
-        return out.view(*x.shape[:-1], self.out_features)
+    def product(self, rows: Tensor, scale: Tensor, dtype: torch.dtype, after: After = NOTHING) -> Tensor:
+        return scaled_mm_fp8(rows, self.weight, scale, self.weight_scale, self.bias, dtype, after)
 
 
 class Int8WeightLinear(QuantizedLinear):

@@ -12,12 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import TransformerConfig
+
+if TYPE_CHECKING:
+    from .fused import FusedBlocks
 
 ROPE_SPLIT = (64, 32, 32)
 """Channels of a head that carry the frame, row and column position, in this order."""
@@ -38,8 +43,10 @@ def rope_angles(length: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Te
     return angles.cos(), angles.sin()
 
 
+@lru_cache(maxsize=2)
 def rope_table(fhw: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str = "cpu") -> RopeTable:
-    """Tables ``[f*h*w, 1, 128]`` for tokens in the order frame, row, column."""
+    """Tables ``[f*h*w, 1, 128]`` for tokens in the order frame, row, column. The last ones are kept: every step and
+    every block needs the same."""
     tables: tuple[list[Tensor], list[Tensor]] = ([], [])
     for axis, (length, width) in enumerate(zip(fhw, ROPE_SPLIT, strict=True)):
         shape = [1, 1, 1, width]
@@ -302,11 +309,13 @@ class StepVideoTransformer(nn.Module):
         condition_latents: Tensor | None = None,
         motion_score: float | None = None,
         blocks: Iterable[nn.Module] | None = None,
+        fused: FusedBlocks | None = None,
     ) -> Tensor:
         """Velocity ``[B, f, c, h, w]`` of ``latents [B, f, c, h, w]`` at ``timestep [B]`` (0 noise ... 1 video).
 
         ``context`` comes from :meth:`embed_text`; ``condition_latents`` (like ``latents``) and ``motion_score`` are
-        for image-to-video models. ``blocks`` is where the blocks come from, by default the module's own.
+        for image-to-video models. ``blocks`` is where the blocks come from, by default the module's own; ``fused`` runs
+        them in place of their own ``forward``, with its own text.
         """
         p = self.config.patch_size
         fhw = (latents.shape[1], latents.shape[3] // p, latents.shape[4] // p)
@@ -317,7 +326,10 @@ class StepVideoTransformer(nn.Module):
         times = [self.adaln_single(t, motion_score) for t in timestep.split(1)]
         conditions = [None] * len(times) if condition_latents is None else condition_latents.split(1)
         rows = [self.embed_latents(x, c) for x, c in zip(latents.split(1), conditions, strict=True)]
-        for block in self.transformer_blocks if blocks is None else blocks:
+        for index, block in enumerate(self.transformer_blocks if blocks is None else blocks):
             for i, (modulation, _) in enumerate(times):
-                rows[i] = block(rows[i], context[i], modulation, rope)
+                if fused is not None:
+                    rows[i] = fused(index, i, cast(TransformerBlock, block), rows[i], modulation, rope)
+                else:
+                    rows[i] = block(rows[i], context[i], modulation, rope)
         return torch.cat([self.head(row, embedding, fhw) for row, (_, embedding) in zip(rows, times, strict=True)])
