@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from torch import nn
 
 from solostep.engine.checkpoint import load, open_component
 from solostep.engine.config import GenerationSettings, TransformerConfig, VAEConfig
+from solostep.engine.models.fused import FusedBlocks
 from solostep.engine.models.transformer import StepVideoTransformer, TransformerBlock, rope_table
 from solostep.engine.models.vae import Decoder, Encoder
 from solostep.engine.quantization import linears
@@ -39,7 +40,8 @@ from solostep.engine.runtime import Stage, measured, numerics, pick_device
 from solostep.engine.sampling import GuidedVelocity
 from solostep.engine.scheduler import euler_step, make_sigmas
 from solostep.engine.text import PromptEmbedding
-from solostep.quant.formats import quantize
+from solostep.quant.formats import install, quantize
+from solostep.quant.linear import assign
 from solostep.quant.recipe import Recipe, default_recipe
 
 TEXT_TOKENS = 397
@@ -84,25 +86,89 @@ def timed(run: Callable[[], object], device: torch.device, repeats: int, warm_up
     }
 
 
-def bench_block(settings: GenerationSettings, device: torch.device, repeats: int) -> dict[str, Any]:
-    """One block of the 30B DiT, both guidance branches."""
+VARIANTS = ("bf16/bf16", "fp8/bf16", "int8/int8", "fp8/int8", "int8/int8-fp8", "fp8/int8-fp8")
+"""Of the linears and of attention, in the fused block."""
+
+
+def quantized_block(block: TransformerBlock, precision: str, config: TransformerConfig) -> TransformerBlock:
+    """A block with the same weights in another precision; all that is not quantized is shared."""
+    if precision == "bf16":
+        return block
+    with torch.device("meta"):
+        made = TransformerBlock(config.inner_dim, config.attention_head_dim)
+    weights = {f"transformer_blocks.0.{n}": m.weight for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    formats = default_recipe(precision, "transformer").resolve(weights)
+    install(made, {name.removeprefix("transformer_blocks.0."): kind for name, kind in formats.items()}, torch.bfloat16)
+    prefix = "transformer_blocks.0."
+    state = {n: p for n, p in block.named_parameters() if prefix + n.removesuffix(".weight") not in formats}
+    made.load_state_dict(state, strict=False, assign=True)
+    for name, kind in formats.items():
+        assign(made.get_submodule(name.removeprefix("transformer_blocks.0.")), quantize(kind, weights[name]))
+    return made.eval().requires_grad_(False)
+
+
+def bench_block(
+    settings: GenerationSettings, device: torch.device, repeats: int, variants: Sequence[str] = VARIANTS
+) -> dict[str, Any]:
+    """One block of the 30B DiT, both guidance branches: the official order of operations in plain torch (both branches
+    in one batch, as the official code has them, and one after the other), then fused. A ratio is official seconds by
+    those of a variant, all from one run in turns; an error is that of one branch against the plain block's, relative.
+    """
     config = TransformerConfig()
     dim = config.inner_dim
     block = random_weights(lambda: TransformerBlock(dim, config.attention_head_dim), device)
     fhw = (settings.latent_frames, settings.latent_height, settings.latent_width)
     tokens = fhw[0] * fhw[1] * fhw[2]
     rope = rope_table(fhw, torch.bfloat16, device)
-    rows = [torch.randn(1, tokens, dim, device=device, dtype=torch.bfloat16) for _ in range(2)]
-    context = [torch.randn(1, TEXT_TOKENS, dim, device=device, dtype=torch.bfloat16) for _ in range(2)]
-    modulation = torch.randn(1, 6 * dim, device=device, dtype=torch.bfloat16) / 4
+    generator = torch.Generator(device).manual_seed(0)
+    batch = torch.randn(2, tokens, dim, device=device, dtype=torch.bfloat16, generator=generator)
+    context = torch.randn(2, TEXT_TOKENS, dim, device=device, dtype=torch.bfloat16, generator=generator)
+    modulation = torch.randn(1, 6 * dim, device=device, dtype=torch.bfloat16, generator=generator) / 4
+    rows, texts = list(batch.split(1)), list(context.split(1))
 
-    def run() -> None:
-        for row, text in zip(rows, context, strict=True):
+    def one_after_the_other() -> None:
+        for row, text in zip(rows, texts, strict=True):
             block(row, text, modulation, rope)
 
-    result = timed(run, device, repeats)
-    flop = 2 * (4 * tokens**2 * dim + 26 * tokens * dim**2)  # attention; qkv 3, wo, q, o, feed-forward 8, each 2 S d^2
-    return result | {"tokens": tokens, "tflops": round(flop / result["seconds"] / 1e12, 1)}
+    runs: dict[str, Callable[[], object]] = {
+        "official": lambda: block(batch, context, modulation, rope),
+        "plain": one_after_the_other,
+    }
+    want = block(rows[0], texts[0], modulation, rope)
+    errors: dict[str, float] = {}
+    for variant in variants:
+        precision, mode = variant.split("/")
+        mine, blocks = quantized_block(block, precision, config), FusedBlocks(texts, mode)
+        found = blocks(0, 0, mine, rows[0].clone(), modulation, rope)
+        errors[variant] = float((found.float() - want.float()).norm() / (want.float() - rows[0].float()).norm())
+        del found
+
+        def fused(mine: TransformerBlock = mine, blocks: FusedBlocks = blocks) -> None:
+            for i, row in enumerate(rows):  # in place: the stream grows a little from run to run
+                blocks(0, i, mine, row, modulation, rope)
+
+        runs[variant] = fused
+    del want
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    memory: dict[str, float] = {}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            result = timed(run, device, 1)
+            seconds[name] += result["all_seconds"]
+            memory[name] = result["peak_above_gib"]
+            batch.normal_(generator=generator)
+            torch.cuda.empty_cache()
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    # Attention; qkv 3, wo, q, o, feed-forward 8, each 2 S d^2.
+    flop = 2 * (4 * tokens**2 * dim + 26 * tokens * dim**2)
+    return {
+        "tokens": tokens,
+        "seconds": {name: round(value, 4) for name, value in medians.items()},
+        "ratio": {name: round(medians["official"] / value, 3) for name, value in medians.items()},
+        "tflops": {name: round(flop / value / 1e12) for name, value in medians.items()},
+        "peak_above_gib": memory,
+        "error": {name: float(f"{value:.2e}") for name, value in errors.items()},
+    }
 
 
 def bench_vae(settings: GenerationSettings, device: torch.device, repeats: int, decode: bool = True) -> dict[str, Any]:
@@ -282,6 +348,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=992)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--variant", action="append", help="of `block`: linears/attention, such as int8/int8-fp8")
     parser.add_argument("--layers", type=int, default=4, help="blocks of the DiT that `load` writes and loads")
     parser.add_argument("--precision", default="bf16", help="of `load`: bf16, int8, fp8 ...")
     parser.add_argument("--on-load", action="store_true", help="`load` reads bf16 files and quantizes them")
@@ -292,7 +359,7 @@ def main() -> None:
     for what in args.what:
         with numerics():
             if what == "block":
-                result = bench_block(settings, device, args.repeats)
+                result = bench_block(settings, device, args.repeats, args.variant or VARIANTS)
             elif what == "step":
                 result = bench_step(settings, device, args.steps)
             elif what == "load":
