@@ -140,7 +140,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("hsl,lhd->shd", scores.softmax(-1), v.double())
 
 
-LIMITS = {"bf16": 3e-3, "bf16-exact": 3e-3, "int8": 1.4e-2, "int8-exact": 1.4e-2, "int8-fp8": 4.2e-2}
+LIMITS = {"bf16": 3e-3, "bf16-exact": 3e-3, "int8": 1.4e-2, "int8-exact": 1.4e-2, "int8-fp8": 4.2e-2, "int8-fp8-exact": 4.2e-2}
 
 
 @gpu
