@@ -44,7 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .qk_norm_rope import groups_of_tile
+from .qk_norm_rope import groups_of_tile, scales_of
 from .values import permute_keys as permute_keys
 
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the older name, up to Triton 3.7
@@ -570,8 +570,8 @@ def attention_hopper(
     """softmax(q k^T scale) v, ``q [S, H, 128]``, ``k [L, H, 128]`` -> bf16 ``[S, H, 128]``.
 
     Args:
-        q, k: bf16; or int8 with ``q_scale`` fp32 ``[H, S]`` and ``k_scale`` fp32 ``[H, key_groups(L, 32 or 64)]``. Heads and
-            tokens may lie apart (views of a wider tensor); their strides have to be multiples of 16 bytes.
+        q, k: bf16; or int8 with ``q_scale`` fp32 ``[H, S]`` and ``k_scale`` fp32 ``[H, key_groups(L, 32 or 64)]``.
+            Heads and tokens may lie apart (views of a wider tensor); their strides have to be multiples of 16 bytes.
         v: 16 bits ``[L, H, 128]``; or e4m3 ``[H, 128, L16]`` with ``v_scale`` fp32 ``[H, 128]``, L16 >= L a multiple of
             16, what lies beyond L finite, and keys in the order of :func:`permute_keys`.
         v_mean: fp32 ``[H, 128]``, added to the output: what was taken out of V before it was quantized.
@@ -644,7 +644,7 @@ def _check(
         if plan.keys != 128:
             raise ValueError(f"int8 keys go 128 at a time, and the schedule takes {plan.keys}")
         _check_scale("q_scale", q_scale, (heads, n_q))
-        _check_scale("k_scale", k_scale, (heads, -(-n_k // 128) * (k_scale is not None and groups_of_tile(k_scale, n_k) or 4)))
+        _check_scale("k_scale", k_scale, (heads, scales_of(k_scale, n_k)))
     for name, x in (("q", q), ("k", k), ("v", v)):
         strides = [s * x.element_size() for s in x.stride()[:2]]
         if x.stride(2) != 1 or any(s % 16 for s in strides) or x.data_ptr() % 16:

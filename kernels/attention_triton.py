@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .qk_norm_rope import groups_of_tile, scale_of_keys
+from .qk_norm_rope import groups_of_tile, scale_of_keys, scales_of
 
 try:
     import triton
@@ -234,7 +234,8 @@ def attention_triton(
     that start at multiples of 16 bytes are faster. On the CPU it is :func:`attention_reference`, rounded.
 
     Args:
-        q, k: bf16 or fp16; or int8 with ``q_scale`` fp32 ``[H, S]`` and ``k_scale`` fp32 ``[H, key_groups(L, 32 or 64)]``.
+        q, k: bf16 or fp16; or int8 with ``q_scale`` fp32 ``[H, S]`` and ``k_scale`` fp32
+            ``[H, key_groups(L, 32 or 64)]``.
         v: bf16 or fp16 ``[L, H, 128]``, of the type of q where that has 16 bits; or e4m3 ``[H, 128, L16]`` with
             ``v_scale`` fp32 ``[H, 128]``, L16 >= L a multiple of 16, what lies beyond L finite, and keys in the order
             of `values.permute_keys`; with int8 q and k, on cards from sm_89 on.
@@ -286,7 +287,8 @@ def launch(
         q, k, v, out, q_scale, k_scale, v_scale, v_mean, n_q, k.shape[0], scale * math.log2(math.e),
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v_row, v_head, out.stride(0), out.stride(1),
         BM=tile.queries, BN=tile.keys, D=HEAD_DIM, INT8=q.dtype == torch.int8, V8=v8, HAS_MEAN=v_mean is not None,
-        KEY_GROUP=128 // groups_of_tile(k_scale, k.shape[0]) if k_scale is not None else 0, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        KEY_GROUP=128 if k_scale is None else 128 // groups_of_tile(k_scale, k.shape[0]), num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         enable_fp_fusion=True,  # x f - m is one instruction
     )  # fmt: skip
     return out
@@ -313,7 +315,7 @@ def _check(
         raise ValueError(f"v has to be of the type of q and k, {q.dtype}, not {v.dtype}")
     if q.dtype == torch.int8:
         _check_scale("q_scale", q_scale, (heads, n_q), q)
-        _check_scale("k_scale", k_scale, (heads, -(-n_k // 128) * (k_scale is not None and groups_of_tile(k_scale, n_k) or 4)), q)
+        _check_scale("k_scale", k_scale, (heads, scales_of(k_scale, n_k)), q)
     if v_mean is not None:
         _check_scale("v_mean", v_mean, (heads, HEAD_DIM), q)
     if out.shape != q.shape or not out.dtype.is_floating_point:

@@ -32,8 +32,8 @@ HEAD_DIM = 128
 TOKENS = 64
 """Tokens of one program."""
 KEY_GROUP = 32
-"""Keys that share a scale, if nothing else is asked for. The fewer, the smaller the error where keys come in clusters of
-different sizes: 2.5e-2 with 32, 2.6e-2 with 64 and 128; the more, the faster the attention kernel."""
+"""Keys that share a scale, if nothing else is asked for. The fewer, the smaller the error where keys come in clusters
+of different sizes: 2.5e-2 with 32, 2.6e-2 with 64 and 128; the more, the faster the attention kernel."""
 FLOOR = 2.0**-50
 """The least amax a scale is made of: the product of two such scales is no zero yet."""
 SAMPLES = 256
@@ -81,6 +81,11 @@ def groups_of_tile(k_scale: Tensor, keys: int) -> int:
     tiles = -(-keys // 128)
     groups = k_scale.shape[-1] // tiles
     return groups if groups in (1, 2, 4) and k_scale.shape[-1] == tiles * groups else 0
+
+
+def scales_of(k_scale: Tensor | None, keys: int) -> int:
+    """How many scales a head has to have, by the group that ``k_scale`` was made with, or by the usual one."""
+    return -(-keys // 128) * (0 if k_scale is None else groups_of_tile(k_scale, keys)) or key_groups(keys)
 
 
 def scale_of_keys(k_scale: Tensor, keys: int) -> Tensor:
@@ -317,8 +322,8 @@ def launch(
     together = next(n for n in (plan["heads"], 4, 3, 2, 1) if heads % n == 0)
     _qk_norm_rope_kernel[(heads // together, blocks)](
         qkv, q, k, q_scale, k_scale, mean, q_weight, k_weight, cos, sin, _walsh(qkv.device) if quantize else None,
-        tokens, qkv.stride(0), qkv.stride(1), q.stride(0), q.stride(1), eps, HEADS=together, QUANTIZE=quantize, KEYS=key_group,
-        BLOCK=TOKENS, STAGES=plan["stages"], num_warps=plan["warps"],
+        tokens, qkv.stride(0), qkv.stride(1), q.stride(0), q.stride(1), eps, HEADS=together, QUANTIZE=quantize,
+        KEYS=key_group, BLOCK=TOKENS, STAGES=plan["stages"], num_warps=plan["warps"],
     )  # fmt: skip
     return q, k, q_scale, k_scale
 

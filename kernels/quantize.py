@@ -179,13 +179,12 @@ def _store_quantized(
 
 
 @_jit
-def _quantize_rows_kernel(
-    x_ptr, q_ptr, scale_ptr, K, stride,
+def _quantize_row(
+    row, x_ptr, q_ptr, scale_ptr, K, stride,
     TILES: tl.constexpr, BLOCKS: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, QMAX: tl.constexpr,
     FLOOR: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, in registers: TILES tiles of BLOCKS x 256 channels."""
-    row = tl.program_id(0).to(tl.int64)
+    """A row in registers: TILES tiles of BLOCKS x 256 channels."""
     column = _columns(BLOCKS)
     values = ()
     for i in tl.static_range(TILES):
@@ -195,6 +194,22 @@ def _quantize_rows_kernel(
         else:
             values += (tl.load(x_ptr + row * stride + columns, mask=columns < K, other=0.0).to(tl.float32),)
     _store_quantized(values, row, q_ptr, scale_ptr, K, TILES, BLOCKS, BITS, NORM, QMAX, FLOOR, EVEN)
+
+
+@_jit
+def _quantize_rows_kernel(
+    x_ptr, q_ptr, scale_ptr, rows, K, stride,
+    TILES: tl.constexpr, BLOCKS: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, QMAX: tl.constexpr,
+    FLOOR: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One row a program; with STAGES, many of them, the next on its way while one is worked on."""
+    if STAGES == 0:
+        _quantize_row(tl.program_id(0).to(tl.int64), x_ptr, q_ptr, scale_ptr, K, stride, TILES, BLOCKS, BITS, NORM,
+                      QMAX, FLOOR, EVEN)  # fmt: skip
+    else:
+        for index in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
+            _quantize_row(tl.cast(index, tl.int64), x_ptr, q_ptr, scale_ptr, K, stride, TILES, BLOCKS, BITS, NORM,
+                          QMAX, FLOOR, EVEN)  # fmt: skip
 
 
 def _check(x: Tensor, dtype: torch.dtype, group: int) -> None:
@@ -219,15 +234,22 @@ def _plan(channels: int, group: int) -> dict[str, int]:
         tiles, blocks = 3, blocks // 4
     per_warp = 64 * 32
     warps = min(16, 1 << max(0, -(-tiles * blocks * BLOCK // per_warp) - 1).bit_length())
-    return {"TILES": tiles, "BLOCKS": blocks, "num_warps": warps}
+    return {"TILES": tiles, "BLOCKS": blocks, "num_warps": warps, "STAGES": 0, "resident": 0}
+
+
+def _programs(rows: int, resident: int, x: Tensor) -> int:
+    """Programs to start: one a row, or so many that `resident` of them stay on each multiprocessor."""
+    if not resident or not x.is_cuda:
+        return rows
+    return min(rows, resident * torch.cuda.get_device_properties(x.device).multi_processor_count)
 
 
 def _launch(x: Tensor, q: Tensor, scale: Tensor, group: int) -> None:
     """`x` and `q` [M, K] with contiguous channels, q without gaps between rows; `scale` [M]."""
     rows, channels = x.shape
     plan = _plan(channels, group)
-    _quantize_rows_kernel[(rows,)](
-        x, q, scale, channels, x.stride(0), BITS=group.bit_length() - 1, NORM=group**-0.5, QMAX=QMAX[q.dtype],
+    _quantize_rows_kernel[(_programs(rows, plan.pop("resident"), x),)](
+        x, q, scale, rows, channels, x.stride(0), BITS=group.bit_length() - 1, NORM=group**-0.5, QMAX=QMAX[q.dtype],
         FLOOR=FLOOR, EVEN=plan["TILES"] * plan["BLOCKS"] * BLOCK == channels, enable_fp_fusion=False, **plan,
     )  # fmt: skip
 

@@ -73,7 +73,7 @@ if triton is not None:
         tl.store(to + 128, tl.min(least, 0))
         tl.store(to + 256, tl.max(most, 0))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["S"])  # for one token, Triton 3.6 gave sums that were no numbers
     def _quantize_v_kernel(
         v_ptr, q_ptr, sums_ptr, mean_ptr, scale_ptr, S, S16, row_stride, head_stride, BLOCK: tl.constexpr,
     ):  # fmt: skip

@@ -5,8 +5,8 @@ embedding and gated residuals are fp32 between one load and one store. Nothing t
 bf16: norms, GELU and quantization hand over 8-bit rows. The text's keys and values are computed once a prompt and kept.
 
 The residual stream is changed in place. Beside it, at S tokens and width d (S d = 0.93 GB in bf16 at 544x992x204): qkv
-3 S d, attention's output S d, with 8-bit attention q and k in S d more bytes; the feed-forward hidden exists for `chunk`
-tokens only.
+3 S d, attention's output S d, with 8-bit attention q and k in S d more bytes; the hidden layer of the feed-forward
+exists for `chunk` tokens only.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def test_compiles_for_sm_90_in_its_registers(name: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE, name], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", done.stdout)]
-    assert len(spilled) == (1 if name == "int8-fp8" else 2)
+    assert len(spilled) == 2
     # Triton 3.6 spills nothing; its 3.9 puts 128 bytes of the fp8 schedule aside, outside the loop.
     assert max(spilled) <= 256
     assert "C75" not in done.stdout
@@ -140,7 +140,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("hsl,lhd->shd", scores.softmax(-1), v.double())
 
 
-LIMITS = {"bf16": 3e-3, "bf16-exact": 3e-3, "int8": 1.4e-2, "int8-exact": 1.4e-2, "int8-fp8": 4.2e-2, "int8-fp8-exact": 4.2e-2}
+LIMITS = {name: {"bf16": 3e-3, "int8": 1.4e-2, "int8-fp8": 4.2e-2}[name.removesuffix("-exact")] for name in SCHEDULES}
 
 
 @gpu
@@ -160,7 +160,7 @@ def test_error_at_odd_lengths(name: str, tokens: int, keys: int) -> None:
 
 @gpu
 @on_hopper
-@pytest.mark.parametrize("name", ["bf16", "int8"])
+@pytest.mark.parametrize("name", ["bf16", "int8", "int8-fp8"])
 @pytest.mark.parametrize("kind", ["ramp", "spike", "explosion"])
 def test_a_stale_maximum_is_never_wrong(name: str, kind: str) -> None:
     """Keys that grow along the sequence, single keys six times larger, and rows that overflow between two refreshes."""
@@ -177,7 +177,9 @@ def test_a_stale_maximum_is_never_wrong(name: str, kind: str) -> None:
     plan = hopper.SCHEDULES[name].exact()
     every = hopper.attention_hopper(*args, schedule=plan, **more)
     assert bool(torch.isfinite(stale).all())
-    assert float((stale.double() - every.double()).norm() / every.double().norm()) < 4e-3
+    # e4m3 P errs by itself, and by other numbers with another power of two.
+    limit = 3e-2 if name == "int8-fp8" else 4e-3
+    assert float((stale.double() - every.double()).norm() / every.double().norm()) < limit
 
 
 @gpu
