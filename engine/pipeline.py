@@ -27,9 +27,12 @@ from .latents import SavedLatents
 from .models.vae import decode_chunks
 from .precision import (
     AUTO,
+    OFFICIAL,
     Mode,
     Recipes,
+    check_attention,
     check_precision,
+    choose_attention,
     choose_mode,
     choose_recipe,
     measure_recipe,
@@ -82,9 +85,11 @@ class StepVideoPipeline:
     def __init__(
         self, model: ModelFolder, precision: str | None = None, device: str | torch.device | None = None,
         keep_loaded: bool = False, cache: bool = True, *, text_precision: str | None = None, recipe: Recipes = None,
+        attention: str | None = None, attention_backend: str | None = None,
     ) -> None:  # fmt: skip
         check_precision(precision)
         check_precision(text_precision, "--text-precision")
+        check_attention(attention, precision)
         asked = read_recipe_option(recipe, precision)
         self.model = model
         self.dtype = pick_dtype("fp32" if precision == "fp32" else "bf16")
@@ -98,6 +103,7 @@ class StepVideoPipeline:
         default = "fp32" if precision == "fp32" else "bf16"
         self.text_mode = choose_mode(llm, text_precision, default, "--text-precision", self.dtype)
         self.device = pick_device(device)
+        self._attention, self.attention_backend = attention, attention_backend
         self.keep_loaded = keep_loaded
         self.cache = cache_dir() / "embeddings" if cache else None
         self._networks: dict[str, Any] = {}
@@ -105,8 +111,8 @@ class StepVideoPipeline:
     @classmethod
     def from_pretrained(
         cls, model: str | Path | None = None, precision: str | None = None, device: str | torch.device | None = None,
-        *, text_precision: str | None = None, recipe: Recipes = None, preset: str | None = None,
-        keep_loaded: bool = False, cache: bool = True,
+        *, text_precision: str | None = None, recipe: Recipes = None, attention: str | None = None,
+        attention_backend: str | None = None, preset: str | None = None, keep_loaded: bool = False, cache: bool = True,
     ) -> StepVideoPipeline:  # fmt: skip
         """Finds and checks a model; its weights are loaded stage by stage, when a video is made.
 
@@ -120,6 +126,10 @@ class StepVideoPipeline:
                 Hunyuan-CLIP always runs in fp32 and the VAE in bf16, or both in fp32.
             recipe: in place of ``precision``: which linears get which format, as a Recipe, the path of a JSON file, or
                 ``auto:BUDGET``, which measures the cheapest recipe with at most that error before the first video.
+            attention: how blocks are computed: official (its order of operations and roundings), or by fused kernels
+                with attention in bf16, in int8 (q k^T; P V in bf16) or int8-fp8 (P V in e4m3). By default official on a
+                CPU and in fp32; on a card int8 where the linears multiply in 8 bits, else bf16.
+            attention_backend: what computes it; by default what `solostep doctor` found right and fastest here.
             device: cpu, cuda, cuda:1; by default the first CUDA card, else the CPU.
             preset: t2v, turbo or ti2v, where the folder does not say which it is.
             keep_loaded: keep networks between videos, if the memory is there for all of them at once.
@@ -131,6 +141,7 @@ class StepVideoPipeline:
         """
         check_precision(precision)
         check_precision(text_precision, "--text-precision")
+        check_attention(attention, precision)
         asked = read_recipe_option(recipe, precision)
         pick_device(device)
         if model is None:
@@ -139,7 +150,8 @@ class StepVideoPipeline:
             model = demo_model()
         return cls(
             open_model(model, preset), precision, device, keep_loaded, cache,
-            text_precision=text_precision, recipe=recipe if isinstance(asked, float) else asked,
+            text_precision=text_precision, recipe=recipe if isinstance(asked, float) else asked, attention=attention,
+            attention_backend=attention_backend,
         )  # fmt: skip
 
     # --- its precision --------------------------------------------------------------------------------------------
@@ -159,6 +171,11 @@ class StepVideoPipeline:
         """The name of Step-LLM's precision."""
         return self.text_mode.name
 
+    @property
+    def attention(self) -> str:
+        """How the transformer's blocks are computed; see :meth:`from_pretrained`."""
+        return choose_attention(self._attention, self.mode, self.device)
+
     def _decided(self, progress: Progress | None) -> Mode:
         if self._mode is None:
             assert self.budget is not None
@@ -173,6 +190,7 @@ class StepVideoPipeline:
             "precision": self.mode.name,
             "text_precision": self.text_precision,
             "recipe": self.mode.described(),
+            "attention": self.attention,
         }
 
     # --- asking for a video ---------------------------------------------------------------------------------------
@@ -485,7 +503,11 @@ class StepVideoPipeline:
                     recipe=self.mode.on_load,
                 )
         with measured("denoise", self.device, job.stages):
-            velocity = GuidedVelocity(self._networks["transformer"], embeddings, settings, job.condition)
+            backend = self._attention_backend(settings)
+            saved.info["attention_backend"] = backend
+            velocity = GuidedVelocity(
+                self._networks["transformer"], embeddings, settings, job.condition, self.attention, backend
+            )
             sigmas = make_sigmas(saved.steps, settings.time_shift)
             latents = saved.latents.to(self.device)
             say("denoise", saved.step, saved.steps)
@@ -498,6 +520,15 @@ class StepVideoPipeline:
                         latents = changed.to(self.device, torch.float32)
                         self._keep(job, latents, step + 1)
                 say("denoise", step + 1, saved.steps)
+
+    def _attention_backend(self, settings: GenerationSettings) -> str | None:
+        """The kernels for this length; on a new card they are measured first, which takes some seconds."""
+        if self.attention == OFFICIAL:
+            return None
+        from .doctor import attention_choice
+
+        tokens = settings.latent_frames * settings.latent_height * settings.latent_width
+        return attention_choice(self.device, self.attention, tokens, self.attention_backend)
 
     def _require_memory_for_transformer(self) -> None:
         weights = self.mode.memory_bytes(self.model.components["transformer"])

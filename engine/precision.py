@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..kernels.attention import MODES as FUSED
 from ..quant import foreign
+from ..quant.formats import FORMATS
 from ..quant.recipe import Recipe, default_recipe, precisions, read_recipe
 from .config import MODES, PRECISIONS
 from .errors import UsageError
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
     from .checkpoint import ModelFolder
 
 AUTO = "auto:"
+OFFICIAL = "official"
+ATTENTION = (OFFICIAL, *FUSED)
+"""How a block is computed: in the official order of operations and roundings; or by fused kernels, with attention in
+16 bits, with int8 q k^T, or with int8 q k^T and 8-bit P V."""
 
 Recipes = Recipe | str | Path | None
 """A recipe, the path of a JSON file with one, or ``auto:BUDGET``."""
@@ -68,6 +74,28 @@ def check_precision(precision: str | None, option: str = "--precision") -> None:
         f"{option} {precision} is unknown; choose one of {', '.join(MODES)}, "
         f"or for comparison one of {', '.join(foreign.names())}."
     )
+
+
+def check_attention(asked: str | None, precision: str | None) -> None:
+    """Raises UsageError for no mode of attention, or one that the precision does not have."""
+    if asked is None:
+        return
+    if asked not in ATTENTION:
+        raise UsageError(f"--attention {asked} is unknown; choose one of {', '.join(ATTENTION)}.")
+    if precision == "fp32" and asked != OFFICIAL:
+        raise UsageError(f"--attention {asked} computes in 16 or 8 bits; --precision fp32 has {OFFICIAL} only.")
+
+
+def choose_attention(asked: str | None, mode: Mode, device: torch.device) -> str:
+    """How the transformer's blocks are computed: as asked; else in the official way on a CPU and in fp32, by fused
+    kernels on a card, with int8 q k^T where the linears multiply in 8 bits too."""
+    if asked is not None:
+        return asked
+    if device.type != "cuda" or mode.dtype != torch.bfloat16:
+        return OFFICIAL
+    kinds = {name for _, name in mode.recipe.rules} if mode.recipe is not None else set()
+    eight_bits = any(name in FORMATS and FORMATS[name].kind.activation is not None for name in kinds)
+    return "int8" if eight_bits else "bf16"
 
 
 def read_recipe_option(recipe: Recipes, precision: str | None) -> Recipe | float | None:

@@ -193,7 +193,17 @@ def versions() -> dict[str, str | None]:
 
 def video_metadata(record: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a record that goes into the video file: what repeats it, and nothing about the machine."""
-    names = ("prompt", "negative_prompt", "raw_prompt", "seed", "settings", "precision", "text_precision", "preset")
+    names = (
+        "prompt",
+        "negative_prompt",
+        "raw_prompt",
+        "seed",
+        "settings",
+        "precision",
+        "text_precision",
+        "attention",
+        "preset",
+    )
     # A hub id says which model it was; of a folder only its own name, not where it lies on somebody's disk.
     model = str(record["model"])
     model = Path(model).name if Path(model).is_absolute() else model
@@ -212,7 +222,7 @@ def _short(recipe: Mapping[str, Any] | None, limit: int = 1000) -> Mapping[str, 
 def make_record(job: Job, model: ModelFolder, modes: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Everything needed to repeat a video, and what it took.
 
-    ``modes`` holds ``precision``, ``text_precision`` and ``recipe``.
+    ``modes`` holds ``precision``, ``text_precision``, ``recipe``, ``attention`` and its back end.
     """
     saved = job.saved
     return {
@@ -223,7 +233,7 @@ def make_record(job: Job, model: ModelFolder, modes: Mapping[str, Any], device: 
         **{k: saved.info.get(k) for k in ("prompt", "negative_prompt", "raw_prompt", "texts")},
         "seed": saved.seed,
         "settings": saved.info["settings"],
-        **{k: modes.get(k) for k in ("precision", "text_precision", "recipe")},
+        **{k: modes.get(k) for k in ("precision", "text_precision", "recipe", "attention", "attention_backend")},
         "image_sha256": saved.identity.get("image"),
         "noise_sha256": saved.identity.get("noise"),
         "device": describe_device(device),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .config import GenerationSettings
 from .image import fit_image
+from .models.fused import FusedBlocks
 from .models.transformer import StepVideoTransformer
 from .models.vae import encode_video, sample_posterior
 from .text import PromptEmbedding
@@ -46,7 +47,8 @@ def first_frame_condition(
 class GuidedVelocity:
     """The DiT with everything that stays the same over the steps: texts, condition, guidance.
 
-    ``embeddings`` holds the prompt, and behind it the negative prompt if ``guidance_scale`` is above 1.
+    ``embeddings`` holds the prompt, and behind it the negative prompt if ``guidance_scale`` is above 1. ``attention``
+    is official, or a mode of the fused blocks, which ``backend`` computes.
     """
 
     def __init__(
@@ -55,6 +57,8 @@ class GuidedVelocity:
         embeddings: Sequence[PromptEmbedding],
         settings: GenerationSettings,
         condition: Tensor | None = None,
+        attention: str = "official",
+        backend: str | None = None,
     ) -> None:
         self.transformer = transformer
         self.settings = settings
@@ -67,6 +71,7 @@ class GuidedVelocity:
             )[0]
             for e in embeddings
         ]
+        self.fused = None if attention == "official" else FusedBlocks(self.context, attention, backend)
         # Both branches see the first frame. Quirk: the condition is rounded to the model's type.
         self.condition = (
             None if condition is None else condition.to(self.device, self.dtype).repeat_interleave(self.rows, 0)
@@ -78,7 +83,7 @@ class GuidedVelocity:
         rounded = latents.to(self.device, self.dtype).repeat_interleave(self.rows, 0)
         timestep = sigma.to(self.device).expand(self.rows)
         score = self.settings.motion_score if self.condition is not None else None
-        velocity = self.transformer(rounded, timestep, self.context, self.condition, score)
+        velocity = self.transformer(rounded, timestep, self.context, self.condition, score, fused=self.fused)
         if self.rows == 1:
             return velocity
         text, uncond = velocity.split(1)

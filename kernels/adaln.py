@@ -108,14 +108,14 @@ def _row(
 def _row_kernel(
     x_ptr, out_ptr, out_scale_ptr, shift_ptr, scale_ptr, rows, K, stride, eps,
     TILES: tl.constexpr, BLOCKS: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, QMAX: tl.constexpr,
-    FLOOR: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, GELU: tl.constexpr, APPROXIMATE: tl.constexpr,
+    FLOOR: tl.constexpr, EVEN: tl.constexpr, LOOP: tl.constexpr, GELU: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
-    """One row a program; with STAGES, many of them, the next on its way while one is worked on."""
-    if STAGES == 0:
+    """One row a program, or many, one after the other (LOOP)."""
+    if not LOOP:
         _row(tl.program_id(0).to(tl.int64), x_ptr, out_ptr, out_scale_ptr, shift_ptr, scale_ptr, K, stride, eps,
              TILES, BLOCKS, BITS, NORM, QMAX, FLOOR, EVEN, GELU, APPROXIMATE)  # fmt: skip
     else:
-        for index in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
+        for index in range(tl.program_id(0), rows, tl.num_programs(0)):
             _row(tl.cast(index, tl.int64), x_ptr, out_ptr, out_scale_ptr, shift_ptr, scale_ptr, K, stride, eps,
                  TILES, BLOCKS, BITS, NORM, QMAX, FLOOR, EVEN, GELU, APPROXIMATE)  # fmt: skip
 
@@ -146,11 +146,12 @@ def _run_rows(
     rows, channels = x.shape
     plan = _plan(channels, group)
     if shift is not None:  # fewer threads with more of the row each: 8 % faster at 6,144 on an H200
-        plan["num_warps"] = max(1, plan["num_warps"] // 2)
-    _row_kernel[(_programs(rows, plan.pop("resident"), x),)](
+        plan |= {"num_warps": max(1, plan["num_warps"] // 2), "LOOP": 0}
+    _row_kernel[(_programs(rows, plan["LOOP"], x),)](
         x, out, out_scale, shift, scale, rows, channels, x.stride(0), eps, BITS=group.bit_length() - 1,
         NORM=group**-0.5, QMAX=QMAX.get(out.dtype, 0.0), FLOOR=FLOOR,
-        EVEN=plan["TILES"] * plan["BLOCKS"] * BLOCK == channels, GELU=shift is None, APPROXIMATE=x.is_cuda, enable_fp_fusion=True, **plan,
+        EVEN=plan["TILES"] * plan["BLOCKS"] * BLOCK == channels, GELU=shift is None, APPROXIMATE=x.is_cuda,
+        enable_fp_fusion=True, **plan,
     )  # fmt: skip
 
 

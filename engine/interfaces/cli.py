@@ -68,6 +68,17 @@ RecipeOption = Annotated[
         "measures the cheapest one with at most that error; measuring takes its time.",
     ),
 ]
+AttentionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--attention",
+        help="How blocks are computed: official, or by fused kernels with attention in bf16, int8 or int8-fp8 (the "
+        "fastest). Default: official on a CPU and in fp32; on a card int8 with int8 and fp8 linears, else bf16.",
+    ),
+]
+AttentionBackend = Annotated[
+    str | None, typer.Option(help="What computes attention. Default: the fastest that is right here; see doctor.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: the first CUDA card, else the CPU.")]
 PresetName = Annotated[
     str | None, typer.Option(help="Defaults to use: t2v, turbo or ti2v. Needed only if the model's name hides it.")
@@ -121,6 +132,8 @@ def generate(
     precision: Precision = None,
     text_precision: TextPrecision = None,
     recipe: RecipeOption = None,
+    attention: AttentionOption = None,
+    attention_backend: AttentionBackend = None,
     device: Device = None,
     preset: PresetName = None,
     codec: Codec = "h264",
@@ -155,8 +168,8 @@ def generate(
     if model is None:
         model = str(demo_model(image_to_video=any(values["settings"]["image"] is not None for values in wanted)))
     pipe = StepVideoPipeline.from_pretrained(
-        model, precision, device, text_precision=text_precision, recipe=recipe, preset=preset,
-        keep_loaded=keep_loaded, cache=not no_cache,
+        model, precision, device, text_precision=text_precision, recipe=recipe, attention=attention,
+        attention_backend=attention_backend, preset=preset, keep_loaded=keep_loaded, cache=not no_cache,
     )  # fmt: skip
     planned = _plan(pipe, wanted, output, prompts is not None, codec, overwrite)
     write = {
