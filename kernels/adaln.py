@@ -150,7 +150,7 @@ def _run_rows(
     _row_kernel[(_programs(rows, plan["LOOP"], x),)](
         x, out, out_scale, shift, scale, rows, channels, x.stride(0), eps, BITS=group.bit_length() - 1,
         NORM=group**-0.5, QMAX=QMAX.get(out.dtype, 0.0), FLOOR=FLOOR,
-        EVEN=plan["TILES"] * plan["BLOCKS"] * BLOCK == channels, GELU=shift is None, APPROXIMATE=x.is_cuda,
+        EVEN=plan["TILES"] * plan["BLOCKS"] * BLOCK == channels, GELU=shift is None, APPROXIMATE=_on_card(x),
         enable_fp_fusion=True, **plan,
     )  # fmt: skip
 

@@ -47,14 +47,15 @@ def rope_angles(length: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Te
 def rope_table(fhw: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str = "cpu") -> RopeTable:
     """Tables ``[f*h*w, 1, 128]`` for tokens in the order frame, row, column. The last ones are kept: every step and
     every block needs the same."""
-    tables: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for axis, (length, width) in enumerate(zip(fhw, ROPE_SPLIT, strict=True)):
-        shape = [1, 1, 1, width]
-        shape[axis] = length
-        for table, values in zip(tables, rope_angles(length, width, dtype), strict=True):
-            table.append(values.view(shape).expand(*fhw, width))
-    cos, sin = (torch.cat(t, dim=-1).reshape(math.prod(fhw), 1, sum(ROPE_SPLIT)).to(device) for t in tables)
-    return cos, sin
+    with torch.inference_mode(False):  # what is kept may be wanted where gradients are
+        tables: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for axis, (length, width) in enumerate(zip(fhw, ROPE_SPLIT, strict=True)):
+            shape = [1, 1, 1, width]
+            shape[axis] = length
+            for table, values in zip(tables, rope_angles(length, width, dtype), strict=True):
+                table.append(values.view(shape).expand(*fhw, width))
+        cos, sin = (torch.cat(t, dim=-1).reshape(math.prod(fhw), 1, sum(ROPE_SPLIT)).to(device) for t in tables)
+        return cos, sin
 
 
 def apply_rope(x: Tensor, rope: RopeTable) -> Tensor:

@@ -282,3 +282,12 @@ def test_released_tokenizers_read_the_evaluation_prompts() -> None:
         pieces, mask = clip(prompt)
         assert len(pieces) == len(mask) == 77
         assert pieces.count(100) == 0  # no [UNK]
+
+
+def test_kept_rope_tables_serve_training_too() -> None:
+    with torch.inference_mode():
+        rope_table((1, 2, 9), torch.float32)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.randn(1, 18, 1, 128, requires_grad=True)
+        apply_rope(x, rope_table((1, 2, 9), torch.float32)).sum().backward()
+    assert x.grad is not None

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,6 +104,55 @@ def test_kernels_on_a_card() -> None:
     for case, worsts in found.items():
         for name, worst in worsts.items():
             assert worst <= _limit(name, 5e-5), (case, name, worst)
+
+
+COMPILED = """
+import sys
+import torch
+from compiling import compile_for
+from solostep.kernels import adaln, qk_norm_rope, quantize, values
+
+adaln._on_card = lambda x: True  # compile what runs on a card
+x, wide = torch.empty(300, 6144, dtype=torch.bfloat16), torch.empty(300, 24_576, dtype=torch.bfloat16)
+vector = torch.empty(6144, dtype=torch.float16)
+qkv, weight, table = torch.empty(300, 6, 384).bfloat16(), torch.empty(128).bfloat16(), torch.empty(300, 128).bfloat16()
+
+def run():
+    e4m3 = torch.float8_e4m3fn if arch >= 89 else torch.bfloat16
+    adaln.launch(x, torch.int8, 256, vector, vector, 1e-5)
+    adaln.launch(wide, e4m3, 1, None, None, 0.0)
+    quantize._launch(wide, torch.empty(wide.shape, dtype=torch.int8), torch.empty(300), 256)
+    adaln.launch_gate(x, x, weight.new_empty(6144))
+    for quantized in (False, True):
+        plan = qk_norm_rope.plan_for(quantized, arch)
+        qk_norm_rope.launch(qkv, weight, weight, table, table, quantized, 1e-6, plan=plan)
+    qk_norm_rope.launch_norm(qkv[..., :128].contiguous(), weight, 1e-6)
+    if arch >= 89:
+        values.launch(qkv[..., 256:])
+
+kernels = [(adaln, "_row_kernel"), (adaln, "_gate_residual_kernel"), (quantize, "_quantize_rows_kernel"),
+           (qk_norm_rope, "_qk_norm_rope_kernel"), (qk_norm_rope, "_k_mean_kernel"),
+           (qk_norm_rope, "_norm_heads_kernel"), (values, "_ranges_kernel"), (values, "_quantize_v_kernel")]
+for arch in map(int, sys.argv[1:]):
+    compile_for(arch, kernels, run)
+"""
+
+
+def test_compiles_for_every_card(tmp_path: Path) -> None:
+    """Nothing is spilled, and shared memory is within what every card has, 99 KiB; on sm_90, 227."""
+    pytest.importorskip("triton")
+    cards = [80, 86, 89, 90, 100, 120]
+    here = str(Path(__file__).parent)
+    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore", "PYTHONPATH": here}
+    run = [sys.executable, "-c", COMPILED, *map(str, cards)]
+    done = subprocess.run(run, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = set()
+    for line in done.stdout.splitlines():
+        name, arch, _, stack, shared = line.split()
+        assert int(stack) <= 16 and int(shared) <= (227 if arch == "90" else 99) * 1024, line
+        seen.add((name, int(arch)))
+    assert len(seen) == 6 * 6 + 2 * 4
 
 
 # --- the references are the network's own numbers -----------------------------------------------------------------
