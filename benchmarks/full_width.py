@@ -1,7 +1,7 @@
 """Times the networks at their real width on random weights: one DiT block, one VAE chunk, whole DiT steps.
 
     python -m solostep.benchmarks.full_width block vae
-    python -m solostep.benchmarks.full_width step --steps 2
+    python -m solostep.benchmarks.full_width step --steps 2 --precision int8 --attention int8 --resident 4
     python -m solostep.benchmarks.full_width load --layers 8 --precision int8
 
 Weights and activations are random normal numbers of realistic size, never zeros (a GPU is faster on zeros). A time is
@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from solostep.engine.runtime import Stage, measured, numerics, pick_device
 from solostep.engine.sampling import GuidedVelocity
 from solostep.engine.scheduler import euler_step, make_sigmas
 from solostep.engine.text import PromptEmbedding
+from solostep.offload.streamer import BlockStreamer, spread
 from solostep.quant.formats import install, quantize
 from solostep.quant.linear import assign
 from solostep.quant.recipe import Recipe, default_recipe
@@ -185,13 +186,39 @@ def bench_vae(settings: GenerationSettings, device: torch.device, repeats: int, 
     return timed(lambda: network(x), device, repeats) | {"output": list(out.shape)}
 
 
-def bench_step(settings: GenerationSettings, device: torch.device, steps: int) -> dict[str, Any]:
-    """Whole denoising steps of the 48-block DiT: model, guidance and Euler step."""
-    config = TransformerConfig()
+def wide_model(device: torch.device, precision: str, layers: int, host: Collection[int]) -> StepVideoTransformer:
+    """The DiT with random weights, its blocks in a precision; those of ``host`` end in host memory."""
+    config = TransformerConfig(num_layers=1)
     model: StepVideoTransformer = random_weights(lambda: StepVideoTransformer(config), device)
+    blocks = []
+    for i in range(layers):
+        made = random_weights(lambda: TransformerBlock(config.inner_dim, config.attention_head_dim), device, i)
+        blocks.append(quantized_block(made, precision, config).to("cpu" if i in host else device))
+        del made
+    model.transformer_blocks = nn.ModuleList(blocks)
+    return model
+
+
+def bench_step(
+    settings: GenerationSettings, device: torch.device, steps: int, precision: str = "bf16",
+    attention: str = "official", resident: int | None = None, slots: int = 2, layers: int = 48,
+) -> dict[str, Any]:  # fmt: skip
+    """Whole denoising steps of the DiT: model, guidance and Euler step. With ``resident`` only so many blocks stay on
+    the card, and the others are streamed; the first step, which fills the slots, is one of those timed."""
+    config = TransformerConfig()
+    host = set() if resident is None else set(spread(layers, layers - resident))
+    model = wide_model(device, precision, layers, host)
+    start = time.perf_counter()
+    streamer = BlockStreamer(
+        model.transformer_blocks, device, resident=resident, slots=slots, last=["attn2.wkv"]
+    ) if resident is not None else None  # fmt: skip
+    prepared = time.perf_counter() - start
+    gc.collect()
+    torch.cuda.empty_cache()
     weights = torch.cuda.memory_allocated(device)
     llm, clip = (torch.randn(n, c).bfloat16() for n, c in zip((320, 77), config.caption_channels, strict=True))
-    velocity = GuidedVelocity(model, [PromptEmbedding(llm, clip, TEXT_TOKENS)] * 2, settings)
+    texts = [PromptEmbedding(llm, clip, TEXT_TOKENS)] * 2
+    velocity = GuidedVelocity(model, texts, settings, attention=attention, blocks=streamer)
     shape = (1, settings.latent_frames, config.in_channels, settings.latent_height, settings.latent_width)
     latents = torch.randn(shape, device=device)
     sigmas = make_sigmas(50, settings.time_shift)
@@ -204,7 +231,14 @@ def bench_step(settings: GenerationSettings, device: torch.device, steps: int) -
     result = timed(run, device, steps, warm_up=0)
     if not bool(torch.isfinite(states[-1]).all()):
         raise RuntimeError("the latents are not finite")
-    return result | {"weights_gib": round(weights / 2**30, 2)}
+    about = {"precision": precision, "attention": attention, "layers": layers, "weights_gib": round(weights / 2**30, 2)}
+    if streamer is not None:
+        about |= {
+            "resident": resident, "slots": slots, "prepare_seconds": round(prepared, 2),
+            "host_gib": round(streamer.host_bytes / 2**30, 2),
+        }  # fmt: skip
+        streamer.close()
+    return result | about | {"host_peak_gib": round(anonymous_bytes() / 2**30, 2)}
 
 
 def bench_load(device: torch.device, layers: int, precision: str, on_load: bool) -> dict[str, Any]:
@@ -349,8 +383,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--variant", action="append", help="of `block`: linears/attention, such as int8/int8-fp8")
-    parser.add_argument("--layers", type=int, default=4, help="blocks of the DiT that `load` writes and loads")
-    parser.add_argument("--precision", default="bf16", help="of `load`: bf16, int8, fp8 ...")
+    parser.add_argument("--layers", type=int, help="blocks of the DiT: default 4 for `load`, 48 for `step`")
+    parser.add_argument("--precision", default="bf16", help="of `load` and `step`: bf16, int8, fp8 ...")
+    parser.add_argument("--attention", default="official", help="of `step`: official, bf16, int8, int8-fp8")
+    parser.add_argument("--resident", type=int, help="of `step`: stream all blocks but so many")
+    parser.add_argument("--slots", type=int, default=2, help="of `step`: places on the card for streamed blocks")
     parser.add_argument("--on-load", action="store_true", help="`load` reads bf16 files and quantizes them")
     parser.add_argument("-o", "--output", type=Path, help="append the result as a JSON line")
     args = parser.parse_args()
@@ -361,9 +398,12 @@ def main() -> None:
             if what == "block":
                 result = bench_block(settings, device, args.repeats, args.variant or VARIANTS)
             elif what == "step":
-                result = bench_step(settings, device, args.steps)
+                result = bench_step(
+                    settings, device, args.steps, args.precision, args.attention, args.resident, args.slots,
+                    args.layers or 48,
+                )  # fmt: skip
             elif what == "load":
-                result = bench_load(device, args.layers, args.precision, args.on_load)
+                result = bench_load(device, args.layers or 4, args.precision, args.on_load)
             else:
                 result = bench_vae(settings, device, args.repeats, decode=what == "vae")
         torch.cuda.empty_cache()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..offload.streamer import BlockStreamer
 from .config import GenerationSettings
 from .image import fit_image
 from .models.fused import FusedBlocks
@@ -48,7 +49,8 @@ class GuidedVelocity:
     """The DiT with everything that stays the same over the steps: texts, condition, guidance.
 
     ``embeddings`` holds the prompt, and behind it the negative prompt if ``guidance_scale`` is above 1. ``attention``
-    is official, or a mode of the fused blocks, which ``backend`` computes.
+    is official, or a mode of the fused blocks, which ``backend`` computes. ``blocks`` is where the blocks come from: a
+    BlockStreamer, or by default the transformer's own list.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class GuidedVelocity:
         condition: Tensor | None = None,
         attention: str = "official",
         backend: str | None = None,
+        blocks: Iterable[nn.Module] | None = None,
     ) -> None:
         self.transformer = transformer
         self.settings = settings
@@ -71,6 +74,7 @@ class GuidedVelocity:
             )[0]
             for e in embeddings
         ]
+        self.blocks = blocks
         self.fused = None if attention == "official" else FusedBlocks(self.context, attention, backend)
         # Both branches see the first frame. Quirk: the condition is rounded to the model's type.
         self.condition = (
@@ -83,7 +87,9 @@ class GuidedVelocity:
         rounded = latents.to(self.device, self.dtype).repeat_interleave(self.rows, 0)
         timestep = sigma.to(self.device).expand(self.rows)
         score = self.settings.motion_score if self.condition is not None else None
-        velocity = self.transformer(rounded, timestep, self.context, self.condition, score, fused=self.fused)
+        velocity = self.transformer(rounded, timestep, self.context, self.condition, score, self.blocks, self.fused)
+        if self.fused is not None and isinstance(self.blocks, BlockStreamer):
+            self.blocks.short = True  # the text's keys and values are kept: what made them need not come again
         if self.rows == 1:
             return velocity
         text, uncond = velocity.split(1)

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import mmap
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +27,7 @@ from queue import Empty, SimpleQueue
 import torch
 from torch import Tensor
 
-HUGE_PAGE = 2 << 20
+from .pinned import HUGE_PAGE, host_memory
 
 
 class ReadError(Exception):
@@ -235,7 +233,7 @@ class _ToCuda:
         self.stream = torch.cuda.current_stream(device)
         count = min(ring.buffers, pieces)
         size = -(-min(ring.size, sum(extent.nbytes for extent in extents)) // HUGE_PAGE) * HUGE_PAGE
-        memory = _host_memory(count * size)
+        memory = host_memory(count * size)
         self.slots = [_Slot(memory[i * size : (i + 1) * size]) for i in range(count)]
         self.tensors: dict[int, Tensor] = {}
 
@@ -285,18 +283,6 @@ class _Slot:
     def close(self) -> None:
         if self.pinned:
             torch.cuda.cudart().cudaHostUnregister(self.buffer.data_ptr())
-
-
-def _host_memory(count: int) -> Tensor:
-    """Bytes that are not yet taken from the system, in huge pages where it has them, aligned to one."""
-    if sys.platform != "linux":
-        return torch.empty(count, dtype=torch.uint8)
-    mapping = mmap.mmap(-1, count + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(mapping, dtype=torch.uint8)
-    start = -whole.data_ptr() % HUGE_PAGE
-    return whole[start : start + count]
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -1,0 +1,126 @@
+"""All tensors of a module in one run of host memory, so that one copy brings them to a device.
+
+A slab holds each tensor at an offset that suits any kernel, with its strides, whatever its type; what it is on the
+device is rebuilt there by offset. Host memory for CUDA is registered (pinned): copies from it run at the speed of the
+bus and beside computation. torch's own pinned allocator rounds sizes up to powers of two, 1 GiB for a block of 0.6 GB;
+here a slab takes its bytes, in huge pages where the system has them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 256
+"""Of each tensor within a slab, in bytes: what torch's own allocations are aligned to at least."""
+HUGE_PAGE = 2 << 20
+
+
+class PinError(Exception):
+    """Host memory could not be pinned: the system or the container allows no more of it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a slab."""
+
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """From its first to its last byte, what lies between included."""
+        if 0 in self.shape:
+            return 0
+        return (sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)) + 1) * self.dtype.itemsize
+
+    def view(self, memory: Tensor) -> Tensor:
+        """The tensor in a slab's memory, uint8 ``[nbytes]``."""
+        part = memory[self.offset : self.offset + self.nbytes].view(self.dtype)
+        return part.as_strided(self.shape, self.stride)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Places of tensors by name; those that may be left out of a copy come last, from byte ``needed`` on."""
+
+    places: Mapping[str, Place]
+    needed: int
+    nbytes: int
+    last: frozenset[str] = frozenset()
+
+
+def lay_out(tensors: Mapping[str, Tensor], last: Sequence[str] = ()) -> Layout:
+    """A slab for tensors. Those whose name begins with one of ``last`` lie behind all others.
+
+    Raises:
+        ValueError: a tensor that is more than its bytes: a subclass, or one whose elements overlap.
+    """
+    behind = {name for name in tensors if any(name.startswith(prefix) for prefix in last)}
+    places: dict[str, Place] = {}
+    offset = needed = 0
+    for name in [*(n for n in tensors if n not in behind), *(n for n in tensors if n in behind)]:
+        tensor = tensors[name]
+        if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            raise ValueError(f"{name} is a {type(tensor).__name__}, whose bytes alone do not make it; it cannot stream")
+        if any(s == 0 and n > 1 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ValueError(f"{name} has elements that share memory; make it contiguous before it streams")
+        places[name] = Place(offset, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+        offset = -(-(offset + places[name].nbytes) // ALIGNMENT) * ALIGNMENT
+        if name not in behind:
+            needed = offset
+    return Layout(places, needed, offset, frozenset(behind))
+
+
+def host_memory(count: int) -> Tensor:
+    """Bytes that are not yet taken from the system, in huge pages where it has them, aligned to one."""
+    if sys.platform != "linux":
+        return torch.empty(count, dtype=torch.uint8)
+    mapping = mmap.mmap(-1, count + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(mapping, dtype=torch.uint8)
+    start = -whole.data_ptr() % HUGE_PAGE
+    return whole[start : start + count]
+
+
+class HostSlab:
+    """Host memory for a layout; pinned once it is filled, if copies go to a CUDA device."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.memory = host_memory(max(1, layout.nbytes))
+        self.pinned = False
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes the values over, from whatever device."""
+        for name, place in self.layout.places.items():
+            place.view(self.memory).copy_(tensors[name])
+
+    def pin(self) -> None:
+        """Registers the memory with CUDA; after it is filled, when its pages are there.
+
+        Raises:
+            PinError: no more memory can be pinned.
+        """
+        if self.pinned:
+            return
+        portable = 1  # for every card, whichever this thread has in mind
+        code = int(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), self.memory.numel(), portable))
+        if code != 0:
+            raise PinError(f"{self.memory.numel():,} bytes of host memory could not be pinned (CUDA error {code})")
+        self.pinned = True
+
+    def close(self) -> None:
+        """Gives the registration back; the memory goes with the slab."""
+        if self.pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
+            self.pinned = False
