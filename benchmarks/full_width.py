@@ -172,8 +172,10 @@ def bench_block(
     }
 
 
-def bench_vae(settings: GenerationSettings, device: torch.device, repeats: int, decode: bool = True) -> dict[str, Any]:
-    """One chunk of 17 frames through the full-width VAE."""
+def bench_vae(
+    settings: GenerationSettings, device: torch.device, repeats: int, decode: bool = True, at_once: int | None = None
+) -> dict[str, Any]:
+    """One chunk of 17 frames through the full-width VAE; decoded whole, or ``at_once`` frames at a time."""
     config = VAEConfig()
     network = random_weights(lambda: Decoder(config) if decode else Encoder(config), device)
     shape = (1, config.z_channels, 3, settings.latent_height, settings.latent_width)
@@ -183,7 +185,21 @@ def bench_vae(settings: GenerationSettings, device: torch.device, repeats: int, 
     out = network(x)
     if not bool(torch.isfinite(out).all()):
         raise RuntimeError("the VAE gave numbers that are not finite")
-    return timed(lambda: network(x), device, repeats) | {"output": list(out.shape)}
+    about: dict[str, Any] = {"output": list(out.shape)}
+    if at_once is None:
+        return timed(lambda: network(x), device, repeats) | about
+    error, frame = 0.0, 0
+    for piece in network.slices(x, at_once):
+        difference = piece.float() - out[:, :, frame : frame + piece.shape[2]].float()
+        error, frame = error + float(difference.square().sum()), frame + piece.shape[2]
+    about |= {"at_once": at_once, "error": float(f"{(error / float(out.float().square().sum())) ** 0.5:.2e}")}
+    del out, difference
+
+    def run() -> None:
+        for _ in network.slices(x, at_once):
+            pass
+
+    return timed(run, device, repeats) | about
 
 
 def wide_model(device: torch.device, precision: str, layers: int, host: Collection[int]) -> StepVideoTransformer:
@@ -382,6 +398,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=992)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--at-once", type=int, help="of `vae`: decode so many frames at a time, not a whole chunk")
     parser.add_argument("--variant", action="append", help="of `block`: linears/attention, such as int8/int8-fp8")
     parser.add_argument("--layers", type=int, help="blocks of the DiT: default 4 for `load`, 48 for `step`")
     parser.add_argument("--precision", default="bf16", help="of `load` and `step`: bf16, int8, fp8 ...")
@@ -405,7 +422,9 @@ def main() -> None:
             elif what == "load":
                 result = bench_load(device, args.layers or 4, args.precision, args.on_load)
             else:
-                result = bench_vae(settings, device, args.repeats, decode=what == "vae")
+                result = bench_vae(
+                    settings, device, args.repeats, what == "vae", args.at_once if what == "vae" else None
+                )
         torch.cuda.empty_cache()
         line = {
             "what": what, "clip": f"{settings.height}x{settings.width}x{settings.num_frames}", **result,

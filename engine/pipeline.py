@@ -556,6 +556,16 @@ class StepVideoPipeline:
         weights = self.model.components["vae"].parameters * self.dtype.itemsize
         return 4 * 20 * settings.height * settings.width * widest * self.dtype.itemsize + weights
 
+    def _decode_slice(self, settings: GenerationSettings) -> int | None:
+        """Frames that are decoded at once: whole chunks where the memory is there, else one after the other."""
+        needed, free = self._decode_bytes(settings), free_memory(self.device)
+        if free >= needed:
+            return None
+        log.warning(
+            "Decoding frame by frame: a whole chunk takes %.1f GB, and %.1f GB are free.", needed / 1e9, free / 1e9
+        )
+        return 1
+
     def _decode(
         self, job: Job, sink: contextlib.AbstractContextManager[FrameSink], say: Progress, dtype: torch.dtype
     ) -> None:
@@ -568,7 +578,7 @@ class StepVideoPipeline:
             say("decode", 0, total)
             latents = job.saved.latents.to(self.device, dtype)
             done = 0
-            for frames in decode_chunks(self._networks["vae"], latents):
+            for frames in decode_chunks(self._networks["vae"], latents, self._decode_slice(job.request.settings)):
                 open_sink.write(to_uint8(frames[0]).cpu().numpy())
                 done += frames.shape[1]
                 say("decode", done, total)

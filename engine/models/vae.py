@@ -10,6 +10,7 @@ Official parameter names. Source: stepvideo/vae/vae.py, arXiv 2502.10248 section
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,15 @@ from torch import Tensor, nn
 
 from ..config import CHUNK_FRAMES, CHUNK_LATENTS, VAEConfig
 
+Past = dict[int, Tensor]
+"""Of each causal convolution, by identity, the last input frames: what it needs to go on with the frames after them."""
+
 GROUPS = 32
 MAX_ELEMENTS = 2**30
 """Largest tensor handed to one convolution or norm: kernels index with 32 bits, and 20 frames of 544x992 with 256
 channels are 2.8e9 elements. Larger ones go through in slices of whole frames, which changes no result."""
+FOREIGN_FRAMES = 3
+"""Every doubling of time starts with copies of the first frame, which the causal chunk does not own."""
 QUERY_SLICE = 2048
 """Queries of the middle attention that are computed at once; a chunk has 42,160 tokens at 544x992."""
 
@@ -85,15 +91,23 @@ class CausalConv3d(nn.Module):
         self.front, self.stride = kernel - 1, stride
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride, padding=(0, kernel // 2, kernel // 2))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        """With ``past``, ``x`` are the frames after those of the call before; it is updated. Only for stride 1."""
         front, stride = self.front, self.stride
+        if past is not None and front:
+            before = past.get(id(self))
+            if before is None:
+                before = x.new_zeros(*x.shape[:2], front, *x.shape[3:])
+            x = torch.cat([before, x], dim=2)
+            past[id(self)] = x[:, :, -front:].clone()  # a view would keep all of x
+            front = 0
         outputs = (x.shape[2] + front - self.conv.kernel_size[0]) // stride + 1
         widest = max(x.shape[1] * stride * stride, self.conv.out_channels)
         step = max(1, MAX_ELEMENTS // (widest * x.shape[0] * x.shape[3] * x.shape[4]))
         parts = []
         for start in range(0, outputs, step):
             first = start * stride - front  # the first input frame that this slice needs; negative: a zero frame
-            last = (min(start + step, outputs) - 1) * stride + 1
+            last = (min(start + step, outputs) - 1) * stride - front + self.conv.kernel_size[0]
             frames = x[:, :, max(first, 0) : last]
             if first < 0:
                 frames = F.pad(frames, (0, 0, 0, 0, -first, 0))
@@ -113,10 +127,10 @@ class ResnetBlock(nn.Module):
         if in_channels != out_channels:
             self.nin_shortcut = CausalConv3d(in_channels, out_channels, kernel=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         # The zero frames come after norm and SiLU, that is, they really are zero where the convolution reads them.
-        h = self.conv1(F.silu(self.norm1(x), inplace=_may_write(x)))
-        h = self.conv2(F.silu(self.norm2(h), inplace=_may_write(x)))
+        h = self.conv1(F.silu(self.norm1(x), inplace=_may_write(x)), past)
+        h = self.conv2(F.silu(self.norm2(h), inplace=_may_write(x)), past)
         if hasattr(self, "nin_shortcut"):
             x = self.nin_shortcut(x)
         return h.add_(x) if _may_write(x) else x + h
@@ -218,7 +232,7 @@ class Upsample2d(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         return _by_frames(lambda part: _frame_conv(self.conv, _nearest(part, time=False)), x, 4 * x.shape[1])
 
 
@@ -232,9 +246,9 @@ class UpsampleBlock(nn.Module):
         self.conv2 = CausalConv3d(channels, channels)
         self.norm2 = GroupNorm(channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.silu(self.norm1(self.conv1(x)), inplace=_may_write(x))
-        h = self.norm2(self.conv2(h))
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        h = F.silu(self.norm1(self.conv1(x, past)), inplace=_may_write(x))
+        h = self.norm2(self.conv2(h, past))
         return F.silu(h + x) + x
 
 
@@ -243,8 +257,8 @@ class Upsample3d(nn.Module):
         super().__init__()
         self.conv3d = UpsampleBlock(channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv3d(_nearest(x, time=True))
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        return self.conv3d(_nearest(x, time=True), past)
 
 
 def channels_to_space_time(x: Tensor) -> Tensor:
@@ -286,10 +300,13 @@ class Level(nn.Module):
         if resample is not None:
             self.add_module(name, resample)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         for block in self.block:
-            x = block(x)
-        return getattr(self, self.resample)(x) if self.resample else x
+            x = block(x, past)
+        if not self.resample:
+            return x
+        resample = getattr(self, self.resample)
+        return resample(x) if past is None else resample(x, past)
 
 
 class Encoder(nn.Module):
@@ -354,16 +371,42 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(last, config.out_channels)
 
     def forward(self, z: Tensor) -> Tensor:
+        x = self.middle(z)
+        for level in reversed(self.up):
+            x = level(x)
+        return self.finish(x)[:, :, FOREIGN_FRAMES:]
+
+    def middle(self, z: Tensor) -> Tensor:
+        """All of a chunk at the lowest resolution, where its frames see each other: ``[B, c, 2 T - 1, 2 h, 2 w]``."""
         x = self.conv_in(z)
         x = x + z.repeat_interleave(x.shape[1] // z.shape[1], dim=1)
         h = self.conv_unpatchify(x)
         x = channels_to_space_time(h + x.repeat_interleave(h.shape[1] // x.shape[1], dim=1))
         del h
-        x = self.mid(x)
-        for level in reversed(self.up):
-            x = level(x)
-        # Every doubling of time starts with copies of the first frame, which the causal chunk does not own.
-        return self.conv_out(F.silu(self.norm_out(x), inplace=_may_write(x)))[:, :, 3:]
+        return self.mid(x)
+
+    def finish(self, x: Tensor, past: Past | None = None) -> Tensor:
+        return self.conv_out(F.silu(self.norm_out(x), inplace=_may_write(x)), past)
+
+    def slices(self, z: Tensor, frames: int) -> Iterator[Tensor]:
+        """The same frames as of a call, in pieces ``[B, 3, t, H, W]`` as they get ready, in far less memory.
+
+        Each level works on ``frames`` frames at a time and hands each result on before it takes the next ones; of the
+        others only what later ones depend on is kept: two input frames of each convolution (4.3 GB in bf16 at 544x992,
+        in place of 20 GB for a whole chunk's largest tensors).
+        """
+        foreign = FOREIGN_FRAMES
+        for piece in self._climb(self.middle(z), len(self.up) - 1, {}, frames):
+            if foreign < piece.shape[2]:
+                yield piece[:, :, foreign:]
+            foreign = max(0, foreign - piece.shape[2])
+
+    def _climb(self, x: Tensor, level: int, past: Past, frames: int) -> Iterator[Tensor]:
+        for part in x.split(frames, dim=2):
+            if level < 0:
+                yield self.finish(part, past)
+            else:
+                yield from self._climb(self.up[level](part, past), level - 1, past, frames)
 
 
 class VideoAutoencoder(nn.Module):
@@ -399,21 +442,27 @@ def encode_video(encoder: nn.Module, video: Tensor) -> tuple[Tensor, Tensor]:
     return mean, logvar.clamp(-30.0, 20.0)
 
 
-def decode_chunks(decoder: nn.Module, latents: Tensor) -> Iterator[Tensor]:
+def decode_chunks(decoder: nn.Module, latents: Tensor, frames: int | None = None) -> Iterator[Tensor]:
     """Decodes 3 latent frames at a time and yields frames ``[B, n, 3, H, W]`` as soon as they are final.
 
-    The last frame of each chunk is held back, because the next chunk blends into it.
+    The last frame of each chunk is held back, because the next chunk blends into it. ``frames`` is how many go through
+    the wide levels at once (see :meth:`Decoder.slices`); by default a whole chunk.
     """
     held: Tensor | None = None
     for part in latents.split(CHUNK_LATENTS, dim=1):
-        chunk = decoder(part.transpose(1, 2)).transpose(1, 2)
-        if held is not None:
-            blend_border(held, chunk[:, :1])
-            yield held
-        if chunk.shape[1] > 1:
-            yield chunk[:, :-1]
-        held = chunk[:, -1:].clone()
-        del chunk
+        z = part.transpose(1, 2)
+        border = True
+        for piece in [decoder(z)] if frames is None else cast(Decoder, decoder).slices(z, frames):
+            piece = piece.transpose(1, 2)
+            if held is not None:
+                if border:
+                    blend_border(held, piece[:, :1])
+                yield held
+            border = False
+            if piece.shape[1] > 1:
+                yield piece[:, :-1]
+            held = piece[:, -1:].clone()
+            del piece
     if held is not None:
         yield held
 

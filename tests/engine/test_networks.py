@@ -291,3 +291,16 @@ def test_kept_rope_tables_serve_training_too() -> None:
         x = torch.randn(1, 18, 1, 128, requires_grad=True)
         apply_rope(x, rope_table((1, 2, 9), torch.float32)).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("latent_frames", [1, 3, 4, 6])
+def test_decoding_in_slices_is_decoding(frames: int, latent_frames: int, small_vae: vae.VideoAutoencoder) -> None:
+    latents = torch.randn(2, latent_frames, small_vae.config.z_channels, 3, 4)
+    with torch.inference_mode():
+        want = torch.cat(list(vae.decode_chunks(small_vae.decoder, latents)), dim=1)
+        pieces = list(vae.decode_chunks(small_vae.decoder, latents, frames))
+    found = torch.cat(pieces, dim=1)
+    assert found.shape == want.shape and float((found - want).abs().max()) < 1e-5
+    if frames == 1 and latent_frames > 1:  # frames leave as they are ready
+        assert max(piece.shape[1] for piece in pieces) == 1

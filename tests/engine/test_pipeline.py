@@ -291,6 +291,25 @@ def test_a_failed_decode_keeps_the_latents(pipe: StepVideoPipeline, monkeypatch:
     assert torch.equal(video.latents, latents_of(pipe))
 
 
+def test_little_memory_decodes_frame_by_frame(pipe: StepVideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same video, but for the last bit of rounding; and it is said."""
+    whole = pipe("a red panda", seed=7, **SMALL)
+    said: list[str] = []
+    seen: list[Any] = []
+    real = pipeline_module.decode_chunks
+
+    def watch(decoder: Any, latents: torch.Tensor, frames: int | None = None) -> Any:
+        seen.append(frames)
+        return real(decoder, latents, frames)
+
+    monkeypatch.setattr(pipeline_module, "decode_chunks", watch)
+    monkeypatch.setattr(pipeline_module, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(pipeline_module.log, "warning", lambda text, *values: said.append(text % values))
+    found = pipe("a red panda", seed=7, **SMALL)
+    assert seen == [1] and any("frame by frame" in line for line in said)
+    assert np.abs(found.frames.astype(int) - whole.frames.astype(int)).max() <= 2
+
+
 def test_two_processes_do_not_share_a_run(pipe: StepVideoPipeline, tmp_path: Path) -> None:
     path = tmp_path / "mine.latents.safetensors"
     other = StepVideoPipeline.from_pretrained(T2V, device="cpu")
