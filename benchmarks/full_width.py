@@ -161,7 +161,7 @@ def bench_block(
             torch.cuda.empty_cache()
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     # Attention; qkv 3, wo, q, o, feed-forward 8, each 2 S d^2.
-    flop = 2 * (4 * tokens**2 * dim + 26 * tokens * dim**2)
+    flop = 2 * (4 * tokens**2 * dim + 28 * tokens * dim**2)
     return {
         "tokens": tokens,
         "seconds": {name: round(value, 4) for name, value in medians.items()},
