@@ -33,11 +33,17 @@ Rows = Tensor | tuple[Tensor, Tensor]
 """An activation ``[S, d]``, or its 8-bit rows and their scales."""
 
 
+def rows_type(linear: nn.Module) -> tuple[torch.dtype, int] | None:
+    """The 8-bit type of the rows that a linear multiplies, and how many channels are rotated together; else None."""
+    if isinstance(linear, QuantizedLinear) and linear.activation is not None:
+        return linear.activation, linear.rotated_together
+    return None
+
+
 def rows_for(linear: nn.Module, x: Tensor) -> Rows:
     """``x [S, d]`` as a linear takes it."""
-    if isinstance(linear, QuantizedLinear) and linear.activation is not None:
-        return quantize_rows(x, linear.activation, linear.rotated_together)
-    return x
+    kind = rows_type(linear)
+    return x if kind is None else quantize_rows(x, *kind)
 
 
 def modulated(norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,16 +58,14 @@ def modulated(norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> tuple[Tensor,
 
 def normed_for(linear: nn.Module, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Rows:
     """norm(x) (1 + scale) + shift as a linear takes it."""
-    if isinstance(linear, QuantizedLinear) and linear.activation is not None:
-        return layer_norm_modulate(x, shift, scale, eps, dtype=linear.activation, group=linear.rotated_together)
-    return layer_norm_modulate(x, shift, scale, eps)
+    dtype, group = rows_type(linear) or (x.dtype, 1)
+    return layer_norm_modulate(x, shift, scale, eps, dtype=dtype, group=group)
 
 
 def gelu_for(linear: nn.Module, x: Tensor) -> Rows:
     """GELU of ``x``, which is overwritten or dropped, as a linear takes it."""
-    if isinstance(linear, QuantizedLinear) and linear.activation is not None:
-        return gelu(x, dtype=linear.activation, group=linear.rotated_together)
-    return gelu(x)
+    kind = rows_type(linear)
+    return gelu(x) if kind is None else gelu(x, dtype=kind[0], group=kind[1])
 
 
 def product(linear: nn.Module, rows: Rows, dtype: torch.dtype) -> Tensor:
