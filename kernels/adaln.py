@@ -6,7 +6,8 @@ residual, and tanh-GELU; the first and the last also straight to 8 bits, rotated
     gelu                  y = gelu(x), in place, or to 8 bits
 
 All of it is fp32 between the load and the store: one rounding where eager PyTorch has one for each operation. A row is
-held in registers; 8-bit rows are those of quantize.py, but for the last bit of a tie. Memory: the output.
+held in registers; 8-bit rows are those of quantize.py, but for the last bit of a tie, and on a card rotated ones for the
+rounding of packed.py. Memory: the output.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .packed import _store_packed
 from .quantize import BLOCK, FLOOR, QMAX, _columns, _jit, _plan, _programs, _store_quantized, quantize_rows_reference
 
 try:
@@ -40,10 +42,11 @@ def gelu_reference(x: Tensor) -> Tensor:
 def _gelu(x, APPROXIMATE: tl.constexpr):
     # tanh(u) = 1 - 2 / (1 + e^2u); where the exponential overflows, the quotient is zero, as it should be.
     u = x * (2.302208198144325 + 0.1029432397 * (x * x))  # in powers of two
-    if APPROXIMATE:  # a reciprocal to one bit less than a division's, in a fifth of its instructions
+    if APPROXIMATE:  # a reciprocal to one bit less than a division's, in a fifth of its instructions; no subnormals
         reciprocal = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + tl.exp2(u)], dtype=tl.float32, is_pure=True, pack=1
-        )
+            "{ .reg .f32 e; ex2.approx.ftz.f32 e, $1; add.ftz.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }",
+            "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
         return x - x * reciprocal
     else:
         return x - x / (1.0 + tl.exp2(u))
@@ -53,9 +56,10 @@ def _gelu(x, APPROXIMATE: tl.constexpr):
 def _row(
     row, x_ptr, out_ptr, out_scale_ptr, shift_ptr, scale_ptr, K, stride, eps,
     TILES: tl.constexpr, BLOCKS: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, QMAX: tl.constexpr,
-    FLOOR: tl.constexpr, EVEN: tl.constexpr, GELU: tl.constexpr, APPROXIMATE: tl.constexpr,
+    FLOOR: tl.constexpr, EVEN: tl.constexpr, GELU: tl.constexpr, APPROXIMATE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """A row in registers, in the layout of the quantization kernel; QMAX 0 is an output that is not quantized."""
+    """A row in registers, in the layout of the quantization kernel; QMAX 0 is an output that is not quantized, and
+    PACKED one of int8, four to a word."""
     column = _columns(BLOCKS)
     values = ()
     total = 0.0
@@ -85,13 +89,13 @@ def _row(
         for i in tl.static_range(TILES):
             columns = i * (BLOCKS * 256) + column
             if EVEN:
-                gain = 1.0 + tl.load(scale_ptr + columns).to(tl.float32)
+                gain = inverse + inverse * tl.load(scale_ptr + columns).to(tl.float32)
                 shift = tl.load(shift_ptr + columns).to(tl.float32)
-                done += ((values[i] - mean) * inverse * gain + shift,)
+                done += ((values[i] - mean) * gain + shift,)
             else:
-                gain = 1.0 + tl.load(scale_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)
+                gain = inverse + inverse * tl.load(scale_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)
                 shift = tl.load(shift_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)
-                done += (tl.where(columns < K, (values[i] - mean) * inverse * gain + shift, 0.0),)
+                done += (tl.where(columns < K, (values[i] - mean) * gain + shift, 0.0),)
     if QMAX == 0.0:
         for i in tl.static_range(TILES):
             columns = i * (BLOCKS * 256) + column
@@ -100,6 +104,8 @@ def _row(
                 tl.store(out_ptr + row * K + columns, y)
             else:
                 tl.store(out_ptr + row * K + columns, y, mask=columns < K)
+    elif PACKED:
+        _store_packed(done, row, out_ptr, out_scale_ptr, K, TILES, BLOCKS)
     else:
         _store_quantized(done, row, out_ptr, out_scale_ptr, K, TILES, BLOCKS, BITS, NORM, QMAX, FLOOR, EVEN)
 
@@ -109,15 +115,16 @@ def _row_kernel(
     x_ptr, out_ptr, out_scale_ptr, shift_ptr, scale_ptr, rows, K, stride, eps,
     TILES: tl.constexpr, BLOCKS: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, QMAX: tl.constexpr,
     FLOOR: tl.constexpr, EVEN: tl.constexpr, LOOP: tl.constexpr, GELU: tl.constexpr, APPROXIMATE: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """One row a program, or many, one after the other (LOOP)."""
     if not LOOP:
         _row(tl.program_id(0).to(tl.int64), x_ptr, out_ptr, out_scale_ptr, shift_ptr, scale_ptr, K, stride, eps,
-             TILES, BLOCKS, BITS, NORM, QMAX, FLOOR, EVEN, GELU, APPROXIMATE)  # fmt: skip
+             TILES, BLOCKS, BITS, NORM, QMAX, FLOOR, EVEN, GELU, APPROXIMATE, PACKED)  # fmt: skip
     else:
         for index in range(tl.program_id(0), rows, tl.num_programs(0)):
             _row(tl.cast(index, tl.int64), x_ptr, out_ptr, out_scale_ptr, shift_ptr, scale_ptr, K, stride, eps,
-                 TILES, BLOCKS, BITS, NORM, QMAX, FLOOR, EVEN, GELU, APPROXIMATE)  # fmt: skip
+                 TILES, BLOCKS, BITS, NORM, QMAX, FLOOR, EVEN, GELU, APPROXIMATE, PACKED)  # fmt: skip
 
 
 @_jit
@@ -145,12 +152,14 @@ def _run_rows(
 ) -> None:
     rows, channels = x.shape
     plan = _plan(channels, group)
-    if shift is not None:  # fewer threads with more of the row each: 8 % faster at 6,144 on an H200
+    even = plan["TILES"] * plan["BLOCKS"] * BLOCK == channels
+    packed = _on_card(x) and even and out.dtype == torch.int8 and group == 256
+    if shift is not None or packed:  # fewer threads with more of the row each: 8 % faster at 6,144 on an H200
         plan |= {"num_warps": max(1, plan["num_warps"] // 2), "LOOP": 0}
     _row_kernel[(_programs(rows, plan["LOOP"], x),)](
-        x, out, out_scale, shift, scale, rows, channels, x.stride(0), eps, BITS=group.bit_length() - 1,
+        x, out.view(torch.int32) if packed else out, out_scale, shift, scale, rows, channels, x.stride(0), eps, BITS=group.bit_length() - 1,
         NORM=group**-0.5, QMAX=QMAX.get(out.dtype, 0.0), FLOOR=FLOOR,
-        EVEN=plan["TILES"] * plan["BLOCKS"] * BLOCK == channels, GELU=shift is None, APPROXIMATE=_on_card(x),
+        EVEN=even, GELU=shift is None, APPROXIMATE=_on_card(x), PACKED=packed,
         enable_fp_fusion=True, **plan,
     )  # fmt: skip
 

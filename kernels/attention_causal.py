@@ -146,6 +146,21 @@ if triton is not None:
         tl.store(out_ptr + tl.arange(0, BM)[:, None] * out_row + c[None, :], o.to(q.dtype), mask=inside)
 
 
+def has_biased_kernel(x: Tensor, width: int) -> bool:
+    """Whether :func:`biased_causal_attention` has a kernel for activations like ``x`` and heads of this width."""
+    return _has_kernel(x) and width in WIDTHS
+
+
+def has_wide_kernel(x: Tensor, channels: int) -> bool:
+    """Whether :func:`frame_causal_attention` has a kernel for activations like ``x`` of so many channels."""
+    return _has_kernel(x) and channels == WIDE
+
+
+def _has_kernel(x: Tensor) -> bool:
+    card = x.is_cuda and triton is not None
+    return card and x.dtype in TYPES and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
 def biased_causal_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, *, out: Tensor | None = None) -> Tensor:
     """softmax(q k / sqrt(D) - slope sqrt(i - j)) v over j <= i: ``q [S, H, D]``, ``k, v [S, G, D]`` -> ``[S, H, D]``.
 

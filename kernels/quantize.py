@@ -171,7 +171,7 @@ def _store_quantized(
             # 1.5 x 2^23: the sum's low bits are the integer, rounded half to even. |y| <= 127 (1 + 2^-22): no clamp.
             q = (y + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
         else:
-            q = tl.minimum(tl.maximum(y, -QMAX), QMAX).to(tl.float8e4nv)
+            q = y.to(tl.float8e4nv)  # |y| <= 448 (1 + 2^-22) rounds to 448 at most
         if EVEN:
             tl.store(q_ptr + row * K + columns, q)
         else:

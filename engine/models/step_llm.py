@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.attention_causal import biased_causal_attention, has_biased_kernel
 from ..config import StepLLMConfig
 from .transformer import RMSNorm
 
@@ -38,7 +39,11 @@ def attention_bias(num_heads: int, length: int, dtype: torch.dtype, device: torc
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; ``wqkv`` holds all query heads first, then k and v of each group."""
+    """Grouped-query attention; ``wqkv`` holds all query heads first, then k and v of each group.
+
+    Its bias is the ``[heads, S, S]`` of :func:`attention_bias`, or the slopes ``[heads]`` for the kernel that never holds
+    it.
+    """
 
     def __init__(self, config: StepLLMConfig) -> None:
         super().__init__()
@@ -50,6 +55,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         q, kv = self.wqkv(x).split([self.hidden, 2 * self.groups * self.head_dim], dim=-1)
+        if bias.ndim == 1:
+            q, (k, v) = q.unflatten(-1, (-1, self.head_dim)), kv.unflatten(-1, (self.groups, -1)).chunk(2, dim=-1)
+            rows = [biased_causal_attention(*row, bias) for row in zip(q, k, v, strict=True)]
+            return self.wo(torch.stack(rows).flatten(2))
         q = q.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         k, v = kv.unflatten(-1, (self.groups, 2 * self.head_dim)).transpose(1, 2).chunk(2, dim=-1)
         repeat = q.shape[1] // self.groups  # group g serves the query heads g * repeat ... (g + 1) * repeat - 1
@@ -111,7 +120,14 @@ class StepLLM(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         rows = list(self.tok_embeddings.word_embeddings(input_ids).split(1))
-        bias = attention_bias(self.config.num_attention_heads, input_ids.shape[1], rows[0].dtype, input_ids.device)
+        bias = self._bias(rows[0])
         for layer in self.transformer.layers:
             rows = [layer(row, bias) for row in rows]
         return torch.cat(rows)
+
+    def _bias(self, x: Tensor) -> Tensor:
+        """As Attention takes it: slopes where there is a kernel for them."""
+        heads = self.config.num_attention_heads
+        if has_biased_kernel(x, self.config.head_dim) and not torch.is_grad_enabled():
+            return torch.tensor(alibi_slopes(heads), dtype=torch.float32, device=x.device)
+        return attention_bias(heads, x.shape[1], x.dtype, x.device)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.attention_causal import frame_causal_attention, has_wide_kernel
 from ..config import CHUNK_FRAMES, CHUNK_LATENTS, VAEConfig
 
 Past = dict[int, Tensor]
@@ -155,7 +156,10 @@ class CausalTokenAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (conv(h).flatten(2).transpose(1, 2).contiguous() for conv in (self.q, self.k, self.v))
-        out = causal_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        if has_wide_kernel(q, q.shape[2]) and not torch.is_grad_enabled():
+            out = frame_causal_attention(q, k, v)
+        else:
+            out = causal_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         return x + self.proj_out(out.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 

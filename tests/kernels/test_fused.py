@@ -41,9 +41,9 @@ for tokens, d in rows:
         q, s = adaln.launch(x, torch.int8, group, shift, scale, 1e-5)
         q_want, s_want = quantize_rows_reference(want, torch.int8, group)
         case[f"norm int8 {group}"] = max(worst(q, q_want) / 1e3, ratio(s, s_want))
-    q, s = adaln.launch(x, torch.int8, 1, None, None, 0.0)
-    q_want, s_want = quantize_rows_reference(adaln.gelu_reference(x), torch.int8)
-    case["gelu int8"] = max(worst(q, q_want) / 1e3, ratio(s, s_want))
+        q, s = adaln.launch(x, torch.int8, group, None, None, 0.0)
+        q_want, s_want = quantize_rows_reference(adaln.gelu_reference(x), torch.int8, group)
+        case[f"gelu int8 {group}"] = max(worst(q, q_want) / 1e3, ratio(s, s_want))
     gated = x.clone()
     adaln.launch_gate(gated, y, scale)
     case["gate"] = worst(gated, x + scale * y)
@@ -85,8 +85,8 @@ def _compare(device: str, rows: list[tuple[int, int]], roped: list[tuple[int, in
 
 def _limit(name: str, rounding: float) -> float:
     """fp32 to rounding; a quantized value may differ by one step (int8: 1e-3 here, e4m3: 3.2e-2) where two ways of
-    summing round apart; and the tensor cores that rotate q and k take 11 bits of them."""
-    return 1.1e-3 if "int8" in name or name == "scales" else 3.3e-2 if name == "v" else rounding
+    summing round apart; the tensor cores that rotate q and k, and the rotation of rows on a card, take 11 bits."""
+    return 1.2e-3 if "int8" in name or name == "scales" else 3.3e-2 if name == "v" else rounding
 
 
 def test_kernels_under_the_interpreter() -> None:
@@ -121,6 +121,7 @@ def run():
     e4m3 = torch.float8_e4m3fn if arch >= 89 else torch.bfloat16
     adaln.launch(x, torch.int8, 256, vector, vector, 1e-5)
     adaln.launch(wide, e4m3, 1, None, None, 0.0)
+    adaln.launch(wide, torch.int8, 256, None, None, 0.0)
     quantize._launch(wide, torch.empty(wide.shape, dtype=torch.int8), torch.empty(300), 256)
     adaln.launch_gate(x, x, weight.new_empty(6144))
     for quantized in (False, True):
