@@ -218,6 +218,7 @@ def wide_model(device: torch.device, precision: str, layers: int, host: Collecti
 def bench_step(
     settings: GenerationSettings, device: torch.device, steps: int, precision: str = "bf16",
     attention: str = "official", resident: int | None = None, slots: int = 2, layers: int = 48,
+    graph: bool | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Whole denoising steps of the DiT: model, guidance and Euler step. With ``resident`` only so many blocks stay on
     the card, and the others are streamed; the first step, which fills the slots, is one of those timed."""
@@ -234,7 +235,7 @@ def bench_step(
     weights = torch.cuda.memory_allocated(device)
     llm, clip = (torch.randn(n, c).bfloat16() for n, c in zip((320, 77), config.caption_channels, strict=True))
     texts = [PromptEmbedding(llm, clip, TEXT_TOKENS)] * 2
-    velocity = GuidedVelocity(model, texts, settings, attention=attention, blocks=streamer)
+    velocity = GuidedVelocity(model, texts, settings, attention=attention, blocks=streamer, graph=graph)
     shape = (1, settings.latent_frames, config.in_channels, settings.latent_height, settings.latent_width)
     latents = torch.randn(shape, device=device)
     sigmas = make_sigmas(50, settings.time_shift)
@@ -405,6 +406,9 @@ def main() -> None:
     parser.add_argument("--attention", default="official", help="of `step`: official, bf16, int8, int8-fp8")
     parser.add_argument("--resident", type=int, help="of `step`: stream all blocks but so many")
     parser.add_argument("--slots", type=int, default=2, help="of `step`: places on the card for streamed blocks")
+    parser.add_argument(
+        "--graph", action=argparse.BooleanOptionalAction, help="of `step`: record a CUDA graph; default: short clips"
+    )
     parser.add_argument("--on-load", action="store_true", help="`load` reads bf16 files and quantizes them")
     parser.add_argument("-o", "--output", type=Path, help="append the result as a JSON line")
     args = parser.parse_args()
@@ -417,7 +421,7 @@ def main() -> None:
             elif what == "step":
                 result = bench_step(
                     settings, device, args.steps, args.precision, args.attention, args.resident, args.slots,
-                    args.layers or 48,
+                    args.layers or 48, args.graph,
                 )  # fmt: skip
             elif what == "load":
                 result = bench_load(device, args.layers or 4, args.precision, args.on_load)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from .models.fused import FusedBlocks
 from .models.transformer import StepVideoTransformer
 from .models.vae import encode_video, sample_posterior
 from .text import PromptEmbedding
+
+GRAPH_TOKENS = 4096
+"""Up to so many tokens, starting the kernels of a block takes about as long as running them."""
 
 
 def initial_noise(settings: GenerationSettings, channels: int, seed: int) -> tuple[Tensor, torch.Generator]:
@@ -45,12 +48,33 @@ def first_frame_condition(
     return condition
 
 
+class _Recorded:
+    """A function of tensors as a CUDA graph, with places for its arguments. Its result lasts until the next call."""
+
+    def __init__(self, function: Callable[..., Tensor], *arguments: Tensor) -> None:
+        self.places = [argument.clone() for argument in arguments]
+        self.graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.places[0].device)
+        with torch.cuda.graph(self.graph):
+            self.result = function(*self.places)
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        for place, argument in zip(self.places, arguments, strict=True):
+            place.copy_(argument)
+        self.graph.replay()
+        return self.result
+
+
 class GuidedVelocity:
     """The DiT with everything that stays the same over the steps: texts, condition, guidance.
 
     ``embeddings`` holds the prompt, and behind it the negative prompt if ``guidance_scale`` is above 1. ``attention``
     is official, or a mode of the fused blocks, which ``backend`` computes. ``blocks`` is where the blocks come from: a
     BlockStreamer, or by default the transformer's own list.
+
+    On a card, fused blocks of a short clip compute faster than the host can start their kernels. Where all blocks stay
+    on the card, the second step is then recorded as a CUDA graph, which the following ones repeat: the same kernels,
+    the same bits. ``graph`` says whether; by default that depends on the length.
     """
 
     def __init__(
@@ -62,6 +86,7 @@ class GuidedVelocity:
         attention: str = "official",
         backend: str | None = None,
         blocks: Iterable[nn.Module] | None = None,
+        graph: bool | None = None,
     ) -> None:
         self.transformer = transformer
         self.settings = settings
@@ -76,6 +101,11 @@ class GuidedVelocity:
         ]
         self.blocks = blocks
         self.fused = None if attention == "official" else FusedBlocks(self.context, attention, backend)
+        tokens = settings.latent_frames * settings.latent_height * settings.latent_width
+        wanted = tokens <= GRAPH_TOKENS if graph is None else graph
+        self._steps = 0
+        self._graph: _Recorded | None = None
+        self._records = wanted and self.fused is not None and blocks is None and self.device.type == "cuda"
         # Both branches see the first frame. Quirk: the condition is rounded to the model's type.
         self.condition = (
             None if condition is None else condition.to(self.device, self.dtype).repeat_interleave(self.rows, 0)
@@ -83,9 +113,20 @@ class GuidedVelocity:
 
     def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
         """Velocity ``[1, f, c, h, w]`` in the model's type, of fp32 ``latents`` at noise level ``sigma``."""
+        latents, sigma = latents.to(self.device), sigma.to(self.device)
+        self._steps += 1
+        if (
+            not self._records or self._steps == 1
+        ):  # the first step compiles kernels and keeps the text's keys and values
+            return self._velocity(latents, sigma)
+        if self._graph is None:
+            self._graph = _Recorded(self._velocity, latents, sigma)
+        return self._graph(latents, sigma)
+
+    def _velocity(self, latents: Tensor, sigma: Tensor) -> Tensor:
         # The latents stay fp32 between steps; each call of the model gets a rounded copy.
-        rounded = latents.to(self.device, self.dtype).repeat_interleave(self.rows, 0)
-        timestep = sigma.to(self.device).expand(self.rows)
+        rounded = latents.to(self.dtype).repeat_interleave(self.rows, 0)
+        timestep = sigma.expand(self.rows)
         score = self.settings.motion_score if self.condition is not None else None
         velocity = self.transformer(rounded, timestep, self.context, self.condition, score, self.blocks, self.fused)
         if self.fused is not None and isinstance(self.blocks, BlockStreamer):

@@ -6,8 +6,8 @@ residual, and tanh-GELU; the first and the last also straight to 8 bits, rotated
     gelu                  y = gelu(x), in place, or to 8 bits
 
 All of it is fp32 between the load and the store: one rounding where eager PyTorch has one for each operation. A row is
-held in registers; 8-bit rows are those of quantize.py, but for the last bit of a tie, and on a card rotated ones for the
-rounding of packed.py. Memory: the output.
+held in registers; 8-bit rows are those of quantize.py, but for the last bit of a tie, and rotated ones on a card for
+the rounding of packed.py. Memory: the output.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ def _run_rows(
     if shift is not None or packed:  # fewer threads with more of the row each: 8 % faster at 6,144 on an H200
         plan |= {"num_warps": max(1, plan["num_warps"] // 2), "LOOP": 0}
     _row_kernel[(_programs(rows, plan["LOOP"], x),)](
-        x, out.view(torch.int32) if packed else out, out_scale, shift, scale, rows, channels, x.stride(0), eps, BITS=group.bit_length() - 1,
-        NORM=group**-0.5, QMAX=QMAX.get(out.dtype, 0.0), FLOOR=FLOOR,
+        x, out.view(torch.int32) if packed else out, out_scale, shift, scale, rows, channels, x.stride(0), eps,
+        BITS=group.bit_length() - 1, NORM=group**-0.5, QMAX=QMAX.get(out.dtype, 0.0), FLOOR=FLOOR,
         EVEN=even, GELU=shift is None, APPROXIMATE=_on_card(x), PACKED=packed,
         enable_fp_fusion=True, **plan,
     )  # fmt: skip

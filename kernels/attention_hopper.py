@@ -535,7 +535,7 @@ SCHEDULES = {
     "int8-exact": Schedule(2, 128, 2, 240, in_turn=True),
     "int8": Schedule(2, 128, 2, 240, in_turn=True, refresh=16),
     "int8-fp8-exact": Schedule(3, 128, 4, 160),
-    "int8-fp8": Schedule(3, 128, 4, 160, refresh=8),
+    "int8-fp8": Schedule(3, 128, 4, 160, refresh=16),
 }
 
 _TYPES = {

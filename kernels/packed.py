@@ -1,11 +1,11 @@
-"""The end of a row's pass to int8 with groups of 256 rotated, two fp16 values a register: see quantize.py for the maths.
+"""The end of a row's pass to int8 with groups of 256 rotated, two fp16 values a register; the maths is in quantize.py.
 
 The rotation is eight additions a value, and in fp32 they, not memory, set the pace of a pass on an H200. Here pairs of
-channels share a register and an instruction. fp16 has 11 bits; the row is first multiplied by the power of two that puts
-its largest value between 64 and 128, so that eight stages end below 2^15, and what they round away is far below the steps
-of int8 (relative error after LayerNorm 9.50e-3 in place of 9.47e-3).
+channels share a register and an instruction. fp16 has 11 bits; the row is first multiplied by the power of two that
+puts its largest value between 64 and 128, so that eight stages end below 2^15, and what they round away is far below
+the steps of int8 (relative error after LayerNorm 9.50e-3 in place of 9.47e-3).
 
-Inline assembly: of tensors of fp16, the compiler would spend as much on taking pairs apart as the halved additions save.
+Inline assembly: of fp16 tensors, the compiler would spend as much on taking pairs apart as the halved additions save.
 No interpreter runs that; the CPU has the fp32 form in quantize.py.
 """
 
@@ -73,7 +73,7 @@ def _store_packed(values, row, q_ptr, scale_ptr, K, TILES: tl.constexpr, BLOCKS:
         a = tl.abs(values[i])
         largest = a if i == 0 else tl.maximum(largest, a, propagate_nan=tl.PropagateNan.ALL)  # noqa: F821
     exponent = (tl.max(tl.reshape(largest, [largest.numel]), 0).to(tl.int32, bitcast=True) >> 23) & 255
-    # 2^(133 - exponent), at most 2^100: then rows of zeros, and all below quantize.FLOOR, have a scale that is a number.
+    # 2^(133 - exponent), at most 2^100: the scale of a row of zeros, and of all below quantize.FLOOR, is a number.
     shift = (tl.minimum(tl.maximum(260 - exponent, 1), 227) << 23).to(tl.float32, bitcast=True)
     signs = _sign_bits()
     words = ()

@@ -41,8 +41,7 @@ def attention_bias(num_heads: int, length: int, dtype: torch.dtype, device: torc
 class Attention(nn.Module):
     """Grouped-query attention; ``wqkv`` holds all query heads first, then k and v of each group.
 
-    Its bias is the ``[heads, S, S]`` of :func:`attention_bias`, or the slopes ``[heads]`` for the kernel that never holds
-    it.
+    Its bias is the ``[heads, S, S]`` of :func:`attention_bias`, or slopes ``[heads]`` for the kernel without it.
     """
 
     def __init__(self, config: StepLLMConfig) -> None:

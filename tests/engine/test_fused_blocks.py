@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from solostep.engine.config import TransformerConfig
+from solostep.engine.config import GenerationSettings, TransformerConfig
 from solostep.engine.models import fused as fused_module
 from solostep.engine.models.fused import FusedBlocks
 from solostep.engine.models.transformer import StepVideoTransformer
+from solostep.engine.sampling import GuidedVelocity
+from solostep.engine.text import PromptEmbedding
 from solostep.kernels.attention import MODES
 from solostep.quant.formats import install, quantize
 from solostep.quant.linear import assign
@@ -113,3 +115,23 @@ def test_unknown_modes_and_chunks_are_refused() -> None:
         FusedBlocks([], mode="int4")
     with pytest.raises(ValueError, match="chunk has to be at least 1"):
         FusedBlocks([], chunk=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_a_graph_repeats_what_it_recorded(precision: str | None) -> None:
+    """Bit for bit, whatever goes in."""
+    device = torch.device("cuda")
+    model = make(torch.bfloat16, precision).to(device)
+    settings = GenerationSettings(num_frames=17, height=160, width=96)
+    texts = [PromptEmbedding(torch.randn(5, 64), torch.randn(77, 32), length) for length in (82, 80)]
+    mode = "int8" if precision else "bf16"
+    with torch.inference_mode():
+        eager, recorded = (GuidedVelocity(model, texts, settings, attention=mode, graph=g) for g in (False, True))
+        for step in range(4):
+            latents = torch.randn(1, 3, 4, 10, 6) * (step + 1)
+            sigma = torch.tensor(1 - 0.2 * step)
+            want, found = eager(latents, sigma).clone(), recorded(latents, sigma)
+            assert torch.equal(want, found) and bool(want.isfinite().all())
+        assert recorded._graph is not None and eager._graph is None
