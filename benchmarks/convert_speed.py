@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from solostep.benchmarks.full_width import anonymous_bytes, commit, random_weights
+from solostep.benchmarks.full_width import anonymous_bytes, commit
 from solostep.engine.checkpoint import open_model
 from solostep.engine.config import TransformerConfig
 from solostep.engine.conversion import converted_bytes
@@ -39,6 +39,7 @@ from solostep.engine.convert import quantize_model
 from solostep.engine.demo import demo_model
 from solostep.engine.headers import TensorInfo
 from solostep.engine.models.transformer import StepVideoTransformer
+from solostep.engine.rates import random_weights
 from solostep.engine.runtime import pick_device
 from solostep.engine.weights import Component
 from solostep.quant.formats import quantize

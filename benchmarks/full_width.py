@@ -36,32 +36,21 @@ from solostep.engine.models.fused import FusedBlocks
 from solostep.engine.models.transformer import StepVideoTransformer, TransformerBlock, rope_table
 from solostep.engine.models.vae import Decoder, Encoder
 from solostep.engine.quantization import linears
+from solostep.engine.rates import quantized_block, random_weights
 from solostep.engine.runtime import Stage, measured, numerics, pick_device
 from solostep.engine.sampling import GuidedVelocity
 from solostep.engine.scheduler import euler_step, make_sigmas
 from solostep.engine.text import PromptEmbedding
 from solostep.offload.streamer import BlockStreamer, spread
-from solostep.quant.formats import install, quantize
-from solostep.quant.linear import assign
+from solostep.quant.formats import quantize
 from solostep.quant.recipe import Recipe, default_recipe
 
 TEXT_TOKENS = 397
 """CLIP's 77 and all of Step-LLM's 320: the longest text."""
 
 
-def random_weights(make: Callable[[], nn.Module], device: torch.device, seed: int = 0) -> Any:
-    """Builds a network in bf16 right on the device, with weights of variance 1 / fan-in and norms of one."""
-    with torch.device("meta"):
-        module = make()
-    module = module.to(torch.bfloat16).to_empty(device=device).eval().requires_grad_(False)
-    generator = torch.Generator(device).manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        if parameter.ndim < 2:
-            parameter.fill_(float(name.endswith("weight")))
-        else:
-            fan_in = parameter[0].numel() if "scale_shift" not in name else 16
-            parameter.normal_(0, fan_in**-0.5, generator=generator)
-    return module
+def _recipe(precision: str) -> Recipe | None:
+    return None if precision == "bf16" else default_recipe(precision, "transformer")
 
 
 def timed(run: Callable[[], object], device: torch.device, repeats: int, warm_up: int = 1) -> dict[str, Any]:
@@ -89,23 +78,6 @@ def timed(run: Callable[[], object], device: torch.device, repeats: int, warm_up
 
 VARIANTS = ("bf16/bf16", "fp8/bf16", "int8/int8", "fp8/int8", "int8/int8-fp8", "fp8/int8-fp8")
 """Of the linears and of attention, in the fused block."""
-
-
-def quantized_block(block: TransformerBlock, precision: str, config: TransformerConfig) -> TransformerBlock:
-    """A block with the same weights in another precision; all that is not quantized is shared."""
-    if precision == "bf16":
-        return block
-    with torch.device("meta"):
-        made = TransformerBlock(config.inner_dim, config.attention_head_dim)
-    weights = {f"transformer_blocks.0.{n}": m.weight for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-    formats = default_recipe(precision, "transformer").resolve(weights)
-    install(made, {name.removeprefix("transformer_blocks.0."): kind for name, kind in formats.items()}, torch.bfloat16)
-    prefix = "transformer_blocks.0."
-    state = {n: p for n, p in block.named_parameters() if prefix + n.removesuffix(".weight") not in formats}
-    made.load_state_dict(state, strict=False, assign=True)
-    for name, kind in formats.items():
-        assign(made.get_submodule(name.removeprefix("transformer_blocks.0.")), quantize(kind, weights[name]))
-    return made.eval().requires_grad_(False)
 
 
 def bench_block(
@@ -139,7 +111,7 @@ def bench_block(
     errors: dict[str, float] = {}
     for variant in variants:
         precision, mode = variant.split("/")
-        mine, blocks = quantized_block(block, precision, config), FusedBlocks(texts, mode)
+        mine, blocks = quantized_block(block, _recipe(precision), config), FusedBlocks(texts, mode)
         found = blocks(0, 0, mine, rows[0].clone(), modulation, rope)
         errors[variant] = float((found.float() - want.float()).norm() / (want.float() - rows[0].float()).norm())
         del found
@@ -209,7 +181,7 @@ def wide_model(device: torch.device, precision: str, layers: int, host: Collecti
     blocks = []
     for i in range(layers):
         made = random_weights(lambda: TransformerBlock(config.inner_dim, config.attention_head_dim), device, i)
-        blocks.append(quantized_block(made, precision, config).to("cpu" if i in host else device))
+        blocks.append(quantized_block(made, _recipe(precision), config).to("cpu" if i in host else device))
         del made
     model.transformer_blocks = nn.ModuleList(blocks)
     return model

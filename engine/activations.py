@@ -136,7 +136,7 @@ def load_shell(component: Component, device: torch.device, dtype: torch.dtype) -
         for name in names:
             placer.place(name, wanted[name], next(tensors))
         next(tensors, None)
-        placer.check(file)
+        placer.check()
     return module
 
 

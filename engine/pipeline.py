@@ -10,9 +10,11 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,18 @@ from .config import GenerationSettings, cache_dir
 from .errors import OutputError, SolostepError, UsageError
 from .latents import SavedLatents
 from .models.vae import decode_chunks
+from .plan import (
+    CONTEXT,
+    WHOLE,
+    Decoding,
+    Plan,
+    Sizes,
+    choose_decoding,
+    how_decoded,
+    make_plan,
+    parse_size,
+    sizes_of,
+)
 from .precision import (
     AUTO,
     OFFICIAL,
@@ -55,6 +69,7 @@ from .request import (
 from .runtime import (
     Stage,
     free_memory,
+    host_room,
     measured,
     numerics,
     pick_device,
@@ -64,9 +79,12 @@ from .runtime import (
 )
 from .sampling import GuidedVelocity, first_frame_condition, initial_noise, to_uint8
 from .scheduler import euler_step, make_sigmas
+from .streaming import PlacedTransformer, place
 from .text import PromptEmbedding, encode_prompts
 
 log = logging.getLogger("solostep")
+VRAM, HOST_RAM = "SOLOSTEP_VRAM", "SOLOSTEP_HOST_RAM"
+"""Environment variables with default budgets."""
 
 StepCallback = Callable[["StepVideoPipeline", int, float, dict[str, Tensor]], "dict[str, Tensor] | None"]
 """As in diffusers: ``(pipe, step, timestep, {"latents"})``, may return ``{"latents": changed}``."""
@@ -85,7 +103,8 @@ class StepVideoPipeline:
     def __init__(
         self, model: ModelFolder, precision: str | None = None, device: str | torch.device | None = None,
         keep_loaded: bool = False, cache: bool = True, *, text_precision: str | None = None, recipe: Recipes = None,
-        attention: str | None = None, attention_backend: str | None = None,
+        attention: str | None = None, attention_backend: str | None = None, vram: str | int | None = None,
+        host_ram: str | int | None = None,
     ) -> None:  # fmt: skip
         check_precision(precision)
         check_precision(text_precision, "--text-precision")
@@ -104,15 +123,18 @@ class StepVideoPipeline:
         self.text_mode = choose_mode(llm, text_precision, default, "--text-precision", self.dtype)
         self.device = pick_device(device)
         self._attention, self.attention_backend = attention, attention_backend
+        self.vram, self.host_ram = read_budgets(vram, host_ram)
         self.keep_loaded = keep_loaded
         self.cache = cache_dir() / "embeddings" if cache else None
         self._networks: dict[str, Any] = {}
+        self._report: list[dict[str, Any]] = []
 
     @classmethod
     def from_pretrained(
         cls, model: str | Path | None = None, precision: str | None = None, device: str | torch.device | None = None,
         *, text_precision: str | None = None, recipe: Recipes = None, attention: str | None = None,
         attention_backend: str | None = None, preset: str | None = None, keep_loaded: bool = False, cache: bool = True,
+        vram: str | int | None = None, host_ram: str | int | None = None,
     ) -> StepVideoPipeline:  # fmt: skip
         """Finds and checks a model; its weights are loaded stage by stage, when a video is made.
 
@@ -134,15 +156,21 @@ class StepVideoPipeline:
             preset: t2v, turbo or ti2v, where the folder does not say which it is.
             keep_loaded: keep networks between videos, if the memory is there for all of them at once.
             cache: keep prompt embeddings on disk (in ``$SOLOSTEP_CACHE`` or ``~/.cache/solostep``).
+            vram: memory of the card to stay in, such as "24GB" or a number of bytes; the rest of the model waits in
+                host memory, or in its files, and comes when it is needed. By default ``$SOLOSTEP_VRAM``, else what is
+                free. No budget changes a bit of the video.
+            host_ram: memory of the host to stay in, likewise; by default ``$SOLOSTEP_HOST_RAM``, else what is free.
 
         Raises:
-            UsageError: unknown precision, recipe or device, one that the folder is not stored in, or not a model.
+            UsageError: unknown precision, recipe or device, one that the folder is not stored in, not a model, or no
+                size.
             CheckpointError: the model folder is incomplete or damaged; the message names the file or tensor.
         """
         check_precision(precision)
         check_precision(text_precision, "--text-precision")
         check_attention(attention, precision)
         asked = read_recipe_option(recipe, precision)
+        read_budgets(vram, host_ram)
         pick_device(device)
         if model is None:
             from .demo import demo_model
@@ -151,7 +179,7 @@ class StepVideoPipeline:
         return cls(
             open_model(model, preset), precision, device, keep_loaded, cache,
             text_precision=text_precision, recipe=recipe if isinstance(asked, float) else asked, attention=attention,
-            attention_backend=attention_backend,
+            attention_backend=attention_backend, vram=vram, host_ram=host_ram,
         )  # fmt: skip
 
     # --- its precision --------------------------------------------------------------------------------------------
@@ -192,6 +220,63 @@ class StepVideoPipeline:
             "recipe": self.mode.described(),
             "attention": self.attention,
         }
+
+    # --- its memory -----------------------------------------------------------------------------------------------
+
+    def plan(self, **settings: Any) -> Plan:
+        """What a clip takes, stage by stage, before it is made; ``settings`` are those of :class:`GenerationSettings`.
+
+        Raises:
+            UsageError: a wrong value.
+            SolostepError: nothing fits; it says the least that would do.
+        """
+        preset = self.model.preset
+        check_asked("any", raw_prompt=True, **settings)
+        values = {n: settings[n] if settings.get(n) is not None else getattr(preset, n) for n in SETTINGS}
+        made = GenerationSettings(**values, max_frames=preset.max_frames, image_to_video=self.model.is_image_to_video)
+        return self._plan(made, rated=True)
+
+    def memory_report(self) -> list[dict[str, Any]]:
+        """Of the last video: what each stage was to take at most, by the plan, and what it took. Bytes and seconds."""
+        return list(self._report)
+
+    @cached_property
+    def _sizes(self) -> Sizes:
+        return sizes_of(self.model.components, self.mode, self.text_mode)
+
+    def _room(self) -> int:
+        """Bytes that may still be allocated on the device."""
+        free = free_memory(self.device)
+        if self.vram is None:
+            return free
+        if self.device.type != "cuda":
+            return self.vram
+        return min(free, self.vram - CONTEXT - torch.cuda.memory_allocated(self.device))
+
+    def _plan(self, settings: GenerationSettings, room: int | None = None, rated: bool = False) -> Plan:
+        """How a clip is made in the room that there is."""
+        found = None
+        if self.device.type == "cuda":
+            from .rates import known_rates, measured_rates
+
+            found = (measured_rates if rated else known_rates)(self.device, self.mode, self.attention)
+        host = host_room() if self.host_ram is None else self.host_ram
+        itemsize = 4 if self.dtype == torch.float32 else 2
+        room = self._room() if room is None else room
+        return make_plan(self._sizes, settings, self.attention, room, host, found, itemsize)
+
+    @contextlib.contextmanager
+    def _capped(self) -> Iterator[None]:
+        """Holds torch to the budget: what goes beyond is an allocation that fails, and is met by a smaller plan."""
+        if self.vram is None or self.device.type != "cuda":
+            yield
+            return
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (self.vram - CONTEXT) / total)), self.device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
     # --- asking for a video ---------------------------------------------------------------------------------------
 
@@ -336,6 +421,7 @@ class StepVideoPipeline:
         """
         say = progress or (lambda stage, done, total: None)
         with contextlib.ExitStack() as locks:
+            locks.enter_context(self._capped())
             self._decided(say)
             with _readable_errors(self.device):
                 jobs = [self._open(request, i, locks) for i, request in enumerate(requests)]
@@ -347,8 +433,9 @@ class StepVideoPipeline:
         shared: list[Stage] = []
         embeddings: dict[str, PromptEmbedding] = {}
         waiting = [job for job in jobs if not job.done]
-        if waiting and "transformer" not in self._networks:  # the largest network: refuse now, not after the texts
-            self._require_memory_for_transformer()
+        if "transformer" not in self._networks:  # the largest network: refuse now, not after the texts
+            for job in waiting:
+                self._refuse_early(job.request.settings)
         begun = waiting[0] if waiting and waiting[0].resumed_from is None else None
         if begun is not None:
             # Shows now, not after the first step, whether the latents can be kept; and keeps a seed that was drawn.
@@ -384,7 +471,7 @@ class StepVideoPipeline:
                     self._condition(job, say)
                     self._denoise(job, [embeddings[t] for t in job.request.texts], callback, say)
                 last = not any(not other.done for other in jobs[i + 1 :])
-                if last or free_memory(self.device) < self._decode_bytes(job.request.settings):
+                if last or self._decoding(job.request.settings, self._sizes.vae) != WHOLE:
                     self._free("transformer")
                 if open_sink is not None:
                     with _latents_are_kept(job):
@@ -392,6 +479,7 @@ class StepVideoPipeline:
                         self._decode(job, sink, say, self.dtype)
                 job.delivered()
                 record = self._record(job)
+                self._report = report(job)
             yield record, job.saved.latents
 
     def is_finished(self, request: Request) -> bool:
@@ -420,7 +508,7 @@ class StepVideoPipeline:
         asked = {k: saved.info.get(k) for k in ("prompt", "negative_prompt", "raw_prompt")}
         request = Request(asked["prompt"] or "", "", settings, saved.seed, asked=asked)
         job = Job(request, Path(), saved, resumed_from=saved.step)
-        with _readable_errors(self.device), numerics():
+        with self._capped(), _readable_errors(self.device), numerics():
             self._decode(
                 job,
                 open_sink(0, request, self._record(job)),
@@ -491,28 +579,22 @@ class StepVideoPipeline:
     ) -> None:
         """Runs the steps that are left; the latents are on disk after each."""
         saved, settings = job.saved, job.request.settings
-        if "transformer" not in self._networks:
-            self._free("vae")
-            self._require_memory_for_transformer()
-            with measured("load transformer", self.device, job.stages):
-                self._networks["transformer"] = load(
-                    self.model.components["transformer"],
-                    self.device,
-                    self.mode.dtype,
-                    progress=_stage(say, "load transformer"),
-                    recipe=self.mode.on_load,
-                )
+        transformer = self._transformer(job, say)
         with measured("denoise", self.device, job.stages):
             backend = self._attention_backend(settings)
             saved.info["attention_backend"] = backend
-            velocity = GuidedVelocity(
-                self._networks["transformer"], embeddings, settings, job.condition, self.attention, backend
-            )
+            velocity = self._velocity(transformer, embeddings, job, backend)
             sigmas = make_sigmas(saved.steps, settings.time_shift)
             latents = saved.latents.to(self.device)
             say("denoise", saved.step, saved.steps)
             for step in range(saved.step, saved.steps):
-                latents = euler_step(latents, velocity(latents, sigmas[step]), sigmas[step], sigmas[step + 1])
+                made = self._step(velocity, latents, sigmas[step], sigmas[step + 1])
+                while made is None:  # other programs took memory: a smaller plan, and the step again
+                    del velocity
+                    self._spare(transformer, job)
+                    velocity = self._velocity(transformer, embeddings, job, backend)
+                    made = self._step(velocity, latents, sigmas[step], sigmas[step + 1])
+                latents = made
                 self._keep(job, latents, step + 1)
                 if callback is not None:
                     changed = (callback(self, step, float(sigmas[step]), {"latents": latents}) or {}).get("latents")
@@ -520,6 +602,65 @@ class StepVideoPipeline:
                         latents = changed.to(self.device, torch.float32)
                         self._keep(job, latents, step + 1)
                 say("denoise", step + 1, saved.steps)
+
+    def _transformer(self, job: Job, say: Progress) -> PlacedTransformer:
+        """The transformer, placed for this clip."""
+        placed: PlacedTransformer | None = self._networks.get("transformer")
+        if placed is not None and not self._is_planned:
+            return placed
+        if placed is not None:
+            held = placed.device_bytes
+            plan = self._plan(job.request.settings, self._room() + held)
+            if plan.blocks.resident >= placed.plan.resident:
+                job.plan = plan
+                placed.savings = plan.blocks.savings
+                return placed
+            self._free("transformer", always=True)
+        self._free("vae")
+        if self._is_planned:
+            job.plan = self._plan(job.request.settings)
+        else:
+            self._refuse_early(job.request.settings)
+        with measured("load transformer", self.device, job.stages):
+            component = self.model.components["transformer"]
+            blocks = None if job.plan is None else job.plan.blocks
+            placed = place(component, self.mode, self.device, blocks, _stage(say, "load transformer"))
+        self._networks["transformer"] = placed
+        return placed
+
+    def _velocity(
+        self, transformer: PlacedTransformer, embeddings: list[PromptEmbedding], job: Job, backend: str | None
+    ) -> GuidedVelocity:
+        return GuidedVelocity(
+            transformer.network, embeddings, job.request.settings, job.condition, self.attention, backend,
+            transformer.blocks, savings=transformer.savings,
+        )  # fmt: skip
+
+    @staticmethod
+    def _step(velocity: GuidedVelocity, latents: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor | None:
+        """The latents after a step; None if the device ran out of memory, whose remains are gone then."""
+        try:
+            return euler_step(latents, velocity(latents, sigma), sigma, next_sigma)
+        except torch.OutOfMemoryError:
+            return None
+
+    def _spare(self, transformer: PlacedTransformer, job: Job) -> None:
+        """A plan for nine tenths of the memory, or of what there still is.
+
+        Raises:
+            SolostepError: nothing smaller is possible.
+        """
+        release_memory(self.device)
+        if job.plan is None:
+            raise torch.OutOfMemoryError("there is nothing to give up")
+        room = min(int(job.plan.budget * 0.9), self._room() + transformer.device_bytes)
+        plan = self._plan(job.request.settings, room)
+        job.event(
+            f"Out of memory at step {job.saved.step + 1}: {plan.blocks.resident} of {plan.network.blocks} blocks stay "
+            f"on the card, where {transformer.plan.resident} did; the step is repeated."
+        )
+        transformer.move(plan.blocks)
+        job.plan = plan
 
     def _attention_backend(self, settings: GenerationSettings) -> str | None:
         """The kernels for this length; on a new card they are measured first, which takes some seconds."""
@@ -530,9 +671,18 @@ class StepVideoPipeline:
         tokens = settings.latent_frames * settings.latent_height * settings.latent_width
         return attention_choice(self.device, self.attention, tokens, self.attention_backend)
 
-    def _require_memory_for_transformer(self) -> None:
-        weights = self.mode.memory_bytes(self.model.components["transformer"])
-        require_memory(weights, self.device, f"The transformer in {self.mode.name}")
+    def _refuse_early(self, settings: GenerationSettings) -> None:
+        """Raises SolostepError if a clip cannot be made in the memory that there is."""
+        if self._is_planned:
+            self._plan(settings)
+        else:
+            weights = self.mode.memory_bytes(self.model.components["transformer"])
+            require_memory(weights, self.device, f"The transformer in {self.mode.name}")
+
+    @property
+    def _is_planned(self) -> bool:
+        """Whether memory is planned: on a card, and on a CPU that got a budget."""
+        return self.device.type == "cuda" or self.vram is not None
 
     def _keep(self, job: Job, latents: Tensor, step: int) -> None:
         """Puts a finished step on disk. A full disk does not end the run: the video may still find its place."""
@@ -549,22 +699,14 @@ class StepVideoPipeline:
                 log.warning("%s Going on without: an interruption now loses the steps made since.", error)
             job.save_failed = True
 
-    def _decode_bytes(self, settings: GenerationSettings) -> int:
-        """Memory to decode one chunk beside the weights: four tensors of the widest level (22 GB at 544x992)."""
-        config = self.model.vae_config
-        widest = max(config.decoder_ch * config.decoder_ch_mult[1], config.decoder_ch * config.decoder_ch_mult[0])
-        weights = self.model.components["vae"].parameters * self.dtype.itemsize
-        return 4 * 20 * settings.height * settings.width * widest * self.dtype.itemsize + weights
-
-    def _decode_slice(self, settings: GenerationSettings) -> int | None:
-        """Frames that are decoded at once: whole chunks where the memory is there, else one after the other."""
-        needed, free = self._decode_bytes(settings), free_memory(self.device)
-        if free >= needed:
-            return None
-        log.warning(
-            "Decoding frame by frame: a whole chunk takes %.1f GB, and %.1f GB are free.", needed / 1e9, free / 1e9
+    def _decoding(self, settings: GenerationSettings, beside: int = 0) -> Decoding:
+        """How the VAE decodes in the room that there is, less so many bytes."""
+        found, needed = choose_decoding(
+            self.model.vae_config, settings.height, settings.width, self._room() - beside, self.dtype.itemsize
         )
-        return 1
+        if needed > self._room() - beside:
+            log.warning("Decoding may run out of memory: it takes %.1f GB at least.", needed / 1e9)
+        return found
 
     def _decode(
         self, job: Job, sink: contextlib.AbstractContextManager[FrameSink], say: Progress, dtype: torch.dtype
@@ -577,8 +719,14 @@ class StepVideoPipeline:
         with measured("decode and write", self.device, job.stages), sink as open_sink:
             say("decode", 0, total)
             latents = job.saved.latents.to(self.device, dtype)
-            done = 0
-            for frames in decode_chunks(self._networks["vae"], latents, self._decode_slice(job.request.settings)):
+            done, (slices, strips) = 0, self._decoding(job.request.settings)
+            if (slices, strips) != WHOLE:
+                job.event(f"Decoding {how_decoded(slices, strips)}, for want of memory.", quiet=self.vram is not None)
+
+            def smaller(setting: str) -> None:
+                job.event(f"Out of memory while decoding; going on {setting}.")
+
+            for frames in decode_chunks(self._networks["vae"], latents, slices, strips, on_retry=smaller):
                 open_sink.write(to_uint8(frames[0]).cpu().numpy())
                 done += frames.shape[1]
                 say("decode", done, total)
@@ -587,9 +735,42 @@ class StepVideoPipeline:
         modes = job.saved.info if "precision" in job.saved.info else self._modes()
         return make_record(job, self.model, modes, self.device)
 
-    def _free(self, name: str) -> None:
-        if not self.keep_loaded and self._networks.pop(name, None) is not None:
+    def _free(self, name: str, always: bool = False) -> None:
+        if self.keep_loaded and not always:
+            return
+        network = self._networks.pop(name, None)
+        if network is not None:
+            if isinstance(network, PlacedTransformer):
+                network.close()
+            del network
             release_memory(self.device)
+
+
+def read_budgets(vram: str | int | None, host_ram: str | int | None) -> tuple[int | None, int | None]:
+    """Bytes of what was given, or stands in the environment.
+
+    Raises:
+        UsageError: no size.
+    """
+    found = []
+    for given, option, variable in ((vram, "--vram", VRAM), (host_ram, "--host-ram", HOST_RAM)):
+        if given is None and os.environ.get(variable):
+            given, option = os.environ[variable], f"${variable}"
+        found.append(None if given is None else parse_size(given, option))
+    return found[0], found[1]
+
+
+def report(job: Job) -> list[dict[str, Any]]:
+    """What each stage took, beside what the plan said."""
+    planned = {} if job.plan is None else {stage.name: stage for stage in job.plan.stages}
+    lines = []
+    for stage in job.stages:
+        said = planned.get(stage.name)
+        lines.append(stage.as_dict() | {
+            "planned_gpu_bytes": None if said is None else said.device,
+            "planned_seconds": None if said is None else said.seconds,
+        })  # fmt: skip
+    return lines
 
 
 def _stage(say: Progress, name: str) -> Callable[[int, int], None]:

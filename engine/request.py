@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ from .runtime import Stage
 if TYPE_CHECKING:
     import numpy as np
 
+    from .plan import Plan
+
+log = logging.getLogger("solostep")
 
 SETTINGS = (
     "num_frames", "height", "width", "num_inference_steps", "guidance_scale", "time_shift", "motion_score",
@@ -135,6 +139,9 @@ class Job:
     condition: Tensor | None = None
     saved_at: Path | None = None
     save_failed: bool = False
+    plan: Plan | None = None
+    events: list[str] = field(default_factory=list)
+    """What did not go as planned, for the record."""
 
     def __post_init__(self) -> None:
         if self.saved.finished and self.path.name:
@@ -143,6 +150,12 @@ class Job:
     @property
     def done(self) -> bool:
         return self.saved.finished
+
+    def event(self, text: str, quiet: bool = False) -> None:
+        """Something to say and to record."""
+        self.events.append(text)
+        if not quiet:
+            log.warning(text)
 
     def delivered(self) -> None:
         """The caller has the video. Files in the cache folder are kept, but the same call begins anew."""
@@ -243,4 +256,6 @@ def make_record(job: Job, model: ModelFolder, modes: Mapping[str, Any], device: 
         "resumed_from_step": job.resumed_from,
         "latents_file": None if job.saved_at is None else str(job.saved_at),
         "stages": [s.as_dict() for s in job.stages],
+        "plan": None if job.plan is None else job.plan.as_dict(),
+        "events": job.events,
     }

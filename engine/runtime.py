@@ -74,6 +74,19 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+def host_room() -> int:
+    """Bytes of host memory that a run may take: nine tenths of what is free, within the container's limit."""
+    import psutil
+
+    from .machine import cgroup_limit
+
+    free = psutil.virtual_memory().available
+    limit = cgroup_limit()
+    if limit is not None:
+        free = min(free, limit - psutil.Process().memory_info().rss)
+    return max(0, free * 9 // 10)
+
+
 def require_memory(needed: int, device: torch.device, what: str) -> None:
     """Refuses before a long load what cannot fit.
 

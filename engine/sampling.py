@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..offload.planner import Savings
 from ..offload.streamer import BlockStreamer
 from .config import GenerationSettings
 from .image import fit_image
-from .models.fused import FusedBlocks
+from .models.fused import FusedBlocks, Parking
 from .models.transformer import StepVideoTransformer
 from .models.vae import encode_video, sample_posterior
 from .text import PromptEmbedding
@@ -74,7 +75,11 @@ class GuidedVelocity:
 
     On a card, fused blocks of a short clip compute faster than the host can start their kernels. Where all blocks stay
     on the card, the second step is then recorded as a CUDA graph, which the following ones repeat: the same kernels,
-    the same bits. ``graph`` says whether; by default that depends on the length.
+    the same bits. ``graph`` says whether; by default that depends on the length. Nothing is recorded where rows are
+    parked. ``savings`` is what fused blocks do to take less memory.
+
+    Raises:
+        ValueError: savings for official attention, or impossible ones.
     """
 
     def __init__(
@@ -87,7 +92,14 @@ class GuidedVelocity:
         backend: str | None = None,
         blocks: Iterable[nn.Module] | None = None,
         graph: bool | None = None,
+        savings: Savings | None = None,
     ) -> None:
+        savings = Savings() if savings is None else savings
+        if attention == "official" and savings != Savings():
+            raise ValueError("only fused blocks save memory, and the attention is official")
+        heads = transformer.config.num_attention_heads
+        if savings.head_groups < 1 or heads % savings.head_groups:
+            raise ValueError(f"head_groups has to divide the {heads} heads, and {savings.head_groups} does not")
         self.transformer = transformer
         self.settings = settings
         self.rows = len(embeddings)
@@ -100,12 +112,20 @@ class GuidedVelocity:
             for e in embeddings
         ]
         self.blocks = blocks
-        self.fused = None if attention == "official" else FusedBlocks(self.context, attention, backend)
+        if isinstance(blocks, BlockStreamer):
+            blocks.short = False  # whatever was kept was of another text
+        self.fused: FusedBlocks | None = None
+        if attention != "official":
+            self.fused = FusedBlocks(
+                self.context, attention, backend, savings.chunk, savings.head_groups, savings.keep_text
+            )
+        self.parking = Parking() if savings.park and self.rows > 1 else None
         tokens = settings.latent_frames * settings.latent_height * settings.latent_width
         wanted = tokens <= GRAPH_TOKENS if graph is None else graph
         self._steps = 0
         self._graph: _Recorded | None = None
-        self._records = wanted and self.fused is not None and blocks is None and self.device.type == "cuda"
+        recordable = self.fused is not None and self.parking is None and blocks is None
+        self._records = wanted and recordable and self.device.type == "cuda"
         # Both branches see the first frame. Quirk: the condition is rounded to the model's type.
         self.condition = (
             None if condition is None else condition.to(self.device, self.dtype).repeat_interleave(self.rows, 0)
@@ -128,8 +148,10 @@ class GuidedVelocity:
         rounded = latents.to(self.dtype).repeat_interleave(self.rows, 0)
         timestep = sigma.expand(self.rows)
         score = self.settings.motion_score if self.condition is not None else None
-        velocity = self.transformer(rounded, timestep, self.context, self.condition, score, self.blocks, self.fused)
-        if self.fused is not None and isinstance(self.blocks, BlockStreamer):
+        velocity = self.transformer(
+            rounded, timestep, self.context, self.condition, score, self.blocks, self.fused, self.parking
+        )
+        if self.fused is not None and self.fused.keep_text and isinstance(self.blocks, BlockStreamer):
             self.blocks.short = True  # the text's keys and values are kept: what made them need not come again
         if self.rows == 1:
             return velocity

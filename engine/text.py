@@ -1,7 +1,8 @@
 """Prompts -> embeddings of both text encoders, kept on disk so that a prompt is encoded once.
 
 An encoder is loaded only if a prompt needs it, used for all prompts at once, and freed. Prompts go through one at a
-time, so an embedding never depends on what else was encoded with it.
+time, so an embedding never depends on what else was encoded with it. Of Step-LLM, 39 GB in bf16, one layer is in memory
+at a time: all prompts go through it before the next one takes its place.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..offload.reader import default_ring
 from ..quant.foreign import quiet
-from .checkpoint import ModelFolder, load, memory_bytes, tokenizer_files
-from .config import CLIP_TOKENS, LLM_TOKENS
+from .checkpoint import EMBEDDINGS, ModelFolder, load, tokenizer_files
+from .config import CLIP_TOKENS, LLM_TOKENS, StepLLMConfig
 from .errors import CheckpointError
+from .headers import torch_type
+from .models.step_llm import run_layers, work_bytes
 from .precision import Mode, choose_mode
 from .runtime import release_memory, require_memory
+from .weights import Component, largest_part_bytes, load_each
 
 if TYPE_CHECKING:
     from ..quant.recipe import Recipe
@@ -163,9 +168,15 @@ def run_step_llm(
     progress: Callable[[int, int], None] | None = None,
     recipe: Recipe | None = None,
 ) -> dict[str, tuple[Tensor, int]]:
-    """Loads Step-LLM, runs each text and frees it: hidden states ``[320, c]`` and the number of tokens.
+    """Runs each text through Step-LLM, layer by layer: hidden states ``[320, c]`` and the number of tokens.
 
-    ``recipe`` quantizes it as it is loaded; one that is stored quantized stays so.
+    ``device`` holds one layer at a time, the first bytes of the next, and the states of all texts; the CPU the table of
+    embeddings, until the texts' rows are taken from it. The values are those of the whole network, bit by bit.
+    ``recipe`` quantizes each layer as it is loaded; one that is stored quantized stays so.
+
+    Raises:
+        CheckpointError, UsageError: see :func:`solostep.engine.weights.load`.
+        SolostepError: the device's memory is too small for a layer.
     """
     tokenizer = LLMTokenizer(tokenizer_files(model.root)[0])
     for text in texts:
@@ -175,15 +186,54 @@ def run_step_llm(
                 text[:40], count, LLM_TOKENS - 2,
             )  # fmt: skip
     component = model.components["step_llm"]
-    require_memory(memory_bytes(component, dtype, recipe), device, "The text encoder Step-LLM")
-    network: Any = load(component, device, dtype, progress=progress, recipe=recipe)
-    found = {}
-    for text in texts:
-        ids, length = tokenizer(text)
-        found[text] = network(torch.tensor([ids], device=device))[0].cpu(), length
-    del network
+    require_memory(llm_bytes(component, dtype, len(texts), device, recipe), device, "The text encoder Step-LLM")
+    ids, lengths = zip(*map(tokenizer, texts), strict=True)
+    total = sum(info.numbers for info in component.tensors.values())
+    table = component.tensors[EMBEDDINGS["step_llm"]].numbers
+
+    def told(done: int, _: int) -> None:
+        if progress is not None:
+            progress(done, total)
+
+    rows = _embedded(component, ids, device, dtype, told)
+    layers = load_each(component, device, dtype, _layers(component), recipe, lambda done, of: told(table + done, of))
+    run_layers(StepLLMConfig.from_dict(component.config), layers, rows)
+    found = {text: (row[0].cpu(), length) for text, row, length in zip(texts, rows, lengths, strict=True)}
+    del rows
     release_memory(device)
     return found
+
+
+def _layers(component: Component) -> list[str]:
+    """Step-LLM's layers by their paths."""
+    return [f"transformer.layers.{i}" for i in range(StepLLMConfig.from_dict(component.config).num_layers)]
+
+
+def llm_bytes(
+    component: Component, dtype: torch.dtype, texts: int, device: torch.device, recipe: Recipe | None = None
+) -> int:
+    """What :func:`run_step_llm` takes on ``device`` at most: a layer, what arrives of the next, and all texts' states.
+
+    Raises:
+        UsageError: the recipe fits no linear of the network.
+    """
+    config, table = StepLLMConfig.from_dict(component.config), component.tensors[EMBEDDINGS["step_llm"]]
+    states = texts * LLM_TOKENS * config.hidden_size * dtype.itemsize
+    layers = largest_part_bytes(component, dtype, _layers(component), recipe) + work_bytes(config, LLM_TOKENS)
+    if device.type == "cpu":  # the table is there too, before the layers, and what is read ahead of a layer's use
+        ring = default_ring(device)
+        layers = max(layers + ring.buffers * ring.size, table.numbers * torch_type(table.dtype).itemsize)
+    return states + layers
+
+
+def _embedded(
+    component: Component, ids: Sequence[Sequence[int]], device: torch.device, dtype: torch.dtype,
+    progress: Callable[[int, int], None],
+) -> list[Tensor]:  # fmt: skip
+    """The embeddings ``[1, S, c]`` of each text's ids, on ``device``. Their table stays on the CPU, as it is stored."""
+    stored = torch_type(component.tensors[EMBEDDINGS["step_llm"]].dtype)
+    table: Any = load(component, "cpu", stored, part="tok_embeddings", progress=progress)
+    return [table.word_embeddings(torch.tensor([row])).to(device, dtype) for row in ids]
 
 
 def run_clip(model: ModelFolder, texts: Sequence[str], device: torch.device) -> dict[str, Tensor]:

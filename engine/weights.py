@@ -6,9 +6,10 @@ never held twice. Names, shapes and types are checked from the headers, before t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from .headers import (
     read_bin,
     read_header,
     read_json,
+    torch_type,
     type_name,
 )
 from .quantization import (
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..quant.recipe import Recipe
+    from .placing import Homes, Placer
 
 __all__ = [
     "FLOAT_TYPES",
@@ -50,7 +53,8 @@ __all__ = [
     "build_on_meta",
     "check_tensors",
 ]
-__all__ += ["load", "memory_bytes", "read_bin", "read_header", "read_json", "read_quantization", "type_name"]
+__all__ += ["largest_part_bytes", "load", "load_each", "memory_bytes"]
+__all__ += ["read_bin", "read_header", "read_json", "read_quantization", "type_name"]
 
 
 @dataclass(frozen=True)
@@ -210,11 +214,51 @@ def memory_bytes(component: Component, dtype: torch.dtype, recipe: Recipe | None
     Raises:
         UsageError: the recipe fits no linear of the network.
     """
+    module = build_on_meta(component)
+    formats = {} if recipe is None else formats_of(recipe, module, component.name)
+    return int(_placed_bytes(module, dtype, formats))
+
+
+def largest_part_bytes(
+    component: Component, dtype: torch.dtype, parts: Sequence[str], recipe: Recipe | None = None
+) -> int:
+    """What a device needs, at most, for the weights of parts that :func:`load_each` brings and that run one by one: the
+    largest part, tensors that arrive, and what quantizing a weight, or expanding it for a product, takes.
+
+    Raises:
+        UsageError: the recipe fits no linear of the network.
+    """
+    from torch import nn
+
+    from ..quant.foreign import is_foreign
+    from ..quant.linear import QuantizedLinear
+
+    whole = build_on_meta(component)
+    formats = {} if recipe is None else formats_of(recipe, whole, component.name)
+    placed, arriving, scratch = 0.0, 0, 0
+    for part in parts:
+        module, own = whole.get_submodule(part), _within(formats, part)
+        placed = max(placed, _placed_bytes(module, dtype, own))
+        for name, _, kind in _parameters(module):
+            info = component.tensors[f"{part}.{name}"]
+            stored = torch_type(info.dtype)
+            # Of the next tensor the first bytes are there, and with them all of its memory; so is what becomes another.
+            changes = kind is None and stored != dtype or name.removesuffix(".weight") in own
+            arriving = max(arriving, (1 + changes) * info.numbers * stored.itemsize)
+        for path, linear in module.named_modules():
+            if isinstance(linear, QuantizedLinear) or (path in own and isinstance(linear, nn.Linear)):
+                numbers = linear.in_features * linear.out_features
+                # Some rows, six times in fp32 (see row_chunks); other packages take all rows at once.
+                rows = numbers if is_foreign(own.get(path, "")) else min(numbers, 1 << 24)
+                scratch = max(scratch, 6 * 4 * rows + numbers * dtype.itemsize)
+    return int(placed) + arriving + scratch
+
+
+def _placed_bytes(module: nn.Module, dtype: torch.dtype, formats: Mapping[str, str]) -> float:
+    """What a module's weights take where they are used."""
     from ..quant.foreign import is_foreign
     from ..quant.formats import FORMATS, stored
 
-    module = build_on_meta(component)
-    formats = {} if recipe is None else formats_of(recipe, module, component.name)
     total = 0.0
     for name, parameter, kind in _parameters(module):
         path, _, leaf = name.rpartition(".")
@@ -226,7 +270,13 @@ def memory_bytes(component: Component, dtype: torch.dtype, recipe: Recipe | None
             total += parameter.numel() * (4.5 if "4" in form else 8) / 8
         else:
             total += parameter.numel() * (dtype if kind is None else parameter.dtype).itemsize
-    return int(total)
+    return total
+
+
+def _within(formats: Mapping[str, str], part: str) -> dict[str, str]:
+    """Formats of the linears inside a part, by their paths in it."""
+    prefix = f"{part}." if part else ""
+    return {path.removeprefix(prefix): name for path, name in formats.items() if path.startswith(prefix)}
 
 
 def load(
@@ -236,6 +286,7 @@ def load(
     part: str = "",
     progress: Callable[[int, int], None] | None = None,
     recipe: Recipe | None = None,
+    homes: Homes | None = None,
 ) -> nn.Module:
     """Builds a network and fills it, tensor by tensor, each straight from its file to its place.
 
@@ -246,41 +297,93 @@ def load(
         dtype: of the weights that are not quantized, and of what the network computes in.
         part: load only this submodule (``decoder`` of the VAE, say).
         progress: called with (numbers placed, numbers in all).
+        homes: which parameters do not stay on the device. It is called once, with what is loaded as it will be but on
+            the meta device (quantized linears in their places, every parameter in its type), and gives host tensors by
+            parameters' names, of their shapes and types: values go there when they are ready, and the parameter is
+            that tensor. With None in place of a tensor a parameter is read and checked, and stays on the meta device.
 
     Raises:
         UsageError: a recipe that fits no linear, or for a network that is stored quantized.
         CheckpointError: a tensor with NaN or infinity, a file that changed or ends early, or any mismatch.
-        SolostepError: a format of another package refuses a layer.
+        SolostepError: a format of another package refuses a layer, or would have to leave the device.
+        ValueError: a home of no parameter, or of another shape or type.
     """
+    for placer in _filled(component, device, dtype, [part], recipe, progress, homes):
+        module = placer.module  # the loop goes on to the end: there the reader looks at the files once more
+    return module
+
+
+def load_each(
+    component: Component,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    parts: Sequence[str],
+    recipe: Recipe | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[nn.Module]:
+    """Submodules of a network (``transformer.layers.0``), one after the other, each filled as :func:`load` fills it.
+
+    A part gives its weights back when the next one is asked for, so one is in memory at a time, and what is read ahead
+    of the next. Fastest where the parts' order is that of the files.
+
+    Args:
+        parts: paths of submodules, none inside another.
+        progress: called with (numbers placed, numbers in all parts).
+
+    Raises:
+        UsageError, CheckpointError, SolostepError: as :func:`load`; for what is in a part, before it is given.
+    """
+    with contextlib.closing(_filled(component, device, dtype, parts, recipe, progress)) as filled:
+        for placer in filled:
+            try:
+                yield placer.module
+            finally:
+                placer.drop()
+
+
+def _filled(
+    component: Component,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    parts: Sequence[str],
+    recipe: Recipe | None,
+    progress: Callable[[int, int], None] | None,
+    homes: Homes | None = None,
+) -> Generator[Placer, None, None]:
+    """A placer for each part, when all of it is checked and in its place; one stream of reading for all of them."""
     import torch
 
     from .placing import Placer, read_infos
 
     device = torch.device(device)
     whole = build_on_meta(component)
-    module = whole.get_submodule(part) if part else whole
-    prefix = f"{part}." if part else ""
-    check_tensors(component, module, prefix)
-    wanted = {name: component.tensors[prefix + name] for name, _, _ in _parameters(module)}
+    wanted: list[tuple[str, dict[str, TensorInfo]]] = []
+    for part in parts:
+        module, prefix = whole.get_submodule(part), f"{part}." if part else ""
+        check_tensors(component, module, prefix)
+        found = {name: component.tensors[prefix + name] for name, _, _ in _parameters(module)}
+        wanted.append((part, dict(sorted(found.items(), key=lambda item: (item[1].file, item[1].offset)))))
     formats = {} if recipe is None else formats_of(recipe, whole, component.name)
     if formats and component.quantization is not None:
         raise UsageError(
             f"{component.folder} is stored in {component.quantization.precision} and cannot be quantized again; "
             "take the original model."
         )
-    own = {path.removeprefix(prefix): name for path, name in formats.items() if path.startswith(prefix)}
-    placer = Placer(module, device, dtype, own)
-    total, done = sum(info.numbers for info in wanted.values()), 0
-    names = sorted(wanted, key=lambda name: (wanted[name].file, wanted[name].offset))
-    tensors = read_infos([wanted[name] for name in names], device)
-    for i, name in enumerate(names):
-        file = wanted[name].file
-        # Not zip(), which would hold a tensor until the next one is there.
-        placer.place(name, wanted[name], next(tensors))
-        done += wanted[name].numbers
-        if progress is not None:
-            progress(done, total)
-        if i + 1 == len(names) or wanted[names[i + 1]].file != file:
-            placer.check(file)
-    next(tensors, None)  # the reader's last look at the files
-    return module
+    infos = [info for _, found in wanted for info in found.values()]
+    total, done = sum(info.numbers for info in infos), 0
+    # Closed here, whatever fails: then no copy is under way any more.
+    with contextlib.closing(read_infos(infos, device)) as tensors:
+        for part, found in wanted:
+            placer = Placer(whole.get_submodule(part), device, dtype, _within(formats, part), homes)
+            names = list(found)
+            for i, name in enumerate(names):
+                # Not zip(), which would hold a tensor until the next one is there.
+                placer.place(name, found[name], next(tensors))
+                done += found[name].numbers
+                if progress is not None:
+                    progress(done, total)
+                if i + 1 == len(names) or found[names[i + 1]].file != found[name].file:
+                    placer.check()
+            placer.finish()
+            yield placer
+        next(tensors, None)  # the reader's last look at the files

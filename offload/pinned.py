@@ -93,7 +93,7 @@ def host_memory(count: int) -> Tensor:
 
 
 class HostSlab:
-    """Host memory for a layout; pinned once it is filled, if copies go to a CUDA device."""
+    """Host memory for a layout. Pinned, if copies go to a CUDA device: once it is filled, or before."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -105,8 +105,15 @@ class HostSlab:
         for name, place in self.layout.places.items():
             place.view(self.memory).copy_(tensors[name])
 
+    def views(self) -> dict[str, Tensor]:
+        """Its tensors by name, in its memory: for a loader to fill."""
+        return {name: place.view(self.memory) for name, place in self.layout.places.items()}
+
     def pin(self) -> None:
-        """Registers the memory with CUDA; after it is filled, when its pages are there.
+        """Registers the memory with CUDA. Pages that are not there yet are taken from the system then.
+
+        What is filled from host memory is best pinned afterwards, while other blocks are read; what a device fills is
+        pinned before, so that copies from it run at the speed of the bus.
 
         Raises:
             PinError: no more memory can be pinned.

@@ -117,6 +117,16 @@ class Nf4Linear(QuantizedLinear):
         packed, amax = quantize_nf4_reference(weight)
         return {"weight": packed, "weight_scale": amax}
 
+    def channels(self, start: int, stop: int) -> dict[str, Tensor]:
+        ends = start * self.in_features, stop * self.in_features
+        if any(end % NF4_BLOCK for end in ends) and (start, stop) != (0, self.out_features):
+            raise ValueError(
+                f"Channels {start} ... {stop} of {self.in_features} nf4 weights each share blocks of {NF4_BLOCK} with "
+                "others: head groups are not possible with them."
+            )
+        packed, scales = (slice(*(-(-end // size) for end in ends)) for size in (2, NF4_BLOCK))
+        return {"weight": self.weight[packed], "weight_scale": self.weight_scale[scales]}
+
     def dequantized(self) -> Tensor:
         return dequantize_nf4_reference(
             self.weight, self.weight_scale, (self.out_features, self.in_features), torch.float32

@@ -21,6 +21,7 @@ from ..progress import ConsoleProgress
 from .console import console, guarded, say
 from .doctor import register as register_doctor
 from .outputs import free_name, latents_beside, read_prompts, slug
+from .plan import register as register_plan
 from .quantize import register as register_quantize
 from .sensitivity import register as register_sensitivity
 
@@ -80,6 +81,21 @@ AttentionBackend = Annotated[
     str | None, typer.Option(help="What computes attention. Default: the fastest that is right here; see doctor.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: the first CUDA card, else the CPU.")]
+Vram = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory of the card to stay in, such as 24GB: the rest of the model waits outside. Default: "
+        "$SOLOSTEP_VRAM, else what is free. See `solostep plan`."
+    ),
+]
+HostRam = Annotated[
+    str | None,
+    typer.Option(
+        "--host-ram",
+        help="Memory of the host to stay in, likewise; with little of it, blocks come from their files. Default: "
+        "$SOLOSTEP_HOST_RAM, else what is free.",
+    ),
+]
 PresetName = Annotated[
     str | None, typer.Option(help="Defaults to use: t2v, turbo or ti2v. Needed only if the model's name hides it.")
 ]
@@ -135,6 +151,8 @@ def generate(
     attention: AttentionOption = None,
     attention_backend: AttentionBackend = None,
     device: Device = None,
+    vram: Vram = None,
+    host_ram: HostRam = None,
     preset: PresetName = None,
     codec: Codec = "h264",
     quality: Quality = None,
@@ -169,7 +187,8 @@ def generate(
         model = str(demo_model(image_to_video=any(values["settings"]["image"] is not None for values in wanted)))
     pipe = StepVideoPipeline.from_pretrained(
         model, precision, device, text_precision=text_precision, recipe=recipe, attention=attention,
-        attention_backend=attention_backend, preset=preset, keep_loaded=keep_loaded, cache=not no_cache,
+        attention_backend=attention_backend, preset=preset, keep_loaded=keep_loaded, cache=not no_cache, vram=vram,
+        host_ram=host_ram,
     )  # fmt: skip
     planned = _plan(pipe, wanted, output, prompts is not None, codec, overwrite)
     write = {
@@ -402,6 +421,7 @@ def decode(
         typer.Option(help="Of the VAE: bf16 or fp32. Default: fp32 after a run in fp32, else bf16."),
     ] = None,
     device: Device = None,
+    vram: Vram = None,
     codec: Codec = "h264",
     quality: Quality = None,
     fps: Fps = FPS,
@@ -429,7 +449,7 @@ def decode(
     _check_output(output, codec, (settings["width"], settings["height"]))
     if output.exists() and not overwrite:
         raise UsageError(f"{output} is already there; add --overwrite or choose another -o.")
-    pipe = StepVideoPipeline.from_pretrained(model or saved.info["model"], None, device)
+    pipe = StepVideoPipeline.from_pretrained(model or saved.info["model"], None, device, vram=vram)
     if not saved.finished:
         say(console, "note", f"{latents} is from step {saved.step} of {saved.steps}: the video will look noisy.")
 
@@ -495,6 +515,7 @@ def verify(
 register_quantize(app)
 register_sensitivity(app)
 register_doctor(app)
+register_plan(app)
 
 
 @app.callback(invoke_without_command=True)

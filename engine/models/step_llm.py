@@ -9,6 +9,7 @@ Official parameter names.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -119,14 +120,35 @@ class StepLLM(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         rows = list(self.tok_embeddings.word_embeddings(input_ids).split(1))
-        bias = self._bias(rows[0])
-        for layer in self.transformer.layers:
-            rows = [layer(row, bias) for row in rows]
+        run_layers(self.config, self.transformer.layers, rows)
         return torch.cat(rows)
 
-    def _bias(self, x: Tensor) -> Tensor:
-        """As Attention takes it: slopes where there is a kernel for them."""
-        heads = self.config.num_attention_heads
-        if has_biased_kernel(x, self.config.head_dim) and not torch.is_grad_enabled():
-            return torch.tensor(alibi_slopes(heads), dtype=torch.float32, device=x.device)
-        return attention_bias(heads, x.shape[1], x.dtype, x.device)
+
+def run_layers(config: StepLLMConfig, layers: Iterable[nn.Module], rows: list[Tensor]) -> None:
+    """Rows ``[1, S, hidden]``, one or more and all of one length, through layers that may come one after the other.
+
+    Results take the rows' places in the list: with many rows, two of each would be more than a layer. Each row goes
+    alone: how a product is rounded can depend on how many rows it has.
+    """
+    bias = _bias(config, rows[0])
+    for layer in layers:
+        for i, row in enumerate(rows):
+            rows[i] = layer(row, bias)
+
+
+def work_bytes(config: StepLLMConfig, length: int) -> int:
+    """What a layer takes, at most, beside its weights and its input, for a row of ``length`` tokens.
+
+    Counted in fp32, which parts of it are in whatever the network's type is: the norms, projections and repeated keys
+    and values; the inner widths, gated; bias and scores where no kernel does without them.
+    """
+    heads = config.num_attention_heads
+    return 4 * length * (8 * config.hidden_size + 4 * config.ffn_width + 3 * heads * length)
+
+
+def _bias(config: StepLLMConfig, x: Tensor) -> Tensor:
+    """As Attention takes it: slopes where there is a kernel for them."""
+    heads = config.num_attention_heads
+    if has_biased_kernel(x, config.head_dim) and not torch.is_grad_enabled():
+        return torch.tensor(alibi_slopes(heads), dtype=torch.float32, device=x.device)
+    return attention_bias(heads, x.shape[1], x.dtype, x.device)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..config import TransformerConfig
 
 if TYPE_CHECKING:
-    from .fused import FusedBlocks
+    from .fused import FusedBlocks, Parking
 
 ROPE_SPLIT = (64, 32, 32)
 """Channels of a head that carry the frame, row and column position, in this order."""
@@ -311,13 +311,20 @@ class StepVideoTransformer(nn.Module):
         motion_score: float | None = None,
         blocks: Iterable[nn.Module] | None = None,
         fused: FusedBlocks | None = None,
+        parking: Parking | None = None,
     ) -> Tensor:
         """Velocity ``[B, f, c, h, w]`` of ``latents [B, f, c, h, w]`` at ``timestep [B]`` (0 noise ... 1 video).
 
         ``context`` comes from :meth:`embed_text`; ``condition_latents`` (like ``latents``) and ``motion_score`` are
         for image-to-video models. ``blocks`` is where the blocks come from, by default the module's own; ``fused`` runs
-        them in place of their own ``forward``, with its own text.
+        them in place of their own ``forward``, with its own text, and then ``parking`` is where the residual streams of
+        all rows but one wait.
+
+        Raises:
+            ValueError: no condition for an image-to-video model; ``parking`` without ``fused``.
         """
+        if parking is not None and fused is None:
+            raise ValueError("rows are parked between fused blocks only")
         p = self.config.patch_size
         fhw = (latents.shape[1], latents.shape[3] // p, latents.shape[4] // p)
         rope = rope_table(fhw, latents.dtype, latents.device)
@@ -326,11 +333,17 @@ class StepVideoTransformer(nn.Module):
         # Everything runs row by row, the small layers too: a matrix product of more rows may round otherwise.
         times = [self.adaln_single(t, motion_score) for t in timestep.split(1)]
         conditions = [None] * len(times) if condition_latents is None else condition_latents.split(1)
-        rows = [self.embed_latents(x, c) for x, c in zip(latents.split(1), conditions, strict=True)]
+        embedded = (self.embed_latents(x, c) for x, c in zip(latents.split(1), conditions, strict=True))
+        rows = list(embedded) if parking is None else []
+        parked = None if parking is None else parking.park(embedded, len(times))
         for index, block in enumerate(self.transformer_blocks if blocks is None else blocks):
-            for i, (modulation, _) in enumerate(times):
+            for i, row in enumerate(rows) if parked is None else parked.turns():
+                modulation, _ = times[i]
                 if fused is not None:
-                    rows[i] = fused(index, i, cast(TransformerBlock, block), rows[i], modulation, rope)
+                    final = None if parked is None else parked.final
+                    fused(index, i, cast(TransformerBlock, block), row, modulation, rope, final)
                 else:
-                    rows[i] = block(rows[i], context[i], modulation, rope)
-        return torch.cat([self.head(row, embedding, fhw) for row, (_, embedding) in zip(rows, times, strict=True)])
+                    rows[i] = block(row, context[i], modulation, rope)
+        turns = enumerate(rows) if parked is None else parked.turns()
+        velocities = {i: self.head(row, times[i][1], fhw) for i, row in turns}
+        return torch.cat([velocities[i] for i in range(len(times))])

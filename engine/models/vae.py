@@ -9,7 +9,9 @@ Official parameter names. Source: stepvideo/vae/vae.py, arXiv 2502.10248 section
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -17,19 +19,174 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.attention_causal import frame_causal_attention, has_wide_kernel
+from ...offload.pinned import HostSlab, PinError, lay_out
 from ..config import CHUNK_FRAMES, CHUNK_LATENTS, VAEConfig
-
-Past = dict[int, Tensor]
-"""Of each causal convolution, by identity, the last input frames: what it needs to go on with the frames after them."""
 
 GROUPS = 32
 MAX_ELEMENTS = 2**30
 """Largest tensor handed to one convolution or norm: kernels index with 32 bits, and 20 frames of 544x992 with 256
 channels are 2.8e9 elements. Larger ones go through in slices of whole frames, which changes no result."""
+SCALE = 16
+"""Rows and columns of a frame for one of the latents."""
 FOREIGN_FRAMES = 3
 """Every doubling of time starts with copies of the first frame, which the causal chunk does not own."""
 QUERY_SLICE = 2048
 """Queries of the middle attention that are computed at once; a chunk has 42,160 tokens at 544x992."""
+NORM_PARTS = 4
+"""In strips, a norm takes this part of a frame's groups at once: groups have nothing to do with each other."""
+RING = 2
+"""Buffers on the device for each direction: one is copied while the other is worked on."""
+SMALLER = ((1, 1), (1, 4), (1, 16))
+"""Frames at a time and strips that a chunk is decoded in when there was not enough memory for more."""
+
+
+class HostFrames:
+    """The input frames that convolutions keep for their next call, strip by strip, outside the device's memory.
+
+    On CUDA they lie in pinned host memory and move on two streams beside the computation, through :data:`RING` buffers
+    in each direction: the host runs ahead, so the copies of a strip start while the one before it is computed. At
+    544x992 a chunk moves 38 GB each way in 4 strips, two frames at a time, and twice as much frame by frame. Elsewhere
+    the host's memory is the device's, and they are plain copies. One object serves many calls, because pinning is slow;
+    :meth:`close` it at the end.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.kept: dict[tuple[int, int], Tensor] = {}
+        self.slabs: list[HostSlab] = []
+        self.valid: dict[tuple[int, int], torch.cuda.Event | None] = {}
+        self.cuda = device.type == "cuda"
+        if self.cuda:
+            self.inward, self.outward = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            self.rings: list[list[Tensor]] = [[], []]
+            self.free: list[list[torch.cuda.Event | None]] = [[], []]  # when a buffer was read
+            self.turn = [0, 0]
+
+    def restart(self) -> None:
+        """Forgets all frames and keeps the memory: a new chunk begins."""
+        self.valid.clear()
+
+    def exchange(self, key: tuple[int, int], lines: Tensor, front: int) -> None:
+        """Puts the kept frames before those in ``lines [B, C, front + t, h, W]`` (zeros at first); keeps the last."""
+        before, last = lines[:, :, :front], lines[:, :, -front:]
+        known = key in self.valid
+        if key not in self.kept:
+            self.kept[key] = self._reserve(before)
+        if not known:
+            before.zero_()
+        elif self.cuda:
+            self._fetch(key, before)
+        else:
+            before.copy_(self.kept[key])
+        if self.cuda:
+            self._send(key, last)
+        else:
+            self.kept[key].copy_(last)
+            self.valid[key] = None
+
+    def close(self) -> None:
+        """Waits for the copies and gives the memory back."""
+        if self.cuda:
+            self.inward.synchronize()
+            self.outward.synchronize()
+            self.rings = [[], []]
+        self.kept.clear()
+        self.valid.clear()
+        for slab in self.slabs:
+            slab.close()
+        self.slabs.clear()
+
+    def _reserve(self, like: Tensor) -> Tensor:
+        if not self.cuda:
+            return _host_frames(like)
+        layout = lay_out({"frames": torch.empty(like.shape, dtype=like.dtype, device="meta")})
+        slab = HostSlab(layout)
+        with contextlib.suppress(PinError):  # slow, but right: such copies wait for one another
+            slab.pin()
+        self.slabs.append(slab)
+        return layout.places["frames"].view(slab.memory)
+
+    def _buffer(self, way: int, like: Tensor) -> tuple[int, Tensor]:
+        """The next buffer of a direction, once the current stream (out) or the inward one may write it."""
+        ring, main = self.rings[way], torch.cuda.current_stream(self.device)
+        if not ring or ring[0].numel() < like.numel():
+            # Freed while copies are under way: the allocator has to know of them.
+            ring[:] = [torch.empty(like.numel(), dtype=like.dtype, device=self.device) for _ in range(RING)]
+            for buffer in ring:
+                buffer.record_stream(self.outward if way else self.inward)
+            self.free[way] = [None] * RING
+            if not way:
+                self.inward.wait_stream(main)  # the memory may have had another use on it until now
+        self.turn[way] = slot = (self.turn[way] + 1) % RING
+        event = self.free[way][slot]
+        if event is not None:
+            (main if way else self.inward).wait_event(event)
+        return slot, ring[slot][: like.numel()].view(like.shape)
+
+    def _fetch(self, key: tuple[int, int], into: Tensor) -> None:
+        main = torch.cuda.current_stream(self.device)
+        slot, buffer = self._buffer(0, into)
+        stored = self.valid[key]
+        with torch.cuda.stream(self.inward):
+            if stored is not None:
+                self.inward.wait_event(stored)
+            buffer.copy_(self.kept[key], non_blocking=True)
+        main.wait_event(self.inward.record_event())
+        into.copy_(buffer)
+        self.free[0][slot] = main.record_event()
+
+    def _send(self, key: tuple[int, int], last: Tensor) -> None:
+        # What is overwritten in host memory was fetched before: `last` itself waited for that.
+        main = torch.cuda.current_stream(self.device)
+        slot, buffer = self._buffer(1, last)
+        buffer.copy_(last)
+        self.outward.wait_event(main.record_event())
+        with torch.cuda.stream(self.outward):
+            self.kept[key].copy_(buffer, non_blocking=True)
+        self.free[1][slot] = self.valid[key] = self.outward.record_event()
+
+
+def _host_frames(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
+class Past:
+    """What a decoding in slices of time goes on from: of each causal convolution the last input frames.
+
+    Frames higher than ``rows`` are worked on in strips of so many rows, and their past frames are in ``host``; those of
+    lower ones, which are small, stay on the device.
+    """
+
+    def __init__(self, rows: int | None = None, host: HostFrames | None = None) -> None:
+        self.kept: dict[int, Tensor] = {}
+        self.rows, self.host = rows, host
+
+    def divides(self, height: int) -> bool:
+        return self.rows is not None and self.rows < height
+
+
+def strip_rows(height: int, strips: int) -> int:
+    """Rows of each strip of a frame, at all levels."""
+    return -(-height // strips)
+
+
+def _strips(height: int, rows: int) -> Iterator[tuple[int, int]]:
+    """First and last row (not included) of each strip."""
+    for top in range(0, height, rows):
+        yield top, min(top + rows, height)
+
+
+def _with_halo(x: Tensor, top: int, bottom: int, halo: int, front: int = 0) -> Tensor:
+    """Rows of ``x [B, C, T, H, W]`` with ``halo`` more on both sides, zeros beyond the border, and room for ``front``
+    frames before them: ``[B, C, front + T, bottom - top + 2 halo, W]``."""
+    b, c, t, height, width = x.shape
+    lines = x.new_empty(b, c, front + t, bottom - top + 2 * halo, width)
+    first, last = max(top - halo, 0), min(bottom + halo, height)
+    start, stop = first - top + halo, last - top + halo
+    lines[:, :, front:, :start] = 0
+    lines[:, :, front:, start:stop] = x[:, :, :, first:last]
+    lines[:, :, front:, stop:] = 0
+    return lines
 
 
 def _by_frames(fn: Callable[[Tensor], Tensor], x: Tensor, channels: int) -> Tensor:
@@ -71,6 +228,27 @@ class GroupNorm(nn.GroupNorm):
             return normed.to(x.dtype)
         return super().forward(x)
 
+    def silu(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """silu(norm(x)) with hardly any memory beside ``out``, which may be ``x``. Not for training."""
+        return self._by_groups(x, torch.empty_like(x) if out is None else out, silu=True)
+
+    def in_place(self, x: Tensor) -> Tensor:
+        """norm(x) over ``x``, with hardly any memory beside it. Not for training."""
+        return self._by_groups(x, x, silu=False)
+
+    def _by_groups(self, x: Tensor, out: Tensor, silu: bool) -> Tensor:
+        width = x.shape[1] // NORM_PARTS
+        for t in range(x.shape[2]):
+            for first in range(0, x.shape[1], width):
+                part = slice(first, first + width)
+                # The kernel of a whole norm, so that mean and deviation are rounded as there.
+                y = F.group_norm(
+                    x[:, part, t].contiguous(), GROUPS // NORM_PARTS, self.weight[part], self.bias[part], self.eps
+                )
+                out[:, part, t] = F.silu(y, inplace=True) if silu else y
+                del y
+        return out
+
 
 def _rounds_once(module: nn.Module, x: Tensor) -> bool:
     """Whether a layer of the encoder has to be computed in fp32, to round once in bf16 on CUDA as on the CPU.
@@ -95,12 +273,15 @@ class CausalConv3d(nn.Module):
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         """With ``past``, ``x`` are the frames after those of the call before; it is updated. Only for stride 1."""
         front, stride = self.front, self.stride
+        if past is not None and past.divides(x.shape[3]):
+            return self.in_strips(x, past)
         if past is not None and front:
-            before = past.get(id(self))
+            before = past.kept.pop(id(self), None)
             if before is None:
                 before = x.new_zeros(*x.shape[:2], front, *x.shape[3:])
             x = torch.cat([before, x], dim=2)
-            past[id(self)] = x[:, :, -front:].clone()  # a view would keep all of x
+            del before
+            past.kept[id(self)] = x[:, :, -front:].clone()  # a view would keep all of x
             front = 0
         outputs = (x.shape[2] + front - self.conv.kernel_size[0]) // stride + 1
         widest = max(x.shape[1] * stride * stride, self.conv.out_channels)
@@ -114,6 +295,22 @@ class CausalConv3d(nn.Module):
                 frames = F.pad(frames, (0, 0, 0, 0, -first, 0))
             parts.append(_convolve(self.conv, frames))
         return parts[0] if len(parts) == 1 else _gather(parts)
+
+    def in_strips(self, x: Tensor, past: Past, onto: Tensor | None = None) -> Tensor:
+        """The same by strips of rows. With ``onto`` the result is added to that, in place. Not for training."""
+        assert past.rows is not None
+        out = x.new_empty(x.shape[0], self.conv.out_channels, *x.shape[2:]) if onto is None else onto
+        for i, (top, bottom) in enumerate(_strips(x.shape[3], past.rows)):
+            lines = _with_halo(x, top, bottom, self.front // 2, self.front)
+            if self.front and past.host is not None:
+                past.host.exchange((id(self), i), lines, self.front)
+            y = F.conv3d(lines, self.conv.weight, self.conv.bias, padding=(0, 0, self.front // 2))
+            if onto is None:
+                out[:, :, :, top:bottom] = y
+            else:
+                out[:, :, :, top:bottom] += y
+            del lines, y
+        return out
 
 
 class ResnetBlock(nn.Module):
@@ -130,11 +327,21 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         # The zero frames come after norm and SiLU, that is, they really are zero where the convolution reads them.
+        if past is not None and past.divides(x.shape[3]):
+            return self._in_strips(x, past)
         h = self.conv1(F.silu(self.norm1(x), inplace=_may_write(x)), past)
         h = self.conv2(F.silu(self.norm2(h), inplace=_may_write(x)), past)
         if hasattr(self, "nin_shortcut"):
             x = self.nin_shortcut(x)
         return h.add_(x) if _may_write(x) else x + h
+
+    def _in_strips(self, x: Tensor, past: Past) -> Tensor:
+        """Writes to ``x`` where it can: norms in place, and the second convolution onto the shortcut."""
+        h = self.conv1(self.norm1.silu(x), past)
+        h = self.norm2.silu(h, out=h)
+        if hasattr(self, "nin_shortcut"):
+            x = self.nin_shortcut(x, past)
+        return self.conv2.in_strips(h, past, onto=x)
 
 
 def _may_write(x: Tensor) -> bool:
@@ -237,7 +444,21 @@ class Upsample2d(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        if past is not None and past.divides(2 * x.shape[3]):
+            return self._in_strips(x, past)
         return _by_frames(lambda part: _frame_conv(self.conv, _nearest(part, time=False)), x, 4 * x.shape[1])
+
+    def _in_strips(self, x: Tensor, past: Past) -> Tensor:
+        assert past.rows is not None
+        b, c, t, height, width = x.shape
+        out = x.new_empty(b, c, t, 2 * height, 2 * width)
+        for i in range(t):
+            for top, bottom in _strips(height, -(-past.rows // 2)):
+                # One row of the small frame is two; the convolution looks at one of them.
+                lines = _nearest(_with_halo(x[:, :, i : i + 1], top, bottom, 1), time=False)[:, :, 0, 1:-1]
+                out[:, :, i, 2 * top : 2 * bottom] = F.conv2d(lines, self.conv.weight, self.conv.bias, padding=(0, 1))
+                del lines
+        return out
 
 
 class UpsampleBlock(nn.Module):
@@ -255,6 +476,14 @@ class UpsampleBlock(nn.Module):
         h = self.norm2(self.conv2(h, past))
         return F.silu(h + x) + x
 
+    def in_strips(self, low: Tensor, past: Past) -> Tensor:
+        """From what is yet to be doubled: it is doubled twice, so that it does not wait beside both convolutions."""
+        h = self.conv1(_nearest(low, time=True), past)
+        h = self.conv2(self.norm1.silu(h, out=h), past)
+        h = self.norm2.in_place(h)
+        x = _nearest(low, time=True)
+        return F.silu(h.add_(x), inplace=True).add_(x)
+
 
 class Upsample3d(nn.Module):
     def __init__(self, channels: int) -> None:
@@ -262,6 +491,8 @@ class Upsample3d(nn.Module):
         self.conv3d = UpsampleBlock(channels)
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        if past is not None and past.divides(2 * x.shape[3]):
+            return self.conv3d.in_strips(x, past)
         return self.conv3d(_nearest(x, time=True), past)
 
 
@@ -390,27 +621,262 @@ class Decoder(nn.Module):
         return self.mid(x)
 
     def finish(self, x: Tensor, past: Past | None = None) -> Tensor:
+        if past is not None and past.divides(x.shape[3]):
+            return self.conv_out(self.norm_out.silu(x, out=x), past)
         return self.conv_out(F.silu(self.norm_out(x), inplace=_may_write(x)), past)
 
-    def slices(self, z: Tensor, frames: int) -> Iterator[Tensor]:
+    def slices(self, z: Tensor, frames: int, strips: int = 1, host: HostFrames | None = None) -> Iterator[Tensor]:
         """The same frames as of a call, in pieces ``[B, 3, t, H, W]`` as they get ready, in far less memory.
 
-        Each level works on ``frames`` frames at a time and hands each result on before it takes the next ones; of the
-        others only what later ones depend on is kept: two input frames of each convolution (4.3 GB in bf16 at 544x992,
-        in place of 20 GB for a whole chunk's largest tensors).
+        Each level hands its result on before it takes the next frames; of the others only what later ones depend on is
+        kept: two input frames of each convolution, 4.3 GB in bf16 at 544x992. :func:`decode_bytes` counts the peak.
+
+        Args:
+            z: latents of one chunk, ``[B, z, T, h, w]``.
+            frames: how many go through the widest levels at a time.
+            strips: more than 1: convolutions take a frame in so many strips (fewer at lower levels, which are as high
+                as the strips of the widest), and past frames of what is divided are kept in host memory. Statistics
+                are of whole frames. Not for training.
+            host: serves many calls, with the same sizes; by default each pins its own memory.
+
+        Raises:
+            ValueError: ``frames`` or ``strips`` below 1, or strips while gradients are recorded.
         """
+        if min(frames, strips) < 1:
+            raise ValueError(f"frames and strips have to be at least 1, not {frames} and {strips}")
+        if strips == 1:
+            yield from self._own_frames(z, Past(), frames)
+            return
+        if torch.is_grad_enabled():
+            raise ValueError("strips write over intermediate results: decode under torch.no_grad() or inference_mode()")
+        mine = HostFrames(z.device) if host is None else host
+        mine.restart()
+        try:
+            yield from self._own_frames(z, Past(strip_rows(SCALE * z.shape[3], strips), mine), frames)
+        finally:
+            if host is None:
+                mine.close()
+
+    def _own_frames(self, z: Tensor, past: Past, frames: int) -> Iterator[Tensor]:
         foreign = FOREIGN_FRAMES
-        for piece in self._climb(self.middle(z), len(self.up) - 1, {}, frames):
+        for piece in self._climb(self.middle(z), len(self.up) - 1, past, frames):
             if foreign < piece.shape[2]:
                 yield piece[:, :, foreign:]
             foreign = max(0, foreign - piece.shape[2])
+            del piece
 
     def _climb(self, x: Tensor, level: int, past: Past, frames: int) -> Iterator[Tensor]:
-        for part in x.split(frames, dim=2):
+        # Levels that still double time take fewer, so that what they make goes on at once.
+        doublings = sum(isinstance(getattr(up, "upsample", None), Upsample3d) for up in self.up[: level + 1])
+        count = max(1, frames >> doublings)
+        # Each part on its own: a view of x would keep all of it until the last.
+        parts = [x] if count >= x.shape[2] else [part.clone() for part in x.split(count, dim=2)]
+        del x
+        while parts:
             if level < 0:
-                yield self.finish(part, past)
+                yield self.finish(parts.pop(0), past)
             else:
-                yield from self._climb(self.up[level](part, past), level - 1, past, frames)
+                yield from self._climb(self.up[level](parts.pop(0), past), level - 1, past, frames)
+
+
+@dataclass(frozen=True)
+class _Count:
+    """Counts the bytes alive while one chunk is decoded, level by level, along the lines of :class:`Decoder`.
+
+    Each moment that may be the largest is one sum. See :func:`decode_bytes`.
+    """
+
+    config: VAEConfig
+    height: int
+    width: int
+    frames: int | None
+    strips: int
+    itemsize: int
+
+    @property
+    def rows(self) -> int:
+        return strip_rows(self.height, self.strips)
+
+    def divided(self, level: int) -> bool:
+        return self.strips > 1 and self.rows < self.height >> level
+
+    def tensor(self, level: int, channels: int, frames: int) -> int:
+        """Bytes of frames at the resolution of a level."""
+        return channels * frames * (self.height >> level) * (self.width >> level) * self.itemsize
+
+    def strip(self, level: int, channels: int, frames: int, halo: int = 2) -> int:
+        rows = min(self.rows, self.height >> level)
+        return channels * frames * (rows + halo) * (self.width >> level) * self.itemsize
+
+    def walk(self) -> Iterator[tuple[int, int, int, int, list[tuple[int, int]]]]:
+        """Of each level, lowest resolution first: its index, frames that come, frames at a time, channels that come,
+        and the channels in and out of its blocks."""
+        config = self.config
+        widths = [config.decoder_ch * m for m in config.decoder_ch_mult]
+        last, come = widths[-1], 2 * CHUNK_LATENTS - 1
+        for level in reversed(range(len(widths))):
+            doublings = sum(1 for i in config.temporal_up_layers if 0 < i <= level)
+            now = come if self.frames is None else min(come, max(1, self.frames >> doublings))
+            blocks = [(last if i == 0 else widths[level], widths[level]) for i in range(config.num_res_blocks + 1)]
+            yield level, come, now, last, blocks
+            come, last = now * (2 if level in config.temporal_up_layers else 1), widths[level]
+
+    def past(self) -> int:
+        """Frames that convolutions keep on the device."""
+        if self.frames is None:
+            return 0
+        total = 0
+        for level, _, _, _, blocks in self.walk():
+            width = blocks[-1][1]
+            if not self.divided(level):
+                total += sum(self.tensor(level, i + o, 2) for i, o in blocks)
+                total += self.tensor(0, width, 2) if level == 0 else 0
+            if level in self.config.temporal_up_layers and level and not self.divided(level - 1):
+                total += self.tensor(level - 1, 2 * width, 2)
+        return total
+
+    def peak(self) -> int:
+        """The largest of the moments of all levels, with what waits at the levels before and what is kept."""
+        past, waiting = self.past(), 0
+        lowest = self.config.decoder_ch * self.config.decoder_ch_mult[-1]
+        low = len(self.config.decoder_ch_mult) - 1
+        # The middle: x, its norm, q, k, v and their rearranged copies, result and projection of the attention.
+        peaks = [9 * self.tensor(low, lowest, 2 * CHUNK_LATENTS - 1)]
+        for level, come, now, channels, blocks in self.walk():
+            waiting += self.tensor(level, channels, come - now)
+            if come > now:  # for a moment, the whole beside its parts
+                peaks.append(waiting + self.tensor(level, channels, come + now) + past)
+            moments = self._divided(level, now, blocks) if self.divided(level) else self._whole(level, now, blocks)
+            # The first block reads the level's input itself; beside the others it stays, as an argument of the call.
+            entry = self.tensor(level, channels, now)
+            peaks += [waiting + past + moment + (0 if first else entry) for first, moment in moments]
+            peaks += [waiting + past + entry + moment for moment in self._up(level, now, blocks[-1][1])]
+        return max(peaks)
+
+    def _at_once(self, level: int, channels: int) -> int:
+        """Frames of one call under :data:`MAX_ELEMENTS`."""
+        return max(1, MAX_ELEMENTS * self.itemsize // self.tensor(level, channels, 1))
+
+    def _norm(self, level: int, channels: int, frames: int) -> int:
+        """What a norm takes beside input and output when it goes by groups: a part's result, and its copy."""
+        return self.tensor(level, channels, 1 if frames == 1 else 2) // NORM_PARTS
+
+    def _divided(self, level: int, n: int, blocks: list[tuple[int, int]]) -> Iterator[tuple[bool, int]]:
+        """Of the blocks of a level: whether it is the first one, and a moment's bytes."""
+        for i, (wide, out) in enumerate(blocks):
+            x, h = self.tensor(level, wide, n), self.tensor(level, out, n)
+            first = self.strip(level, wide, 2 + n) + self.strip(level, out, n, 0)
+            second = self.strip(level, out, 2 + n) + self.strip(level, out, n, 0)
+            yield i == 0, 2 * x + max(self._norm(level, wide, n), h + first)
+            yield i == 0, x + h + self._norm(level, out, n)
+            yield i == 0, x + h + (h if wide != out else 0) + second
+        if level == 0:
+            yield False, x + self._norm(0, out, n) + self.strip(0, out, 2 + n)
+
+    def _whole(self, level: int, n: int, blocks: list[tuple[int, int]]) -> Iterator[tuple[bool, int]]:
+        """The same of a level that is not divided."""
+        for i, (wide, out) in enumerate(blocks):
+            x, h = self.tensor(level, wide, n), self.tensor(level, out, n)
+            yield i == 0, x + self._whole_norm(level, wide, n)
+            yield i == 0, 2 * x + self._convolution(level, wide, out, n)
+            yield i == 0, x + h + self._whole_norm(level, out, n)
+            yield i == 0, x + 2 * h + self._convolution(level, out, out, n)
+        if level == 0:
+            yield False, 2 * x + self._convolution(0, out, self.config.out_channels, n)
+
+    def _whole_norm(self, level: int, channels: int, n: int) -> int:
+        """Output, and the input's copy with frames in front; in slices of frames, the parts before they are joined."""
+        return self.tensor(level, channels, 2 * n if n > 1 else 1)
+
+    def _convolution(self, level: int, wide: int, out: int, n: int) -> int:
+        """Output, and the input with two frames more; in slices of frames, the parts before they are joined."""
+        sliced = n > self._at_once(level, max(wide, out))
+        made = self.tensor(level, out, 2 * n if sliced else n)
+        # Without past frames, zeros are put before the first slice only, and that is gone when the parts are joined.
+        return made if sliced and self.frames is None else made + self.tensor(level, wide, n + 2)
+
+    def _up(self, level: int, n: int, width: int) -> Iterator[int]:
+        """The change to the next resolution."""
+        if level == 0:
+            return
+        x, above = self.tensor(level, width, n), level - 1
+        if level not in self.config.temporal_up_layers:
+            big = self.tensor(above, width, n)
+            # Doubled input and output; in slices of frames, the parts before they are joined.
+            yield x + big + (2 * self.strip(above, width, 1) if self.divided(above) else big)
+            return
+        big = self.tensor(above, width, 2 * n)
+        if self.divided(above):
+            yield (
+                x
+                + 2 * big
+                + max(
+                    self.strip(above, width, 2 + 2 * n) + self.strip(above, width, 2 * n, 0),
+                    self._norm(above, width, 2 * n),
+                )
+            )
+        else:
+            yield x + big + self._convolution(above, width, width, 2 * n)
+            yield x + 2 * big + self._convolution(above, width, width, 2 * n)
+            yield x + 2 * big + self._whole_norm(above, width, 2 * n)
+            yield x + 4 * big
+
+    def largest_convolution(self) -> int:
+        """Input and output of one call."""
+        sizes = [0]
+
+        def whole(level: int, wide: int, out: int, n: int) -> None:
+            n = min(n, self._at_once(level, max(wide, out)))
+            sizes.append(self.tensor(level, wide, n + 2) + self.tensor(level, out, n))
+
+        def divided(level: int, wide: int, out: int, n: int) -> None:
+            sizes.append(self.strip(level, wide, n + 2) + self.strip(level, out, n, 0))
+
+        for level, _, now, _, blocks in self.walk():
+            for wide, out in blocks:
+                (divided if self.divided(level) else whole)(level, wide, out, now)
+            if level:
+                width = blocks[-1][1]
+                n = 2 * now if level in self.config.temporal_up_layers else now
+                (divided if self.divided(level - 1) else whole)(level - 1, width, width, n)
+        return max(sizes)
+
+    def ring(self) -> int:
+        """Buffers between the device and the past frames in host memory."""
+        largest = 0
+        for level, _, _, _, blocks in self.walk():
+            if self.divided(level):
+                largest = max([largest, *(self.strip(level, max(block), 2) for block in blocks)])
+            if level in self.config.temporal_up_layers and level and self.divided(level - 1):
+                largest = max(largest, self.strip(level - 1, blocks[-1][1], 2))
+        return 2 * RING * largest
+
+
+def decode_bytes(
+    config: VAEConfig, height: int, width: int, frames: int | None, strips: int = 1, itemsize: int = 2
+) -> int:
+    """Peak bytes on the device, beside the weights, while one chunk of 17 frames is decoded.
+
+    Counted from shapes, tensor by tensor (tests hold it against a run), and :func:`workspace_bytes`. Arguments are
+    those of :func:`decode_chunks`; ``height`` and ``width`` are pixels. With strips, 2 to 5 GB of host memory more.
+    """
+    counted = _count(config, height, width, frames, strips, itemsize).peak()
+    return counted + workspace_bytes(config, height, width, frames, strips, itemsize)
+
+
+def workspace_bytes(
+    config: VAEConfig, height: int, width: int, frames: int | None, strips: int = 1, itemsize: int = 2
+) -> int:
+    """The part of :func:`decode_bytes` that is no tensor of the decoder: buffers for copies to and from host memory,
+    and as an allowance for a convolution's workspace its input and output once more, in the order cuDNN wants."""
+    count = _count(config, height, width, frames, strips, itemsize)
+    return count.largest_convolution() + count.ring()
+
+
+def _count(config: VAEConfig, height: int, width: int, frames: int | None, strips: int, itemsize: int) -> _Count:
+    if min(height, width) < SCALE or strips < 1 or (frames is not None and frames < 1):
+        raise ValueError(f"no frames of {height}x{width}, {frames} at a time in {strips} strips")
+    return _Count(config, height, width, 1 if strips > 1 and frames is None else frames, strips, itemsize)
 
 
 class VideoAutoencoder(nn.Module):
@@ -446,29 +912,101 @@ def encode_video(encoder: nn.Module, video: Tensor) -> tuple[Tensor, Tensor]:
     return mean, logvar.clamp(-30.0, 20.0)
 
 
-def decode_chunks(decoder: nn.Module, latents: Tensor, frames: int | None = None) -> Iterator[Tensor]:
+def decode_chunks(
+    decoder: nn.Module,
+    latents: Tensor,
+    frames: int | None = None,
+    strips: int = 1,
+    on_retry: Callable[[str], None] | None = None,
+) -> Iterator[Tensor]:
     """Decodes 3 latent frames at a time and yields frames ``[B, n, 3, H, W]`` as soon as they are final.
 
     The last frame of each chunk is held back, because the next chunk blends into it. ``frames`` is how many go through
-    the wide levels at once (see :meth:`Decoder.slices`); by default a whole chunk.
+    the wide levels at once, by default a whole chunk, and ``strips`` what they are divided into (see
+    :meth:`Decoder.slices`; strips of whole chunks are those of single frames).
+
+    Where the memory is not enough, the chunk begins again with the next of :data:`SMALLER`, from the frame on that had
+    not left, and the chunks after it stay with that. ``on_retry`` is told in words.
+
+    Raises:
+        torch.OutOfMemoryError: also the last of them takes too much.
+        ValueError: as of :meth:`Decoder.slices`.
     """
+    if strips > 1 and frames is None:
+        frames = 1
     held: Tensor | None = None
-    for part in latents.split(CHUNK_LATENTS, dim=1):
-        z = part.transpose(1, 2)
-        border = True
-        for piece in [decoder(z)] if frames is None else cast(Decoder, decoder).slices(z, frames):
-            piece = piece.transpose(1, 2)
-            if held is not None:
-                if border:
-                    blend_border(held, piece[:, :1])
-                yield held
-            border = False
-            if piece.shape[1] > 1:
-                yield piece[:, :-1]
-            held = piece[:, -1:].clone()
-            del piece
+    work = _ChunkDecoder(decoder, frames, strips)
+    try:
+        for part in latents.split(CHUNK_LATENTS, dim=1):
+            border = True
+            for piece in work.decode(part.transpose(1, 2), on_retry):
+                piece = piece.transpose(1, 2)
+                if held is not None:
+                    if border:
+                        blend_border(held, piece[:, :1])
+                    yield held
+                border = False
+                if piece.shape[1] > 1:
+                    yield piece[:, :-1]
+                held = piece[:, -1:].clone()
+                del piece
+    finally:
+        work.close()
     if held is not None:
         yield held
+
+
+class _ChunkDecoder:
+    """Decodes one chunk after the other, and with less memory from the first that there was not enough for."""
+
+    def __init__(self, decoder: nn.Module, frames: int | None, strips: int) -> None:
+        self.decoder, self.frames, self.strips = decoder, frames, strips
+        self.host: HostFrames | None = None
+
+    def decode(self, z: Tensor, on_retry: Callable[[str], None] | None) -> Iterator[Tensor]:
+        """The frames ``[B, 3, t, H, W]`` of a chunk, each once."""
+        done = 0  # frames of this chunk that have left
+        while True:
+            # The error's traceback holds the tensors of all that was under way: nothing is freed before `except` ends.
+            try:
+                skip = done
+                for piece in self._pieces(z):
+                    new = piece[:, :, skip:]
+                    skip = max(0, skip - piece.shape[2])
+                    del piece
+                    if new.shape[2]:
+                        done += new.shape[2]
+                        yield new
+                    del new
+                return
+            except torch.OutOfMemoryError:
+                if not self._reduce():
+                    raise
+            self.close()
+            if z.is_cuda:
+                torch.cuda.empty_cache()
+            if on_retry is not None:
+                on_retry("frame by frame" + (f" in {self.strips} strips" if self.strips > 1 else ""))
+
+    def close(self) -> None:
+        if self.host is not None:
+            self.host.close()
+            self.host = None
+
+    def _pieces(self, z: Tensor) -> Iterator[Tensor]:
+        if self.frames is None:
+            yield self.decoder(z)
+            return
+        if self.strips > 1 and self.host is None:
+            self.host = HostFrames(z.device)
+        yield from cast(Decoder, self.decoder).slices(z, self.frames, self.strips, self.host)
+
+    def _reduce(self) -> bool:
+        for frames, strips in SMALLER:
+            if strips >= self.strips and (self.frames is None or frames < self.frames or strips > self.strips):
+                self.frames, self.strips = frames, strips
+                return True
+        return False
 
 
 def blend_border(last: Tensor, first: Tensor) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -354,7 +355,7 @@ def test_stages_free_what_they_no_longer_need(pipe: StepVideoPipeline, monkeypat
 
     alive: dict[str, weakref.ref[torch.nn.Module]] = {}
     together: list[set[str]] = []
-    real = pipeline_module.load
+    real, real_each = pipeline_module.load, text.load_each
 
     def watched(component: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
         gc.collect()
@@ -363,6 +364,12 @@ def test_stages_free_what_they_no_longer_need(pipe: StepVideoPipeline, monkeypat
         alive[component.name] = weakref.ref(module)
         return module
 
+    def watched_each(component: Any, *args: Any, **kwargs: Any) -> Iterator[torch.nn.Module]:
+        for layer in real_each(component, *args, **kwargs):
+            alive[component.name] = weakref.ref(layer)
+            yield layer
+
+    monkeypatch.setattr(text, "load_each", watched_each)
     monkeypatch.setattr(pipeline_module, "load", watched)
     monkeypatch.setattr(text, "load", watched)
     pipe("a red panda", seed=7, **SMALL)

@@ -18,7 +18,7 @@ from solostep.engine.demo import demo_model
 from solostep.kernels.quantize import quantize_rows, unrotate
 from solostep.quant import linear as linear_module
 from solostep.quant.formats import FORMATS, check_format, install, is_storable, quantize, quantize_linear, stored
-from solostep.quant.linear import QuantizedLinear, assign, rotation_group
+from solostep.quant.linear import QuantizedLinear, assign, narrowed, rotation_group
 from solostep.quant.recipe import default_recipe
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny-stepvideo-t2v"
@@ -200,6 +200,72 @@ def test_errors_are_within_their_bounds(kind: Any) -> None:
         if kind.name in bounds:
             found = relative_error(made(name, weight, dtype=torch.bfloat16)(x), product)
             assert found < bounds[kind.name], (name, found)
+
+
+# --- some of the output channels ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*ALL, None])
+@pytest.mark.parametrize("bias", [False, True])
+def test_narrowed_gives_some_channels_without_a_copy(name: str | None, bias: bool) -> None:
+    weight, shift = random(48, 384, seed=1) * 0.05, random(48, seed=2) if bias else None
+    if name is None:
+        whole: Any = nn.Linear(384, 48, bias)
+        whole.load_state_dict({"weight": weight} | ({} if shift is None else {"bias": shift}))
+    else:
+        whole = made(name, weight, shift)
+    x = random(11, 384, seed=3)
+    out, known = whole(x), {n: p.data_ptr() for n, p in whole.named_parameters()}
+    for start, stop in ((0, 16), (16, 17), (5, 48), (0, 48)):
+        part: Any = narrowed(whole, start, stop)
+        assert type(part) is type(whole) and (part.in_features, part.out_features) == (384, stop - start)
+        # Sums of int8 products are exact; others may be added in another order.
+        assert relative_error(part(x), out[:, start:stop].double()) < 1e-6
+        if name in ("int8", "int8-plain"):
+            assert torch.equal(part(x), out[:, start:stop])
+            rows = quantize_rows(x, torch.int8, part.rotated_together)
+            assert torch.equal(part.product(*rows, torch.float32), out[:, start:stop])
+        for key, held in part._parameters.items():
+            if held is not None:
+                owner = getattr(whole, key)
+                assert held.untyped_storage().data_ptr() == owner.untyped_storage().data_ptr()
+        if name is not None:
+            assert torch.equal(part.dequantized(), whole.dequantized()[start:stop])
+            assert {k: tuple(p.shape) for k, p in part._parameters.items() if k != "bias"} == {
+                k: shape for k, (shape, _) in stored(name, 384, stop - start).items()
+            }
+    assert whole.out_features == 48 and {n: p.data_ptr() for n, p in whole.named_parameters()} == known
+    assert torch.equal(whole(x), out)
+
+
+def test_narrowed_follows_parameters_that_are_replaced() -> None:
+    """As streamed blocks' are, at each visit."""
+    module, other = made("int8", random(8, 64)), made("int8", random(8, 64, seed=9))
+    x = random(3, 64, seed=3)
+    first = narrowed(module, 2, 6)(x)
+    for name in ("weight", "weight_scale"):
+        module._parameters[name] = other._parameters[name]
+    assert torch.equal(narrowed(module, 2, 6)(x), other(x)[:, 2:6])
+    assert not torch.equal(first, other(x)[:, 2:6])
+
+
+def test_what_cannot_be_narrowed_is_refused() -> None:
+    class Tagged(Tensor):
+        pass
+
+    foreign = nn.Linear(8, 4)
+    foreign.weight = nn.Parameter(torch.ones(4, 8).as_subclass(Tagged))
+    for layer in (foreign, nn.LayerNorm(4), type("Linear4bit", (nn.Linear,), {})(8, 4)):
+        with pytest.raises(ValueError, match="head groups are not possible"):
+            narrowed(layer, 0, 2)
+    for start, stop in ((-1, 2), (2, 2), (3, 5)):
+        with pytest.raises(ValueError, match=r"Channels .* are not among the 4"):
+            narrowed(nn.Linear(8, 4), start, stop)
+    odd = made("nf4", random(6, 96))  # blocks of 64 go on from one row to the next
+    assert torch.equal(narrowed(odd, 2, 4)(random(3, 96)), odd(random(3, 96))[:, 2:4])
+    assert torch.equal(narrowed(odd, 0, 6)(random(3, 96)), odd(random(3, 96)))
+    with pytest.raises(ValueError, match="Channels 1 ... 4 of 96 nf4 weights each share blocks of 64"):
+        narrowed(odd, 1, 4)
 
 
 # --- numbers that are none, or nearly -----------------------------------------------------------------------------

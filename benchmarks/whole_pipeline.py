@@ -1,0 +1,228 @@
+"""Makes a full-size model of random weights, and runs the whole pipeline on it within budgets of memory.
+
+    python -m solostep.benchmarks.whole_pipeline make DIR --precision fp8 --text-precision int8
+    python -m solostep.benchmarks.whole_pipeline run DIR --vram 48GB --vram 24GB --steps 2 -o results.jsonl
+
+Each budget is a hard cap (torch's allocations beyond it fail). A line holds, for each stage, what the plan said and
+what it took: torch's peak, seconds, the host's peak; the card's own peak as its driver counts it, sampled every 20 ms,
+less what was taken before this process began; and each step's seconds. The weights are random: the video is noise, the
+work is the real one. Tokenizers are small ones, of the tests; prompts are cut or padded to the same 320 and 77 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from solostep.benchmarks.full_width import commit
+from solostep.engine.config import StepLLMConfig, TransformerConfig, VAEConfig
+from solostep.engine.models.clip import HunyuanClip
+from solostep.engine.models.step_llm import StepLLM
+from solostep.engine.models.transformer import StepVideoTransformer
+from solostep.engine.models.vae import VideoAutoencoder
+from solostep.engine.pipeline import StepVideoPipeline
+from solostep.engine.plan import parse_size
+from solostep.engine.quantization import linears
+from solostep.engine.rates import random_weights
+from solostep.engine.runtime import pick_device
+from solostep.quant.formats import quantize
+from solostep.quant.recipe import default_recipe
+
+TOKENIZERS = Path(__file__).resolve().parents[1] / "tests" / "golden" / "tiny-stepvideo-t2v"
+CLIP = {
+    "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
+    "vocab_size": 47020, "max_position_embeddings": 512, "type_vocab_size": 2, "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12, "model_type": "bert", "pad_token_id": 0,
+}  # fmt: skip
+PROMPT = "a red panda walks over a bridge in the morning fog"
+
+
+# --- the model ----------------------------------------------------------------------------------------------------
+
+
+def make(root: Path, precision: str, text_precision: str, device: torch.device) -> None:
+    """A model folder in the released layout at the released sizes."""
+    root.mkdir(parents=True)
+    for part in ("model_index.json", "scheduler", "hunyuan_clip/tokenizer", "step_llm/step1_chat_tokenizer.model"):
+        target = root / part
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (TOKENIZERS / part).is_dir() else shutil.copy)(TOKENIZERS / part, target)
+    config, llm = TransformerConfig(), StepLLMConfig()
+    write(root, "transformer", asdict(config), lambda: StepVideoTransformer(config), precision, device)
+    write(root, "step_llm", asdict(llm), lambda: StepLLM(llm), text_precision, device)
+    (root / "vae").mkdir()
+    vae = random_weights(lambda: VideoAutoencoder(VAEConfig()), device)
+    save_file({name: p.cpu() for name, p in vae.named_parameters()}, root / "vae" / "vae_v2.safetensors")
+    folder = root / "hunyuan_clip" / "clip_text_encoder"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CLIP))
+    clip = HunyuanClip(CLIP)
+    save_file({name: p.detach().contiguous() for name, p in clip.named_parameters()}, folder / "model.safetensors")
+
+
+def write(
+    root: Path, network: str, config: dict[str, Any], build: Callable[[], nn.Module], precision: str,
+    device: torch.device, shards: int = 6,
+) -> None:  # fmt: skip
+    """A network's folder; quantized unless ``precision`` is bf16. One shard is held in memory at a time."""
+    folder = root / network
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(
+        json.dumps({k: list(v) if isinstance(v, tuple) else v for k, v in config.items()})
+    )
+    model = random_weights(build, device)
+    recipe = None if precision == "bf16" else default_recipe(precision, network)
+    modules = {} if recipe is None else recipe.resolve(linears(model, network))
+    if recipe is not None:
+        values = {"solostep_quantization": 1, "precision": recipe.name, "recipe": recipe.as_dict(), "source": {}}
+        (folder / "quantization.json").write_text(json.dumps(values | {"modules": modules}))
+    stem = "diffusion_pytorch_model" if network == "transformer" else "model"
+    named, weight_map = list(model.named_parameters()), {}
+    for i in range(shards):
+        state: dict[str, torch.Tensor] = {}
+        for name, parameter in named[i * len(named) // shards : (i + 1) * len(named) // shards]:
+            path = name.removesuffix(".weight")
+            if path in modules:
+                state |= {f"{path}.{k}": t.cpu() for k, t in quantize(modules[path], parameter).items()}
+            else:
+                state[name] = parameter.cpu()
+        file = folder / f"{stem}-{i + 1:05d}-of-{shards:05d}.safetensors"
+        save_file(state, file)
+        weight_map |= {name: file.name for name in state}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    del model, named
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+# --- the runs -----------------------------------------------------------------------------------------------------
+
+
+class Frames:
+    """A sink that counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def write(self, frames: Any) -> None:
+        self.count += len(frames)
+
+
+@contextlib.contextmanager
+def driver_peak(device: torch.device, before: int) -> Iterator[dict[str, int]]:
+    """The most of the card's memory that was taken meanwhile, beside what was before."""
+    found, done = {"bytes": 0}, threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            free, total = torch.cuda.mem_get_info(device)
+            found["bytes"] = max(found["bytes"], total - free - before)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
+
+
+def driver_bytes() -> int:
+    """What the driver says is taken of the card, before this process takes anything."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
+    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) << 20
+
+
+def run(
+    folder: Path, vram: str | None, host_ram: str | None, before: int, decode: bool, texts: bool, **settings: Any
+) -> dict[str, Any]:
+    """One video within a budget; what each stage took beside its plan, and each step's seconds."""
+    pipe = StepVideoPipeline.from_pretrained(
+        folder, vram=vram, host_ram=host_ram, cache=not texts, attention=settings.pop("attention")
+    )
+    request = pipe.request(PROMPT, seed=1, **settings)
+    pipe.plan(**settings)  # measures the card's rates, once, so that the run's plan holds seconds
+    marks: list[float] = []
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "denoise":
+            torch.cuda.synchronize(pipe.device)
+            marks.append(time.perf_counter())
+
+    sink = Frames()
+    start = time.perf_counter()
+    with driver_peak(pipe.device, before) as driver:
+        made = pipe.generate([request], (lambda *_: contextlib.nullcontext(sink)) if decode else None, None, progress)
+        record, latents = next(made)
+        list(made)
+    if not bool(torch.isfinite(latents).all()):
+        raise RuntimeError("the latents are not finite")
+    digest = float(latents.double().abs().sum())
+    return {
+        "vram": vram, "host_ram": host_ram, "settings": record["settings"], "precision": record["precision"],
+        "attention": record["attention"], "seconds": round(time.perf_counter() - start, 2),
+        "step_seconds": [round(b - a, 3) for a, b in zip(marks, marks[1:], strict=False)],
+        "driver_peak_bytes": driver["bytes"], "frames": sink.count, "latents": digest, "events": record["events"],
+        "plan": {k: v for k, v in record["plan"].items() if k != "stages"}, "stages": pipe.memory_report(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    making = commands.add_parser("make")
+    making.add_argument("folder", type=Path)
+    making.add_argument("--precision", default="fp8")
+    making.add_argument("--text-precision", default="int8")
+    running = commands.add_parser("run")
+    running.add_argument("folder", type=Path)
+    running.add_argument("--vram", action="append", help="a budget; several are run one after the other")
+    running.add_argument("--host-ram")
+    running.add_argument("--attention")
+    running.add_argument("--frames", type=int, default=204)
+    running.add_argument("--height", type=int, default=544)
+    running.add_argument("--width", type=int, default=992)
+    running.add_argument("--steps", type=int, default=2)
+    running.add_argument("--latents-only", action="store_true", help="do not decode")
+    running.add_argument("--cached-texts", action="store_true", help="encode texts only if they were not before")
+    running.add_argument("-o", "--output", type=Path, help="append a JSON line for each budget")
+    args = parser.parse_args()
+    before = driver_bytes()
+    device = pick_device("cuda")
+    if args.command == "make":
+        make(args.folder, args.precision, args.text_precision, device)
+        return
+    for vram in args.vram or [None]:
+        if vram is not None:
+            parse_size(vram, "--vram")
+        line = run(
+            args.folder, vram, args.host_ram, before, not args.latents_only, not args.cached_texts,
+            attention=args.attention,
+            num_frames=args.frames, height=args.height, width=args.width, num_inference_steps=args.steps,
+        )  # fmt: skip
+        line |= {
+            "card": torch.cuda.get_device_name(device), "torch": torch.__version__, "cuda": torch.version.cuda,
+            "commit": commit(),
+        }  # fmt: skip
+        print(json.dumps(line), flush=True)
+        if args.output is not None:
+            with args.output.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

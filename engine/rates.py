@@ -1,0 +1,188 @@
+"""How fast a card computes blocks, takes copies and decodes, measured once for each precision and kept.
+
+One block of the released width with random weights at two lengths: what grows with the square of the length is
+attention's, the rest the linears' with all passes between them. Some seconds, and 4 GB of the card's memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import mmap
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..kernels.attention_check import median_ms
+from ..offload.planner import GUESS, Rates
+from ..quant.formats import install, quantize
+from ..quant.linear import assign
+from ..quant.recipe import Recipe
+from .config import CHUNK_FRAMES, CHUNK_LATENTS, TransformerConfig, VAEConfig, cache_dir
+from .doctor import attention_choice, choices_key
+from .models.fused import FusedBlocks
+from .models.transformer import TransformerBlock, rope_table
+from .models.vae import Decoder
+from .plan import Rated
+from .precision import OFFICIAL, Mode
+from .runtime import free_memory, numerics, release_memory
+
+log = logging.getLogger("solostep")
+LENGTHS = (8, 24)
+"""Latent frames of 32 x 32, 8,192 and 24,576 tokens."""
+TEXT_TOKENS = 397
+AT_A_STRETCH = 1000
+"""Milliseconds that a block is timed: a card that has just begun has a higher clock than one that works."""
+
+
+def random_weights(make: Callable[[], nn.Module], device: torch.device, seed: int = 0) -> Any:
+    """Builds a network in bf16 right on the device, with weights of variance 1 / fan-in and norms of one."""
+    with torch.device("meta"):
+        module = make()
+    module = module.to(torch.bfloat16).to_empty(device=device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if parameter.ndim < 2:
+            parameter.fill_(float(name.endswith("weight")))
+        else:
+            fan_in = parameter[0].numel() if "scale_shift" not in name else 16
+            parameter.normal_(0, fan_in**-0.5, generator=generator)
+    return module
+
+
+def quantized_block(block: TransformerBlock, recipe: Recipe | None, config: TransformerConfig) -> TransformerBlock:
+    """A block with the same weights in another precision; all that is not quantized is shared."""
+    if recipe is None:
+        return block
+    prefix = "transformer_blocks.0."
+    with torch.device("meta"):
+        made = TransformerBlock(config.inner_dim, config.attention_head_dim)
+    weights = {prefix + n: m.weight for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    formats = recipe.resolve(weights)
+    install(made, {name.removeprefix(prefix): kind for name, kind in formats.items()}, torch.bfloat16)
+    state = {n: p for n, p in block.named_parameters() if prefix + n.removesuffix(".weight") not in formats}
+    made.load_state_dict(state, strict=False, assign=True)
+    for name, kind in formats.items():
+        assign(made.get_submodule(name.removeprefix(prefix)), quantize(kind, weights[name]))
+    return made.eval().requires_grad_(False)
+
+
+def rates_file(device: torch.device, mode: Mode, attention: str) -> Path:
+    """Where the rates of a card are kept."""
+    key = json.dumps([choices_key(device), mode.name, mode.described(), attention], sort_keys=True)
+    return cache_dir() / "rates" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def known_rates(device: torch.device, mode: Mode, attention: str) -> Rated | None:
+    """The kept rates of a card; None where none were measured."""
+    try:
+        values = json.loads(rates_file(device, mode, attention).read_text(encoding="utf-8"))
+        numbers = [float(values[name]) for name in ("attention", "linears", "bus", "disk", "decode")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not all(0 < n < float("inf") for n in numbers):
+        return None
+    return Rated(Rates(*numbers[:4]), numbers[4])
+
+
+def measured_rates(device: torch.device, mode: Mode, attention: str) -> Rated:
+    """The rates of a card, measured now if they are not known."""
+    found = known_rates(device, mode, attention)
+    if found is None:
+        found = measure(device, mode, attention)
+        values = {**vars(found.blocks), "decode": found.decode}
+        file = rates_file(device, mode, attention)
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_name(f".{file.name}.{os.getpid()}")
+            temporary.write_text(json.dumps(values) + "\n", encoding="utf-8")
+            os.replace(temporary, file)
+    return found
+
+
+def measure(device: torch.device, mode: Mode, attention: str) -> Rated:
+    """Measures a card's rates; it has to have 4 GB free."""
+    start = time.perf_counter()
+    with numerics():
+        seconds = [block_seconds(device, mode.recipe, attention, frames) for frames in LENGTHS]
+        short, long = (1024 * frames for frames in LENGTHS)
+        dim = TransformerConfig().inner_dim
+        square = (seconds[1] / long - seconds[0] / short) / (long - short)
+        linear = seconds[0] / short - square * short
+        decode = decode_rate(device)
+        bus = bus_rate(device)
+    release_memory(device)
+    log.warning("measuring this card's speed for plans, %.1f s, once", time.perf_counter() - start)
+    return Rated(Rates(4 * dim / max(square, 1e-18), 28 * dim**2 / max(linear, 1e-15), bus, GUESS[3]), decode)
+
+
+def block_seconds(device: torch.device, recipe: Recipe | None, attention: str, frames: int) -> float:
+    """Of one block and one branch at 32 x 32 x ``frames`` tokens."""
+    config = TransformerConfig()
+    dim, fhw = config.inner_dim, (frames, 32, 32)
+    tokens = frames * 1024
+    block = random_weights(lambda: TransformerBlock(dim, config.attention_head_dim), device)
+    mine = quantized_block(block, recipe, config)
+    del block
+    rope = rope_table(fhw, torch.bfloat16, device)
+    x, text, modulation = (
+        torch.randn(1, *shape, device=device, dtype=torch.bfloat16) for shape in ((tokens, dim), (397, dim), (6 * dim,))
+    )
+    modulation /= 4
+    if attention == OFFICIAL:
+        return median_ms(lambda: mine(x, text, modulation, rope), device, AT_A_STRETCH) / 1e3
+    fused = FusedBlocks([text], attention, attention_choice(device, attention, tokens))
+
+    def run() -> None:
+        fused(0, 0, mine, x, modulation, rope)
+        x.clamp_(-64, 64)  # it is added to over and over
+
+    return median_ms(run, device, AT_A_STRETCH) / 1e3
+
+
+def bus_rate(device: torch.device) -> float:
+    """Bytes a second of a copy from pinned memory."""
+    source = torch.empty(256 << 20, dtype=torch.uint8).pin_memory()
+    target = torch.empty_like(source, device=device)
+    return source.numel() / median_ms(lambda: target.copy_(source, non_blocking=True), device, 200) * 1e3
+
+
+def decode_rate(device: torch.device) -> float:
+    """Pixels a second of the VAE's decoder."""
+    config = VAEConfig()
+    decoder = random_weights(lambda: Decoder(config), device)
+    height, width = (272, 496) if free_memory(device) > 8e9 else (96, 160)
+    z = torch.randn(1, config.z_channels, CHUNK_LATENTS, height // 16, width // 16, device=device, dtype=torch.bfloat16)
+    ms = median_ms(lambda: decoder(z), device, 500)
+    return CHUNK_FRAMES * height * width / ms * 1e3
+
+
+def disk_rate(files: Sequence[Path], most: int = 512 << 20) -> float | None:
+    """Bytes a second of reading the largest of some files past the page cache; None where that cannot be done."""
+    if not files:
+        return None
+    file = max(files, key=lambda f: f.stat().st_size)
+    piece = 16 << 20
+    buffer, rates = mmap.mmap(-1, piece), []
+    try:
+        handle = os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+    except OSError:
+        return None
+    try:
+        for _ in range(min(most, file.stat().st_size) // piece):
+            start = time.perf_counter()
+            got = os.readv(handle, [buffer])
+            rates.append(got / (time.perf_counter() - start))
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+    return statistics.harmonic_mean(rates) if rates else None

@@ -1,0 +1,229 @@
+"""`--vram`, `--host-ram` and `solostep plan`: no budget changes a bit, plans are told before, failures are survived."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from solostep import StepVideoPipeline
+from solostep.engine import pipeline as pipeline_module
+from solostep.engine.errors import SolostepError, UsageError
+from solostep.engine.plan import CONTEXT, ask, parse_size
+from solostep.engine.sampling import GuidedVelocity
+from solostep.engine.streaming import more_of
+from solostep.offload import planner
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+T2V, TI2V = GOLDEN / "tiny-stepvideo-t2v", GOLDEN / "tiny-stepvideo-ti2v"
+SMALL: dict[str, Any] = {"num_frames": 17, "height": 32, "width": 48, "num_inference_steps": 2, "progress": False}
+SETTINGS = {k: v for k, v in SMALL.items() if k != "progress"}
+GB = 10**9
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOLOSTEP_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def small_margin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What libraries take of a card is more than the whole demo model."""
+    monkeypatch.setattr(planner, "MARGIN", 40_000_000)
+
+
+def make(vram: int | None = None, host: int | None = None, **more: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Latents and record of a run of the demo model within a budget."""
+    pipe = StepVideoPipeline.from_pretrained(device="cpu", vram=vram, host_ram=host, **more)
+    request = pipe.request("a red circle moving right", seed=7, **SETTINGS)
+    ((record, latents),) = pipe.generate([request], None)
+    return latents, record
+
+
+def budgets(**more: Any) -> list[int]:
+    """From all that a run wants down to a quarter of the blocks."""
+    pipe = StepVideoPipeline.from_pretrained(device="cpu", vram="40GB", **more)
+    plan = pipe.plan(**SETTINGS)
+    whole = plan.blocks.device
+    assert max(stage.device for stage in plan.stages) == whole
+    return [40 * GB, whole - 1, whole - 4 * plan.network.block]
+
+
+@pytest.mark.parametrize("more", [{}, {"precision": "int8"}, {"precision": "fp8", "attention": "int8"}])
+def test_no_budget_changes_a_bit(more: dict[str, Any]) -> None:
+    want, record = make(**more)
+    assert record["plan"] is None and record["events"] == []
+    spared = []
+    for vram in budgets(**more):
+        found, record = make(vram, **more)
+        assert torch.equal(found, want)
+        assert record["plan"]["budget_bytes"] == vram >= record["plan"]["device_bytes"]
+        spared.append((record["plan"]["streamed_blocks"], not record["plan"]["keep_text"]))
+    assert spared[0] == (0, False) < spared[1] <= spared[2]
+
+
+def test_blocks_come_from_their_files_where_host_memory_is_short() -> None:
+    want, _ = make()
+    vram = budgets()[2]
+    plan = StepVideoPipeline.from_pretrained(device="cpu", vram=vram).plan(**SETTINGS)
+    assert plan.blocks.disk == 0 and plan.blocks.host > 3 * plan.network.block
+    found, record = make(vram, 3 * plan.network.block)
+    assert record["plan"]["blocks_from_disk"] > 0 and torch.equal(found, want)
+    with pytest.raises(SolostepError, match="The transformer takes"):  # quantized on load, it is in no file
+        make(budgets(precision="int8")[2], 10**6, precision="int8")
+
+
+def test_an_impossible_budget_says_what_would_do() -> None:
+    with pytest.raises(SolostepError, match=r"takes 0\.04\d+ GB at least for 17 frames of 32x48.*give --vram more"):
+        make(20_000_000)
+
+
+def test_the_environment_s_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOLOSTEP_VRAM", "12GB")
+    monkeypatch.setenv("SOLOSTEP_HOST_RAM", "3GiB")
+    pipe = StepVideoPipeline.from_pretrained(T2V, device="cpu")
+    assert (pipe.vram, pipe.host_ram) == (12 * GB, 3 * 2**30)
+    assert StepVideoPipeline.from_pretrained(T2V, device="cpu", vram="20GB").vram == 20 * GB
+    monkeypatch.setenv("SOLOSTEP_VRAM", "much")
+    with pytest.raises(UsageError, match=r"\$SOLOSTEP_VRAM much is no size; write it with its unit, as in 24GB"):
+        StepVideoPipeline.from_pretrained(T2V, device="cpu")
+
+
+def test_sizes() -> None:
+    for text, count in {"24GB": 24 * GB, "24 gb": 24 * GB, "1.5GiB": 3 * 2**29, "500MB": 5 * 10**8}.items():
+        assert parse_size(text, "--vram") == count
+    assert parse_size(24 * GB, "--vram") == 24 * GB
+    for wrong in ("24", "GB", "24 apples", "", "-3GB", 24, 0):
+        with pytest.raises(UsageError, match="--vram .*is no size"):
+            parse_size(wrong, "--vram")
+
+
+# --- failures -----------------------------------------------------------------------------------------------------
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
+    """Some calls of the model run out of memory."""
+    real, count = GuidedVelocity.__call__, 0
+
+    def call(self: GuidedVelocity, *args: Any) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count in calls:
+            raise torch.OutOfMemoryError("simulated")
+        return real(self, *args)
+
+    monkeypatch.setattr(GuidedVelocity, "__call__", call)
+
+
+def test_a_step_that_ran_out_of_memory_is_repeated_with_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    want, _ = make()
+    whole = budgets()[1] + 1
+    fail_at(monkeypatch, {2})
+    found, record = make(whole)
+    assert torch.equal(found, want) and len(record["events"]) == 1
+    assert "Out of memory at step 2" in record["events"][0] and "the step is repeated" in record["events"][0]
+    assert record["plan"]["streamed_blocks"] > 0 and record["plan"]["budget_bytes"] <= 0.9 * whole
+
+
+def test_it_gives_up_when_nothing_is_left_to_give(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pipe = StepVideoPipeline.from_pretrained(device="cpu", vram=budgets()[1] + 1)
+    fail_at(monkeypatch, set(range(2, 1000)))
+    kept = tmp_path / "kept.latents.safetensors"
+    with pytest.raises(SolostepError, match="at least for 17 frames"):
+        pipe("a red panda", seed=7, latents_path=kept, **SMALL)
+    assert kept.exists()
+
+
+def test_decoding_goes_on_in_smaller_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = StepVideoPipeline.from_pretrained(T2V, device="cpu")
+    want = pipe("a red panda", seed=7, **SMALL)
+    monkeypatch.setattr(pipeline_module.StepVideoPipeline, "_decoding", lambda self, *_: (1, 2))
+    found = StepVideoPipeline.from_pretrained(T2V, device="cpu")("a red panda", seed=7, **SMALL)
+    assert torch.equal(found.latents, want.latents)
+    assert abs(found.frames.astype(int) - want.frames.astype(int)).max() <= 2
+    assert "frame by frame in 2 strips" in found.record["events"][0]
+
+
+def test_more_blocks_leave_and_none_comes_back() -> None:
+    for old in ((), (3, 9), (0, 1, 2, 3)):
+        for wanted in range(len(old), 13):
+            found = more_of(12, old, wanted)
+            assert len(found) == wanted == len(set(found)) and set(old) <= set(found) <= set(range(12))
+            assert list(found) == sorted(found)
+
+
+def test_the_report_is_beside_the_plan() -> None:
+    pipe = StepVideoPipeline.from_pretrained(T2V, device="cpu", vram="40GB")
+    assert pipe.memory_report() == []
+    pipe("a red panda", seed=7, **SMALL)
+    lines = {line["stage"]: line for line in pipe.memory_report()}
+    assert {"text", "load transformer", "denoise", "load vae", "decode and write"} <= set(lines)
+    assert lines["denoise"]["planned_gpu_bytes"] > 0 and lines["denoise"]["seconds"] > 0
+
+
+# --- plans --------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_of_the_release_are_those_of_its_files() -> None:
+    bf16 = ask("t2v", "bf16").sizes
+    assert bf16.on_disk["transformer"] == pytest.approx(58.6e9, rel=0.01)
+    assert bf16.on_disk["step_llm"] == pytest.approx(39.2e9, rel=0.01)
+    assert bf16.network.blocks == 48 and bf16.network.block == pytest.approx(1.208e9, rel=0.01)
+    fp8 = ask("t2v", "fp8").sizes
+    assert fp8.network.block == pytest.approx(0.604e9, rel=0.01) and not fp8.from_files
+    assert ask("stepfun-ai/stepvideo-ti2v").settings.num_frames == 102
+
+
+@pytest.mark.parametrize("frames", [51, 204])
+def test_more_memory_is_never_slower(frames: int) -> None:
+    asked = ask("turbo", "fp8", num_frames=frames)
+    least = asked.smallest()
+    assert 2 * GB < least < 7 * GB
+    with pytest.raises(SolostepError, match="at least"):
+        asked.plan(least - 10**8)
+    last = 49
+    for budget in range(least, 60 * GB, 3 * GB):
+        plan = asked.plan(budget)
+        assert plan.device + CONTEXT <= budget
+        streamed = plan.network.blocks - plan.blocks.resident
+        assert streamed <= last
+        last = streamed
+    assert last == 0 and plan.decode == (None, 1)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "solostep", "plan", *arguments], capture_output=True, text=True)
+
+
+def test_the_command() -> None:
+    done = run("t2v", "--vram", "24GB", "--precision", "fp8", "--frames", "204")
+    assert done.returncode == 0, done.stderr
+    assert "within 24.0 GB of the card, fp8, attention int8" in done.stdout
+    assert "blocks stay on the card" in done.stdout and "denoise" in done.stdout
+    found = json.loads(run("t2v", "--vram", "24GB", "--precision", "fp8", "--json").stdout)
+    assert found["resident_blocks"] + found["streamed_blocks"] == 48 and found["device_bytes"] < 24e9
+    rows = json.loads(run(str(T2V), "--sweep", "--json").stdout)
+    assert rows and rows[-1]["streamed_blocks"] == 0
+    assert [row["vram_bytes"] for row in rows] == sorted(row["vram_bytes"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["t2v"], "say with --vram which memory to plan for"),
+        (["t2v", "--vram", "24"], "--vram 24 is no size"),
+        (["t2v", "--vram", "2GB"], "at least for 204 frames of 544x992"),
+        (["nothing-here"], "neither a folder nor a Hugging Face id"),
+        (["t2v", "--vram", "24GB", "--precision", "fp5"], "--precision fp5 is unknown"),
+    ],
+)
+def test_what_the_command_refuses(arguments: list[str], words: str) -> None:
+    if "--vram" not in arguments and torch.cuda.is_available():
+        pytest.skip("a card is here")
+    done = run(*arguments)
+    assert done.returncode in (1, 2) and words in " ".join(done.stderr.split())

@@ -1,0 +1,274 @@
+"""The decoder in strips: the same frames, less memory, and what the count says of it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from solostep.engine.config import VAEConfig
+from solostep.engine.models import vae
+
+# Widths change between the widest levels, as in the release.
+CONFIG = VAEConfig(
+    z_channels=4, num_res_blocks=1, encoder_ch=32, encoder_ch_mult=(1, 1, 2, 2), decoder_ch=32,
+    decoder_ch_mult=(1, 2, 2, 2),
+)  # fmt: skip
+OOM = "CUDA out of memory (simulated)"
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def decoder() -> vae.Decoder:
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        made = vae.Decoder(CONFIG)
+        for p in made.parameters():
+            scale = 0.3 if p.ndim < 2 else p[0].numel() ** -0.5
+            p.copy_(torch.randn(p.shape, generator=generator) * scale)
+    return made.eval()
+
+
+def latents(frames: int, height: int, width: int, seed: int = 1) -> Tensor:
+    return torch.randn(1, frames, CONFIG.z_channels, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def decoded(decoder: vae.Decoder, z: Tensor, *settings: Any, **more: Any) -> Tensor:
+    return torch.cat(list(vae.decode_chunks(decoder, z, *settings, **more)), dim=1)
+
+
+# --- The same frames ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("latent_frames", "height", "width", "frames", "strips"),
+    [
+        (1, 3, 2, 1, 2), (1, 3, 4, 4, 5), (3, 3, 2, 1, 1), (3, 3, 2, 1, 4), (3, 5, 3, 1, 7), (3, 5, 2, 2, 16),
+        (4, 3, 2, 4, 9), (3, 2, 3, 3, 3), (6, 3, 2, None, 4), (3, 3, 2, 100, 16), (3, 1, 2, 1, 16), (3, 3, 2, 1, 99),
+    ],
+)  # fmt: skip
+def test_strips_change_nothing(
+    decoder: vae.Decoder, latent_frames: int, height: int, width: int, frames: int | None, strips: int
+) -> None:
+    """Heights that the strips do not divide, a last strip of one row, more strips than rows."""
+    z = latents(latent_frames, height, width)
+    whole, found = decoded(decoder, z), decoded(decoder, z, frames, strips)
+    assert found.shape == whole.shape
+    assert float((found - whole).abs().max()) <= 1e-4
+
+
+@pytest.mark.parametrize(("frames", "strips"), [(1, 1), (1, 5), (2, 7), (4, 16)])
+def test_strips_in_bf16(decoder: vae.Decoder, frames: int, strips: int) -> None:
+    half = vae.Decoder(CONFIG).bfloat16()
+    half.load_state_dict(decoder.state_dict())
+    z = latents(6, 3, 4).bfloat16()
+    whole, found = decoded(half, z).float(), decoded(half, z, frames, strips).float()
+    noise = (found - whole).square().mean()
+    assert float(10 * torch.log10(4 / noise.clamp(min=1e-20))) >= 60  # frames are in [-1, 1]: the range is 2
+
+
+def test_several_videos_at_once(decoder: vae.Decoder) -> None:
+    z = torch.cat([latents(3, 3, 2), latents(3, 3, 2, seed=2)])
+    assert float((decoded(decoder, z, 2, 5) - decoded(decoder, z)).abs().max()) <= 1e-4
+
+
+def test_the_past_of_one_chunk_is_not_that_of_the_next(decoder: vae.Decoder) -> None:
+    host = vae.HostFrames(torch.device("cpu"))
+    z = latents(3, 3, 2).transpose(1, 2)
+    first, second = (torch.cat(list(decoder.slices(z, 1, 4, host)), dim=2) for _ in range(2))
+    assert torch.equal(first, second)
+    host.close()
+    assert not host.kept
+
+
+def test_what_strips_cannot_do(decoder: vae.Decoder) -> None:
+    z = latents(3, 3, 2).transpose(1, 2)
+    for frames, strips in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            next(decoder.slices(z, frames, strips))
+    with torch.inference_mode(False), torch.enable_grad(), pytest.raises(ValueError, match="inference_mode"):
+        next(decoder.slices(z, 1, 2))
+
+
+# --- Too little memory --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def failing(decoder: vae.Decoder) -> Iterator[Callable[[list[int]], list[int]]]:
+    """Lets calls of the last norm fail, counted from 0 on. Each call sees one piece of a chunk, or a strip's frame."""
+    handles: list[Any] = []
+
+    def start(at: list[int]) -> list[int]:
+        calls: list[int] = []
+
+        def hook(*_: Any) -> None:
+            calls.append(len(calls))
+            if calls[-1] in at:
+                raise torch.OutOfMemoryError(OOM)
+
+        handles.append(decoder.up[0].block[-1].register_forward_pre_hook(hook))
+        return calls
+
+    yield start
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("frames", [None, 2, 1])
+@pytest.mark.parametrize(("latent_frames", "at"), [(1, [0, 1]), (3, [3]), (4, [1, 24]), (4, [0, 12, 20]), (7, [2])])
+def test_a_chunk_begins_again_with_less(
+    decoder: vae.Decoder,
+    failing: Callable[[list[int]], list[int]],
+    at: list[int],
+    latent_frames: int,
+    frames: int | None,
+) -> None:
+    """Every frame leaves once, in order, whatever had left before."""
+    z = latents(latent_frames, 1, 2)
+    whole = decoded(decoder, z)
+    calls = failing(at if frames is None else at[:2])  # from frame by frame on there are two settings left
+    said: list[str] = []
+    found = decoded(decoder, z, frames, on_retry=said.append)
+    assert found.shape == whole.shape
+    assert float((found - whole).abs().max()) <= 1e-4
+    ladder = ["frame by frame", "frame by frame in 4 strips", "frame by frame in 16 strips"]
+    happened = sum(call in calls for call in (at if frames is None else at[:2]))
+    assert said == ladder[frames == 1 :][:happened]
+
+
+def test_later_chunks_stay_small(decoder: vae.Decoder, failing: Callable[[list[int]], list[int]]) -> None:
+    said: list[str] = []
+    calls = failing([1])
+    pieces = list(vae.decode_chunks(decoder, latents(9, 1, 1), on_retry=said.append))
+    assert said == ["frame by frame"]
+    assert [p.shape[1] for p in pieces] == [16] + [1] * 35
+    assert len(calls) == 1 + 1 + 20 + 20
+
+
+def test_nothing_left_to_try(decoder: vae.Decoder, failing: Callable[[list[int]], list[int]]) -> None:
+    said: list[str] = []
+    failing(list(range(100)))
+    with pytest.raises(torch.OutOfMemoryError, match="simulated"):
+        decoded(decoder, latents(3, 2, 2), on_retry=said.append)
+    assert len(said) == 3
+
+
+def test_a_failed_attempt_frees_its_tensors(
+    decoder: vae.Decoder, failing: Callable[[list[int]], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the second attempt, nothing of the first is alive but what has left."""
+    alive: list[int] = []
+    failing([3])
+    with Live() as live:
+        for _ in vae.decode_chunks(decoder, latents(3, 2, 2), 2, on_retry=lambda _: alive.append(live.now)):
+            pass
+    assert alive and alive[0] <= 3 * 32 * 32 * 4 * 4  # frames of 3 channels, in fp32
+
+
+# --- The count ----------------------------------------------------------------------------------------------------
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that are alive, and the largest number of them, without inputs and weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in known | self.sizes.keys():
+                self._add(t.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        self.sizes[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key)
+
+    def _remove(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+@pytest.fixture
+def like_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames in host memory do not count, and attention takes no memory beside its result."""
+
+    def host(like: Tensor) -> Tensor:
+        with _disable_current_modes():
+            return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+    monkeypatch.setattr(vae, "_host_frames", host)
+    monkeypatch.setattr(vae, "has_wide_kernel", lambda *_: True)
+    monkeypatch.setattr(vae, "frame_causal_attention", lambda q, k, v: torch.empty_like(q))
+
+
+def peak(config: VAEConfig, height: int, width: int, frames: int | None, strips: int, dtype: torch.dtype) -> int:
+    """What a chunk takes, run on shapes alone."""
+    with torch.device("meta"):
+        decoder = vae.Decoder(config).to(dtype)
+        z = torch.empty(1, config.z_channels, 3, height // 16, width // 16, dtype=dtype)
+    with Live() as live:
+        for _ in [decoder(z)] if frames is None else decoder.slices(z, frames, strips):
+            pass
+    return live.peak
+
+
+RELEASE = VAEConfig()
+
+
+@pytest.mark.usefixtures("like_a_card")
+@pytest.mark.parametrize(
+    ("config", "height", "width", "dtype", "settings"),
+    [
+        (RELEASE, 544, 992, torch.bfloat16, [(None, 1), (1, 1), (4, 1), (2, 8)]),
+        (RELEASE, 256, 272, torch.float32, [(None, 1), (2, 1), (1, 2), (2, 5)]),
+        (CONFIG, 400, 304, torch.bfloat16, [(None, 1), (1, 1), (1, 3), (4, 16)]),
+        (CONFIG, 48, 64, torch.float32, [(None, 1), (1, 1), (1, 4)]),
+    ],
+)
+def test_the_count_is_what_it_takes(
+    config: VAEConfig, height: int, width: int, dtype: torch.dtype, settings: list[tuple[int | None, int]]
+) -> None:
+    for frames, strips in settings:
+        counted = vae.decode_bytes(config, height, width, frames, strips, dtype.itemsize)
+        beside = vae.workspace_bytes(config, height, width, frames, strips, dtype.itemsize)
+        found = peak(config, height, width, frames, strips, dtype)
+        assert counted - beside == pytest.approx(found, rel=0.1), (frames, strips)
+
+
+def test_the_release_decodes_in_3_gb() -> None:
+    """At 544x992 in bf16, workspace and copies to and from the host counted."""
+    assert vae.decode_bytes(VAEConfig(), 544, 992, 2, 8) < 3e9
+    assert vae.decode_bytes(VAEConfig(), 544, 992, 1, 16) < 1.5e9
+    assert vae.decode_bytes(VAEConfig(), 544, 992, 1, 1) > 3e9
+    with pytest.raises(ValueError, match="0 strips"):
+        vae.decode_bytes(VAEConfig(), 544, 992, 1, 0)
+
+
+@pytest.mark.usefixtures("like_a_card")
+def test_the_encoder_codes_a_frame_in_3_gb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its layers are computed in fp32, as on CUDA."""
+    monkeypatch.setattr(vae, "_rounds_once", lambda *_: True)
+    with torch.device("meta"):
+        encoder = vae.Encoder(VAEConfig()).bfloat16()
+        image = torch.empty(1, 3, 1, 544, 992, dtype=torch.bfloat16)
+    with Live() as live:
+        encoder(image)
+    assert live.peak < 2e9
