@@ -32,21 +32,27 @@ from ..quant.linear import QuantizedLinear
 from .checkpoint import open_model
 from .config import CLIP_TOKENS, LLM_TOKENS, PRESETS, GenerationSettings, TransformerConfig, VAEConfig
 from .errors import SolostepError, UsageError
+from .headers import TensorInfo, torch_type
 from .hub import HUB_IDS
 from .models.vae import decode_bytes
 from .precision import Mode, check_attention, check_precision, choose_attention, choose_mode
 from .quantization import formats_of
 from .request import SETTINGS
 from .text import llm_bytes
-from .weights import Component, TensorInfo, build_on_meta
+from .weights import Component, build_on_meta
 
 CONTEXT = 850 << 20
 """Of a card's memory, what a process takes outside of torch's allocator: the driver's context and loaded kernels. On
 an H200 0.65 GB at first and 0.81 GB after all kinds of kernels had run."""
 CLIP_BYTES = 1_410_000_000
 """Hunyuan-CLIP, BERT-large in fp32."""
-PLACES = ((None, 1), (4, 1), (2, 1), (1, 1), (4, 8), (4, 16), (2, 8), (2, 16), (1, 16))
-"""Ways to decode, from the fastest to the smallest: latent frames at a time (None: a whole chunk), strips of each."""
+PLACES = {
+    (None, 1): 1.0, (4, 1): 1.05, (2, 1): 1.6, (1, 1): 1.6, (4, 8): 4.6, (4, 16): 5.1, (2, 8): 4.6, (2, 16): 5.1,
+    (1, 16): 5.1,
+}  # fmt: skip
+"""Ways to decode, from the fastest to the smallest: frames of the widest levels at a time (None: a whole chunk) and
+strips of each; and how many times as long they take at most. Whole, (4, 1), (1, 1), (1, 8) and (1, 16) were timed on an
+H200; more frames at a time are no slower."""
 Decoding = tuple[int | None, int]
 WHOLE: Decoding = (None, 1)
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -177,7 +183,8 @@ def released(name: str) -> dict[str, Component]:
     for part, config in configs.items():
         bare = Component(part, Path(name) / part, config, (), {})
         tensors = {
-            n: TensorInfo(bare.folder, n, tuple(p.shape), "BF16") for n, p in build_on_meta(bare).named_parameters()
+            n: TensorInfo(bare.folder / "of-the-release.safetensors", n, tuple(p.shape), "BF16")
+            for n, p in build_on_meta(bare).named_parameters()
         }
         found[part] = replace(bare, tensors=tensors)
     return found
@@ -207,13 +214,24 @@ def sizes_of(components: Mapping[str, Component], mode: Mode, text_mode: Mode) -
         clip = sum(info.numbers for info in components["hunyuan_clip"].tensors.values()) * 4
     disk = {name: c.stored_bytes or 2 * c.parameters for name, c in components.items()}
     kinds = {} if mode.on_load is None else formats_of(mode.on_load, build_on_meta(transformer), "transformer")
-    stored = {info.dtype for info in transformer.tensors.values()} <= {"BF16", "I8", "F8_E4M3", "F32", "U8"}
     return Sizes(
         network, config, VAEConfig.from_dict(components["vae"].config), nbytes(vae.decoder, vae_dtype),
         nbytes(vae.encoder, vae_dtype), max(text, clip), disk,
         streams=not any(foreign.is_foreign(kind) for kind in kinds.values()),
-        from_files=mode.on_load is None and stored,
+        from_files=mode.on_load is None and _as_used(transformer, dit, mode.dtype),
     )  # fmt: skip
+
+
+def _as_used(component: Component, network: Any, dtype: torch.dtype) -> bool:
+    """Whether the blocks' tensors are stored in the very types that they are used in."""
+    for path, part in network.transformer_blocks.named_modules():
+        exact = isinstance(part, QuantizedLinear)
+        for name, parameter in part.named_parameters(recurse=False):
+            kind = parameter.dtype if exact and name != "bias" else dtype
+            info = component.tensors[".".join(filter(None, ("transformer_blocks", path, name)))]
+            if info.file.suffix != ".safetensors" or torch_type(info.dtype) != kind:
+                return False
+    return True
 
 
 def built(component: Component, mode: Mode) -> Any:
@@ -277,7 +295,8 @@ def make_plan(
             "denoise", blocks.device, blocks.host, step_disk * steps, None if seconds is None else seconds * steps
         ),
         StageForecast(
-            "decode and write", sizes.vae + needed, 0, disk["vae"], pixels / rated.decode if rated is not None else None
+            "decode and write", sizes.vae + needed, 0, disk["vae"],
+            PLACES[decode] * pixels / rated.decode if rated is not None else None
         ),
     ]  # fmt: skip
     if settings.image_to_video:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import solostep.engine.pipeline as pipeline_module
 from solostep.engine import latents as storage
-from solostep.engine import runtime, text
+from solostep.engine import runtime, streaming, text
 from solostep.engine.interfaces import cli
 from solostep.engine.latents import SavedLatents, read_latents, save_latents
 from solostep.engine.video import read_frames
@@ -113,7 +113,7 @@ def solostep(work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         loaded.append(component.name)
         return real(component, *args, **kwargs)
 
-    for module in (pipeline_module, text):
+    for module in (pipeline_module, streaming, text):
         monkeypatch.setattr(module, "load", watched)
 
     def run(*args: object) -> Outcome:

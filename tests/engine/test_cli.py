@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import solostep.engine.pipeline as pipeline_module
-from solostep.engine import text
+from solostep.engine import streaming, text
 from solostep.engine.config import T2V_NEGATIVE, T2V_POSITIVE
 from solostep.engine.errors import UsageError
 from solostep.engine.interfaces import cli
@@ -97,7 +97,7 @@ def solostep(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
         loaded.append(component.name)
         return real(component, *args, **kwargs)
 
-    for module in (pipeline_module, text):
+    for module in (pipeline_module, streaming, text):
         monkeypatch.setattr(module, "load", watched)
 
     def run(*args: object, code: int = 0) -> Outcome:
@@ -152,7 +152,7 @@ RECORD = {
     "solostep", "model", "model_fingerprint", "preset", "prompt", "negative_prompt", "raw_prompt", "texts", "seed",
     "settings", "precision", "text_precision", "recipe", "attention", "attention_backend",
     "image_sha256", "noise_sha256", "device", "versions", "notes",
-    "steps_done", "resumed_from_step", "latents_file", "stages", "output",
+    "steps_done", "resumed_from_step", "latents_file", "stages", "plan", "events", "output",
 }  # fmt: skip
 
 
@@ -375,8 +375,8 @@ def test_a_killed_run_goes_on_bit_by_bit(solostep: Run, monkeypatch: pytest.Monk
 def test_interrupted_while_decoding(solostep: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     real = pipeline_module.decode_chunks
 
-    def interrupted(*args: Any) -> Iterator[torch.Tensor]:
-        yield next(real(*args))
+    def interrupted(*args: Any, **more: Any) -> Iterator[torch.Tensor]:
+        yield next(real(*args, **more))
         raise KeyboardInterrupt
 
     command = ["generate", "a cat", "-m", T2V, "-o", "out.mp4", "--seed", 1, *SMALL, "--frames", 34]
@@ -398,7 +398,7 @@ def test_a_name_from_the_prompt_is_found_again(solostep: Run, monkeypatch: pytes
     solostep("generate", "a cat", "-m", T2V, *SMALL, "--seed", 1)
     command = ["generate", "a cat", "-m", T2V, *SMALL, "--seed", 2]
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline_module, "decode_chunks", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(pipeline_module, "decode_chunks", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
         solostep(*command, code=1)
     assert names() == ["a-cat-2.latents.safetensors", "a-cat.latents.safetensors", "a-cat.mp4"]
     again = solostep(*command)

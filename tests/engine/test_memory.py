@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 
 from solostep import StepVideoPipeline
 from solostep.engine import pipeline as pipeline_module
+from solostep.engine import rates
 from solostep.engine.errors import SolostepError, UsageError
-from solostep.engine.plan import CONTEXT, ask, parse_size
+from solostep.engine.interfaces import cli
+from solostep.engine.plan import CONTEXT, Rated, ask, parse_size
 from solostep.engine.sampling import GuidedVelocity
 from solostep.engine.streaming import more_of
 from solostep.offload import planner
+from solostep.offload.planner import Rates
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 T2V, TI2V = GOLDEN / "tiny-stepvideo-t2v", GOLDEN / "tiny-stepvideo-ti2v"
@@ -196,18 +200,27 @@ def test_more_memory_is_never_slower(frames: int) -> None:
     assert last == 0 and plan.decode == (None, 1)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "solostep", "plan", *arguments], capture_output=True, text=True)
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`solostep plan` in this process: exit code, stdout, stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            typer.main.get_command(cli.app).main(["plan", *arguments], prog_name="solostep")
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    return call
 
 
-def test_the_command() -> None:
-    done = run("t2v", "--vram", "24GB", "--precision", "fp8", "--frames", "204")
-    assert done.returncode == 0, done.stderr
-    assert "within 24.0 GB of the card, fp8, attention int8" in done.stdout
-    assert "blocks stay on the card" in done.stdout and "denoise" in done.stdout
-    found = json.loads(run("t2v", "--vram", "24GB", "--precision", "fp8", "--json").stdout)
+def test_the_command(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run("t2v", "--vram", "24GB", "--precision", "fp8", "--frames", "204")
+    assert code == 0, err
+    assert "within 24.0 GB of the card, fp8, attention int8" in out
+    assert "blocks stay on the card" in out and "denoise" in out
+    found = json.loads(run("t2v", "--vram", "24GB", "--precision", "fp8", "--json")[1])
     assert found["resident_blocks"] + found["streamed_blocks"] == 48 and found["device_bytes"] < 24e9
-    rows = json.loads(run(str(T2V), "--sweep", "--json").stdout)
+    rows = json.loads(run(str(T2V), "--sweep", "--json")[1])
     assert rows and rows[-1]["streamed_blocks"] == 0
     assert [row["vram_bytes"] for row in rows] == sorted(row["vram_bytes"] for row in rows)
 
@@ -222,8 +235,38 @@ def test_the_command() -> None:
         (["t2v", "--vram", "24GB", "--precision", "fp5"], "--precision fp5 is unknown"),
     ],
 )
-def test_what_the_command_refuses(arguments: list[str], words: str) -> None:
+def test_what_the_command_refuses(
+    arguments: list[str], words: str, run: Callable[..., tuple[int, str, str]]
+) -> None:  # fmt: skip
     if "--vram" not in arguments and torch.cuda.is_available():
         pytest.skip("a card is here")
-    done = run(*arguments)
-    assert done.returncode in (1, 2) and words in " ".join(done.stderr.split())
+    code, _, err = run(*arguments)
+    assert code in (1, 2) and words in " ".join(err.split())
+
+
+# --- rates --------------------------------------------------------------------------------------------------------
+
+
+def test_rates_are_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, mode = torch.device("cpu"), ask("t2v", "int8").mode
+    made = Rated(Rates(800e12, 1200e12, 55e9, 2e9), 1.1e7)
+    calls: list[str] = []
+    monkeypatch.setattr(rates, "measure", lambda *_: calls.append("measured") or made)
+    assert rates.known_rates(device, mode, "int8") is None
+    assert rates.measured_rates(device, mode, "int8") == rates.measured_rates(device, mode, "int8") == made
+    assert calls == ["measured"] and rates.known_rates(device, mode, "int8-fp8") is None
+    file = rates.rates_file(device, mode, "int8")
+    for damaged in ("", "{}", '{"attention": 0, "linears": 1, "bus": 1, "disk": 1, "decode": 1}'):
+        file.write_text(damaged)
+        assert rates.known_rates(device, mode, "int8") is None
+
+
+def test_rates_make_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of an H200 with int8 attention and fp8 linears, where a step took 23.6 s and decoding 10.8 s."""
+    asked = ask("t2v", "fp8", num_inference_steps=2)
+    assert asked.plan(48 * GB).seconds is None
+    timed = replace(asked, rated=Rated(Rates(835e12, 1120e12, 55e9, 2e9), 11.5e6)).plan(48 * GB)
+    assert timed.step_seconds == pytest.approx(23.6, rel=0.1)
+    assert timed.stage("denoise").seconds == pytest.approx(2 * (timed.step_seconds or 0))
+    assert timed.stage("decode and write").seconds == pytest.approx(10.8, rel=0.2)
+    assert timed.seconds == pytest.approx(sum(s.seconds or 0 for s in timed.stages))

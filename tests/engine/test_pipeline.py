@@ -16,7 +16,7 @@ import torch
 
 import solostep.engine.pipeline as pipeline_module
 from solostep import StepVideoPipeline
-from solostep.engine import text
+from solostep.engine import streaming, text
 from solostep.engine.config import PRESETS, GenerationSettings, Preset
 from solostep.engine.errors import CheckpointError, UsageError
 from solostep.engine.image import load_image
@@ -280,7 +280,7 @@ def test_other_settings_do_not_resume(pipe: StepVideoPipeline, tmp_path: Path) -
 
 
 def test_a_failed_decode_keeps_the_latents(pipe: StepVideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **more: Any) -> None:
         raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
@@ -299,15 +299,16 @@ def test_little_memory_decodes_frame_by_frame(pipe: StepVideoPipeline, monkeypat
     seen: list[Any] = []
     real = pipeline_module.decode_chunks
 
-    def watch(decoder: Any, latents: torch.Tensor, frames: int | None = None) -> Any:
-        seen.append(frames)
-        return real(decoder, latents, frames)
+    def watch(decoder: Any, latents: torch.Tensor, frames: int | None, strips: int, **more: Any) -> Any:
+        seen.append((frames, strips))
+        return real(decoder, latents, frames, strips, **more)
 
     monkeypatch.setattr(pipeline_module, "decode_chunks", watch)
     monkeypatch.setattr(pipeline_module, "free_memory", lambda device: 1000)
     monkeypatch.setattr(pipeline_module.log, "warning", lambda text, *values: said.append(text % values))
     found = pipe("a red panda", seed=7, **SMALL)
-    assert seen == [1] and any("frame by frame" in line for line in said)
+    assert seen == [(1, 16)] and any("takes 0.0" in line for line in said)
+    assert "frame by frame in 16 strips" in found.record["events"][0]
     assert np.abs(found.frames.astype(int) - whole.frames.astype(int)).max() <= 2
 
 
@@ -370,8 +371,8 @@ def test_stages_free_what_they_no_longer_need(pipe: StepVideoPipeline, monkeypat
             yield layer
 
     monkeypatch.setattr(text, "load_each", watched_each)
-    monkeypatch.setattr(pipeline_module, "load", watched)
-    monkeypatch.setattr(text, "load", watched)
+    for module in (pipeline_module, streaming, text):
+        monkeypatch.setattr(module, "load", watched)
     pipe("a red panda", seed=7, **SMALL)
     assert together == [{"step_llm"}, {"hunyuan_clip"}, {"transformer"}, {"vae"}]
     gc.collect()
@@ -386,8 +387,8 @@ def test_many_videos_load_the_dit_once(pipe: StepVideoPipeline, monkeypatch: pyt
         loaded.append(component.name)
         return real(component, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline_module, "load", watched)
-    monkeypatch.setattr(text, "load", watched)
+    for module in (pipeline_module, streaming, text):
+        monkeypatch.setattr(module, "load", watched)
     pipe(["a", "b", "c"], seed=1, **SMALL)
     assert loaded.count("transformer") == loaded.count("step_llm") == 1
     assert not pipe._networks
@@ -401,7 +402,8 @@ def test_many_videos_load_the_dit_once(pipe: StepVideoPipeline, monkeypatch: pyt
 def test_keep_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = StepVideoPipeline.from_pretrained(T2V, device="cpu", keep_loaded=True)
     base = latents_of(pipe)
-    monkeypatch.setattr(pipeline_module, "load", lambda *a, **k: pytest.fail("loaded again"))
+    for module in (pipeline_module, streaming):
+        monkeypatch.setattr(module, "load", lambda *a, **k: pytest.fail("loaded again"))
     assert torch.equal(latents_of(pipe), base)
 
 

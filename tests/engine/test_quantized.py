@@ -276,7 +276,7 @@ def test_a_recipe_of_ones_own(tmp_path: Path, base: torch.Tensor) -> None:
     video = pipe(PROMPT, seed=7, **TINY)
     assert 0 < distance(video.latents, base) < BOUNDS["fp8"]
     assert (video.record["precision"], video.record["recipe"]) == ("mine", {"name": "mine", "rules": rules})
-    network = pipe._networks["transformer"]
+    network = pipe._networks["transformer"].network
     assert type(network.transformer_blocks[0].attn1.wo) is FORMATS["fp8-weight"].kind
     assert type(network.transformer_blocks[1].attn1.wo) is FORMATS["int8"].kind
     assert type(network.transformer_blocks[1].ff.net[2]) is nn.Linear
