@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..offload.reader import ReadError
 from . import latents as storage
 from .checkpoint import ModelFolder, load, open_model
 from .config import GenerationSettings, cache_dir
-from .errors import OutputError, SolostepError, UsageError
+from .errors import CheckpointError, OutputError, SolostepError, UsageError
 from .latents import SavedLatents
 from .models.vae import decode_chunks
 from .plan import (
@@ -33,7 +34,9 @@ from .plan import (
     Decoding,
     Plan,
     Sizes,
+    as_placed,
     choose_decoding,
+    first_frame_bytes,
     how_decoded,
     make_plan,
     parse_size,
@@ -83,6 +86,8 @@ from .streaming import PlacedTransformer, place
 from .text import PromptEmbedding, encode_prompts
 
 log = logging.getLogger("solostep")
+SPARE = 200 << 20
+"""Of a card's free memory, what is not planned with: kernels take some when they are first used."""
 VRAM, HOST_RAM = "SOLOSTEP_VRAM", "SOLOSTEP_HOST_RAM"
 """Environment variables with default budgets."""
 
@@ -121,9 +126,11 @@ class StepVideoPipeline:
         )
         default = "fp32" if precision == "fp32" else "bf16"
         self.text_mode = choose_mode(llm, text_precision, default, "--text-precision", self.dtype)
-        self.device = pick_device(device)
-        self._attention, self.attention_backend = attention, attention_backend
         self.vram, self.host_ram = read_budgets(vram, host_ram)
+        self.device = pick_device(device)
+        if self.device.type == "cuda" and self.vram is not None and self.vram < 2 * CONTEXT:
+            raise UsageError(f"--vram {self.vram / 1e9:.3g} GB is less than any card's driver and a model take.")
+        self._attention, self.attention_backend = attention, attention_backend
         self.keep_loaded = keep_loaded
         self.cache = cache_dir() / "embeddings" if cache else None
         self._networks: dict[str, Any] = {}
@@ -234,7 +241,7 @@ class StepVideoPipeline:
         check_asked("any", raw_prompt=True, **settings)
         values = {n: settings[n] if settings.get(n) is not None else getattr(preset, n) for n in SETTINGS}
         made = GenerationSettings(**values, max_frames=preset.max_frames, image_to_video=self.model.is_image_to_video)
-        return self._plan(made, rated=True)
+        return self._plan(made, rated=True, held=self._networks.get("transformer"))
 
     def memory_report(self) -> list[dict[str, Any]]:
         """Of the last video: what each stage was to take at most, by the plan, and what it took. Bytes and seconds."""
@@ -248,22 +255,29 @@ class StepVideoPipeline:
         """Bytes that may still be allocated on the device."""
         free = free_memory(self.device)
         if self.vram is None:
-            return free
+            # Kernels that are loaded later take of it too, outside of torch's allocator.
+            return free - SPARE if self.device.type == "cuda" else free
         if self.device.type != "cuda":
             return self.vram
         return min(free, self.vram - CONTEXT - torch.cuda.memory_allocated(self.device))
 
-    def _plan(self, settings: GenerationSettings, room: int | None = None, rated: bool = False) -> Plan:
-        """How a clip is made in the room that there is."""
+    def _plan(
+        self, settings: GenerationSettings, room: int | None = None, rated: bool = False,
+        held: PlacedTransformer | None = None,
+    ) -> Plan:  # fmt: skip
+        """How a clip is made in the room that there is, and in that of a transformer which may be moved."""
         found = None
         if self.device.type == "cuda":
             from .rates import known_rates, measured_rates
 
             found = (measured_rates if rated else known_rates)(self.device, self.mode, self.attention)
-        host = host_room() if self.host_ram is None else self.host_ram
+        host = self.host_ram
+        if host is None:
+            host = host_room() + (0 if held is None else held.host_bytes)
         itemsize = 4 if self.dtype == torch.float32 else 2
-        room = self._room() if room is None else room
-        return make_plan(self._sizes, settings, self.attention, room, host, found, itemsize)
+        if room is None:
+            room = self._room() + (0 if held is None else held.device_bytes)
+        return make_plan(self._sizes, settings, self.attention, room, host, found, itemsize, self.vram is not None)
 
     @contextlib.contextmanager
     def _capped(self) -> Iterator[None]:
@@ -444,6 +458,7 @@ class StepVideoPipeline:
             with _readable_errors(self.device), numerics():
                 texts = [t for job in waiting for t in job.request.texts]
                 if texts:
+                    self._make_room(self._sizes.text if self._is_planned else 0)
                     with measured("text", self.device, shared):
                         embeddings = encode_prompts(
                             self.model, texts, self.device, self.dtype, self.cache, _stage(say, "text encoders"),
@@ -471,8 +486,8 @@ class StepVideoPipeline:
                     self._condition(job, say)
                     self._denoise(job, [embeddings[t] for t in job.request.texts], callback, say)
                 last = not any(not other.done for other in jobs[i + 1 :])
-                if last or self._decoding(job.request.settings, self._sizes.vae) != WHOLE:
-                    self._free("transformer")
+                if last or (open_sink is not None and self._decodes_better_alone(job.request.settings)):
+                    self._free("transformer", always=open_sink is not None and self._is_tight(job.request.settings))
                 if open_sink is not None:
                     with _latents_are_kept(job):
                         sink = open_sink(i, job.request, self._record(job))
@@ -508,13 +523,15 @@ class StepVideoPipeline:
         asked = {k: saved.info.get(k) for k in ("prompt", "negative_prompt", "raw_prompt")}
         request = Request(asked["prompt"] or "", "", settings, saved.seed, asked=asked)
         job = Job(request, Path(), saved, resumed_from=saved.step)
-        with self._capped(), _readable_errors(self.device), numerics():
-            self._decode(
-                job,
-                open_sink(0, request, self._record(job)),
-                progress or (lambda *_: None),
-                dtype,
-            )
+        try:
+            with self._capped(), _readable_errors(self.device), numerics():
+                self._decode(
+                    job,
+                    open_sink(0, request, self._record(job)),
+                    progress or (lambda *_: None),
+                    dtype,
+                )
+        finally:
             self._free("vae")
         return self._record(job)
 
@@ -565,6 +582,8 @@ class StepVideoPipeline:
         image, settings = job.request.image, job.request.settings
         if image is None:
             return
+        if self._is_planned:
+            self._make_room(first_frame_bytes(self._sizes, settings, self.dtype.itemsize))
         with measured("first frame", self.device, job.stages):
             say("first frame", 0, 1)
             encoder = load(self.model.components["vae"], self.device, self.dtype, part="encoder")
@@ -579,9 +598,9 @@ class StepVideoPipeline:
     ) -> None:
         """Runs the steps that are left; the latents are on disk after each."""
         saved, settings = job.saved, job.request.settings
+        backend = self._attention_backend(settings)  # measures, on a new card: before the card is full
         transformer = self._transformer(job, say)
         with measured("denoise", self.device, job.stages):
-            backend = self._attention_backend(settings)
             saved.info["attention_backend"] = backend
             velocity = self._velocity(transformer, embeddings, job, backend)
             sigmas = make_sigmas(saved.steps, settings.time_shift)
@@ -605,28 +624,54 @@ class StepVideoPipeline:
 
     def _transformer(self, job: Job, say: Progress) -> PlacedTransformer:
         """The transformer, placed for this clip."""
+        settings = job.request.settings
         placed: PlacedTransformer | None = self._networks.get("transformer")
         if placed is not None and not self._is_planned:
             return placed
         if placed is not None:
-            held = placed.device_bytes
-            plan = self._plan(job.request.settings, self._room() + held)
-            if plan.blocks.resident >= placed.plan.resident:
-                job.plan = plan
-                placed.savings = plan.blocks.savings
-                return placed
-            self._free("transformer", always=True)
+            plan = self._plan(settings, held=placed)
+            if not _fits(placed, plan):
+                self._free("vae", always=True)
+                plan = self._plan(settings, held=placed)
+            if not _fits(placed, plan):
+                self._move(placed, plan)
+            placed.savings = plan.blocks.savings
+            job.plan = as_placed(plan, placed.plan)
+            return placed
         self._free("vae")
         if self._is_planned:
-            job.plan = self._plan(job.request.settings)
+            job.plan = self._plan(settings)
         else:
-            self._refuse_early(job.request.settings)
+            self._refuse_early(settings)
         with measured("load transformer", self.device, job.stages):
-            component = self.model.components["transformer"]
-            blocks = None if job.plan is None else job.plan.blocks
-            placed = place(component, self.mode, self.device, blocks, _stage(say, "load transformer"))
+            placed = self._placed(job, say)
+            if placed is None:  # other programs took memory meanwhile
+                release_memory(self.device)
+                assert job.plan is not None
+                job.plan = self._plan(settings, min(self._room(), int(job.plan.budget * 0.9)))
+                job.event("Out of memory while the transformer was loaded; it is loaded again, more of it elsewhere.")
+                component = self.model.components["transformer"]
+                placed = place(component, self.mode, self.device, job.plan.blocks, _stage(say, "load transformer"))
         self._networks["transformer"] = placed
         return placed
+
+    def _placed(self, job: Job, say: Progress) -> PlacedTransformer | None:
+        """The transformer, loaded; None if a plan was too large for what there is."""
+        blocks = None if job.plan is None else job.plan.blocks
+        component = self.model.components["transformer"]
+        try:
+            return place(component, self.mode, self.device, blocks, _stage(say, "load transformer"))
+        except torch.OutOfMemoryError:
+            if job.plan is None:
+                raise
+            return None
+
+    def _move(self, placed: PlacedTransformer, plan: Plan) -> None:
+        try:
+            placed.move(plan.blocks)
+        except BaseException:  # what is left of it would be taken for a whole one
+            self._free("transformer", always=True)
+            raise
 
     def _velocity(
         self, transformer: PlacedTransformer, embeddings: list[PromptEmbedding], job: Job, backend: str | None
@@ -653,14 +698,14 @@ class StepVideoPipeline:
         release_memory(self.device)
         if job.plan is None:
             raise torch.OutOfMemoryError("there is nothing to give up")
-        room = min(int(job.plan.budget * 0.9), self._room() + transformer.device_bytes)
-        plan = self._plan(job.request.settings, room)
+        room = min(int(job.plan.blocks.device * 0.9), self._room() + transformer.device_bytes)
+        plan, before = self._plan(job.request.settings, room, held=transformer), transformer.plan.resident
+        self._move(transformer, plan)
+        job.plan = as_placed(plan, transformer.plan)
         job.event(
-            f"Out of memory at step {job.saved.step + 1}: {plan.blocks.resident} of {plan.network.blocks} blocks stay "
-            f"on the card, where {transformer.plan.resident} did; the step is repeated."
+            f"Out of memory at step {job.saved.step + 1}: {transformer.plan.resident} of {plan.network.blocks} blocks "
+            f"stay on the card, where {before} did; the step is repeated."
         )
-        transformer.move(plan.blocks)
-        job.plan = plan
 
     def _attention_backend(self, settings: GenerationSettings) -> str | None:
         """The kernels for this length; on a new card they are measured first, which takes some seconds."""
@@ -699,14 +744,31 @@ class StepVideoPipeline:
                 log.warning("%s Going on without: an interruption now loses the steps made since.", error)
             job.save_failed = True
 
-    def _decoding(self, settings: GenerationSettings, beside: int = 0) -> Decoding:
-        """How the VAE decodes in the room that there is, less so many bytes."""
-        found, needed = choose_decoding(
-            self.model.vae_config, settings.height, settings.width, self._room() - beside, self.dtype.itemsize
-        )
-        if needed > self._room() - beside:
-            log.warning("Decoding may run out of memory: it takes %.1f GB at least.", needed / 1e9)
-        return found
+    def _decoding(
+        self, settings: GenerationSettings, room: int, dtype: torch.dtype | None = None
+    ) -> tuple[Decoding, int]:
+        """How the VAE decodes in so much room beside its weights, and what it takes."""
+        itemsize = (dtype or self.dtype).itemsize
+        return choose_decoding(self.model.vae_config, settings.height, settings.width, room, itemsize)
+
+    def _decodes_better_alone(self, settings: GenerationSettings) -> bool:
+        """Whether a whole chunk has no room beside the transformer."""
+        weights = 0 if "vae" in self._networks else self._sizes.vae
+        return self._decoding(settings, self._room() - weights)[0] != WHOLE
+
+    def _is_tight(self, settings: GenerationSettings) -> bool:
+        """Whether decoding beside the transformer is another than without it, or has no room at all."""
+        placed = self._networks.get("transformer")
+        if placed is None or not self._is_planned:
+            return False
+        room = self._room() - (0 if "vae" in self._networks else self._sizes.vae)
+        beside, needed = self._decoding(settings, room)
+        return beside != self._decoding(settings, room + placed.device_bytes)[0] or needed > room
+
+    def _make_room(self, needed: int) -> None:
+        """Lets a kept transformer go if a stage that comes before it has no room beside it."""
+        if self._is_planned and "transformer" in self._networks and needed > self._room():
+            self._free("transformer", always=True)
 
     def _decode(
         self, job: Job, sink: contextlib.AbstractContextManager[FrameSink], say: Progress, dtype: torch.dtype
@@ -719,7 +781,12 @@ class StepVideoPipeline:
         with measured("decode and write", self.device, job.stages), sink as open_sink:
             say("decode", 0, total)
             latents = job.saved.latents.to(self.device, dtype)
-            done, (slices, strips) = 0, self._decoding(job.request.settings)
+            room, done = self._room(), 0
+            (slices, strips), needed = self._decoding(job.request.settings, room, dtype)
+            if needed > room:
+                log.warning(
+                    "Decoding may run out of memory: it takes %.3g GB at least, of %.3g.", needed / 1e9, room / 1e9
+                )
             if (slices, strips) != WHOLE:
                 job.event(f"Decoding {how_decoded(slices, strips)}, for want of memory.", quiet=self.vram is not None)
 
@@ -744,6 +811,11 @@ class StepVideoPipeline:
                 network.close()
             del network
             release_memory(self.device)
+
+
+def _fits(placed: PlacedTransformer, plan: Plan) -> bool:
+    """Whether a transformer is placed in no more memory than a plan has for it."""
+    return placed.plan.resident + placed.plan.slots <= plan.blocks.resident + plan.blocks.slots
 
 
 def read_budgets(vram: str | int | None, host_ram: str | int | None) -> tuple[int | None, int | None]:
@@ -788,16 +860,21 @@ def _readable_errors(device: torch.device, job: Job | None = None) -> Iterator[N
             "DefaultCPUAllocator|size calculation overflowed", str(error)
         ):
             raise
-        kept = ""
-        if job is not None and job.saved.step:
-            kept = (
-                f"; step {job.saved.step} of {job.saved.steps} is kept in {job.path}, "
-                "and the same command goes on from it"
-            )
+        kept = _what_is_kept(job)
         raise SolostepError(
-            f"{describe_device(device)} ran out of memory; close other programs, or make a smaller or shorter clip "
-            f"(--height, --width, --frames){kept}."
+            f"{describe_device(device)} ran out of memory; close other programs, give --vram more if it was given, or "
+            f"make a smaller or shorter clip (--height, --width, --frames){kept}."
         ) from error
+
+    except ReadError as error:
+        raise CheckpointError(f"{error}; if nothing else writes it, download it again{_what_is_kept(job)}.") from None
+
+
+def _what_is_kept(job: Job | None) -> str:
+    if job is None or not job.saved.step:
+        return ""
+    step = f"step {job.saved.step} of {job.saved.steps}"
+    return f"; {step} is kept in {job.path}, and the same command goes on from it"
 
 
 @contextlib.contextmanager

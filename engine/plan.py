@@ -53,6 +53,8 @@ PLACES = {
 """Ways to decode, from the fastest to the smallest: frames of the widest levels at a time (None: a whole chunk) and
 strips of each; and how many times as long they take at most. Whole, (4, 1), (1, 1), (1, 8) and (1, 16) were timed on an
 H200; more frames at a time are no slower."""
+STRIPS_ON_HOST = 8600
+"""Bytes of host memory a pixel of a frame, at most, that decoding in strips keeps: 4.6 GB at 544x992."""
 Decoding = tuple[int | None, int]
 WHOLE: Decoding = (None, 1)
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -196,16 +198,16 @@ def sizes_of(components: Mapping[str, Component], mode: Mode, text_mode: Mode) -
     dit = built(transformer, mode)
     config = TransformerConfig.from_dict(transformer.config)
     blocks = [nbytes(block, mode.dtype) for block in dit.transformer_blocks]
-    first = dit.transformer_blocks[0]
-    qkv, up = first.attn1.wqkv, first.ff.net[0].proj
-    kind = type(qkv) if isinstance(qkv, QuantizedLinear) else None
-    expanded = 0
-    if isinstance(up, QuantizedLinear) and up.activation is None:  # of weights in 8 or 4 bits alone, one is there in 16
-        expanded = up.in_features * up.out_features * mode.dtype.itemsize
-    network = Network(
-        len(blocks), max(blocks), nbytes(dit, mode.dtype) - sum(blocks) + expanded, nbytes(first.attn2.wkv, mode.dtype),
-        config.num_attention_heads, 1.0 if kind is not None and kind.activation is not None else 2.0,
-    )  # fmt: skip
+    layers = [layer for layer in dit.transformer_blocks.modules() if isinstance(layer, QuantizedLinear)]
+    # Of weights in 8 or 4 bits alone, one at a time is there in 16.
+    alone = [layer.in_features * layer.out_features for layer in layers if layer.activation is None]
+    expanded = max(alone, default=0) * mode.dtype.itemsize
+    qkv = [block.attn1.wqkv for block in dit.transformer_blocks]
+    eight = all(isinstance(layer, QuantizedLinear) and layer.activation is not None for layer in qkv)
+    text_keys = nbytes(dit.transformer_blocks[0].attn2.wkv, mode.dtype)
+    rest = nbytes(dit, mode.dtype) - sum(blocks) + expanded
+    heads = config.num_attention_heads
+    network = Network(len(blocks), max(blocks), rest, text_keys, heads, 1.0 if eight else 2.0)
     vae = build_on_meta(components["vae"])
     vae_dtype = torch.float32 if mode.dtype == torch.float32 else torch.bfloat16
     text = llm_bytes(llm, text_mode.dtype, 2, torch.device("cuda"), text_mode.on_load)
@@ -214,10 +216,14 @@ def sizes_of(components: Mapping[str, Component], mode: Mode, text_mode: Mode) -
         clip = sum(info.numbers for info in components["hunyuan_clip"].tensors.values()) * 4
     disk = {name: c.stored_bytes or 2 * c.parameters for name, c in components.items()}
     kinds = {} if mode.on_load is None else formats_of(mode.on_load, build_on_meta(transformer), "transformer")
+    streams = not any(foreign.is_foreign(kind) for kind in kinds.values())
+    if not streams:  # their layers are made from loaded ones: here they are still in 16 bits
+        whole = mode.memory_bytes(transformer)
+        network = replace(network, block=max(1, (whole - network.rest) // len(blocks)))
     return Sizes(
         network, config, VAEConfig.from_dict(components["vae"].config), nbytes(vae.decoder, vae_dtype),
         nbytes(vae.encoder, vae_dtype), max(text, clip), disk,
-        streams=not any(foreign.is_foreign(kind) for kind in kinds.values()),
+        streams=streams,
         from_files=mode.on_load is None and _as_used(transformer, dit, mode.dtype),
     )  # fmt: skip
 
@@ -258,9 +264,11 @@ def nbytes(module: nn.Module, dtype: torch.dtype) -> int:
 
 def make_plan(
     sizes: Sizes, settings: GenerationSettings, attention: str, budget: int, host: int | None = None,
-    rated: Rated | None = None, itemsize: int = 2,
+    rated: Rated | None = None, itemsize: int = 2, given: bool = True,
 ) -> Plan:  # fmt: skip
     """The fastest way to make a clip within so many bytes of the card's memory, and of the host's (None: any).
+
+    ``given`` is whether a user set the budget: it decides what an error advises.
 
     Raises:
         SolostepError: nothing fits; it names the stage and the least that would do.
@@ -275,7 +283,13 @@ def make_plan(
         else:
             blocks = _all_there(network, clip, budget, attention)
     except BudgetError as error:
-        raise _too_little("The transformer", budget, error.least, settings) from None
+        if error.host:
+            raise SolostepError(
+                f"{error.least / 1e9:.3g} GB of host memory are needed at this budget, and there are "
+                f"{error.budget / 1e9:.3g}; give --vram or --host-ram more, or convert the model first "
+                "(`solostep quantize`), so that its blocks can come from files."
+            ) from None
+        raise _too_little("The transformer", budget, error.least, settings, given) from None
     decode, needed = choose_decoding(
         sizes.vae_config, settings.height, settings.width, budget - sizes.vae, itemsize
     )  # fmt: skip
@@ -295,26 +309,44 @@ def make_plan(
             "denoise", blocks.device, blocks.host, step_disk * steps, None if seconds is None else seconds * steps
         ),
         StageForecast(
-            "decode and write", sizes.vae + needed, 0, disk["vae"],
+            "decode and write", sizes.vae + needed, settings.height * settings.width * STRIPS_ON_HOST * (decode[1] > 1),
+            disk["vae"],
             PLACES[decode] * pixels / rated.decode if rated is not None else None
         ),
     ]  # fmt: skip
     if settings.image_to_video:
-        latents = settings.height * settings.width
-        stages.insert(1, StageForecast("first frame", sizes.encoder + 600 * latents, 0, disk["vae"],
+        first = first_frame_bytes(sizes, settings, itemsize)
+        stages.insert(1, StageForecast("first frame", first, 0, disk["vae"],
                                        disk["vae"] / rates.disk if known else None))  # fmt: skip
     for stage in stages:
         if stage.device > budget:
-            raise _too_little(f"The stage {stage.name!r}", budget, stage.device, settings)
+            raise _too_little(f"The stage {stage.name!r}", budget, stage.device, settings, given)
     return Plan(budget, blocks, network, decode, tuple(stages), seconds)
 
 
+def as_placed(plan: Plan, placed: BlockPlan) -> Plan:
+    """The plan for a clip whose blocks already are where an earlier plan put them; only its savings are new."""
+    more = (placed.resident + placed.slots - plan.blocks.resident - plan.blocks.slots) * plan.network.block
+    blocks = replace(placed, savings=plan.blocks.savings, device=plan.blocks.device + more)
+    stages = [
+        replace(s, device=s.device + more, host=blocks.host) if s.name in ("load transformer", "denoise") else s
+        for s in plan.stages
+    ]
+    return replace(plan, blocks=blocks, stages=tuple(stages))
+
+
 def _all_there(network: Network, clip: Clip, budget: int, attention: str) -> BlockPlan:
-    for savings in all_savings(network, clip, attention):
+    """For blocks that cannot stream, and whose products cannot be made for some heads alone."""
+    for savings in (s for s in all_savings(network, clip, attention) if s.head_groups == 1):
         device = network.rest + network.blocks * network.block + activation_bytes(network, clip, attention, savings)
         if device <= budget:
             return BlockPlan(network.blocks, 0, device, 0, 0, savings)
     raise BudgetError(budget, device)
+
+
+def first_frame_bytes(sizes: Sizes, settings: GenerationSettings, itemsize: int) -> int:
+    """What encoding one frame takes, weights included; tensors counted at 544x992: 950 values a pixel."""
+    return sizes.encoder + 950 * itemsize * settings.height * settings.width
 
 
 def choose_decoding(config: VAEConfig, height: int, width: int, room: int, itemsize: int) -> tuple[Decoding, int]:
@@ -334,10 +366,11 @@ def how_decoded(frames: int | None, strips: int) -> str:
     return some + (f" in {strips} strips" if strips > 1 else "")
 
 
-def _too_little(what: str, budget: int, least: int, settings: GenerationSettings) -> SolostepError:
+def _too_little(what: str, budget: int, least: int, settings: GenerationSettings, given: bool) -> SolostepError:
+    more = "give --vram more" if given else "close other programs"
     return SolostepError(
         f"{what} takes {least / 1e9:.3g} GB at least for {settings.num_frames} frames of {settings.height}x"
-        f"{settings.width}, and the budget leaves {budget / 1e9:.3g} GB; give --vram more, or make a smaller or "
+        f"{settings.width}, and the budget leaves {budget / 1e9:.3g} GB; {more}, or make a smaller or "
         "shorter clip (--height, --width, --frames)."
     )
 
@@ -419,6 +452,6 @@ def ask(
 
         rated = measured_rates(device, mode, kind)
         disk = disk_rate(components["transformer"].files)
-        if disk is not None:
+        if disk is not None and rated is not None:
             rated = replace(rated, blocks=replace(rated.blocks, disk=disk))
     return Asked(sizes_of(components, mode, text_mode), settings, mode, text_mode, kind, rated)

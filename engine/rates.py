@@ -23,6 +23,7 @@ from torch import nn
 
 from ..kernels.attention_check import median_ms
 from ..offload.planner import GUESS, Rates
+from ..quant import foreign
 from ..quant.formats import install, quantize
 from ..quant.linear import assign
 from ..quant.recipe import Recipe
@@ -93,11 +94,19 @@ def known_rates(device: torch.device, mode: Mode, attention: str) -> Rated | Non
     return Rated(Rates(*numbers[:4]), numbers[4])
 
 
-def measured_rates(device: torch.device, mode: Mode, attention: str) -> Rated:
-    """The rates of a card, measured now if they are not known."""
+def measured_rates(device: torch.device, mode: Mode, attention: str) -> Rated | None:
+    """The rates of a card, measured now if they are not known; None where that is not possible: other packages'
+    formats, or too little free memory."""
     found = known_rates(device, mode, attention)
     if found is None:
-        found = measure(device, mode, attention)
+        if mode.recipe is not None and any(foreign.is_foreign(kind) for _, kind in mode.recipe.rules):
+            return None
+        try:
+            found = measure(device, mode, attention)
+        except torch.OutOfMemoryError:
+            log.warning("There is too little free memory to measure this card's speed; plans are without times.")
+            release_memory(device)
+            return None
         values = {**vars(found.blocks), "decode": found.decode}
         file = rates_file(device, mode, attention)
         with contextlib.suppress(OSError):

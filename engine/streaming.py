@@ -11,6 +11,7 @@ come from files are read only to be checked.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 
 from ..offload.pinned import HostSlab, PinError
 from ..offload.planner import BlockPlan, Savings
-from ..offload.reader import Extent
+from ..offload.reader import Extent, ReadError
 from ..offload.streamer import BlockStreamer, laid_out, spread
-from .errors import SolostepError
+from .errors import CheckpointError, SolostepError
 from .headers import torch_type
 from .precision import Mode
 from .runtime import release_memory
@@ -56,6 +57,11 @@ class PlacedTransformer:
         own = sum(p.nbytes for n, p in self.network.named_parameters() if not n.startswith(BLOCKS))
         return own + self.streamer.device_bytes
 
+    @property
+    def host_bytes(self) -> int:
+        """What the blocks take in host memory."""
+        return 0 if self.streamer is None else self.streamer.host_bytes
+
     def move(self, plan: BlockPlan) -> None:
         """Takes on a plan that keeps no more blocks on the device than the present one.
 
@@ -64,6 +70,10 @@ class PlacedTransformer:
         """
         count = len(self.network.transformer_blocks)
         streamed = more_of(count, self.streamed, count - plan.resident)
+        if plan.disk > len(self.from_files):
+            others = [i for i in streamed if i not in self.from_files]
+            more = (others[i] for i in spread(len(others), plan.disk - len(self.from_files)))
+            self.from_files = tuple(sorted((*self.from_files, *more)))
         if self.streamer is not None:
             self.streamer.close()
             self.streamer = None
@@ -72,6 +82,10 @@ class PlacedTransformer:
 
     def attach(self, plan: BlockPlan, streamed: tuple[int, ...], slabs: Mapping[int, HostSlab]) -> None:
         """Makes the streamer for blocks that are already where ``plan`` wants them, or on the device."""
+        # What streams already goes on doing so, however much memory there is now.
+        resident = len(self.network.transformer_blocks) - len(streamed)
+        slots = max(1, plan.slots) if streamed else 0
+        plan = replace(plan, resident=resident, slots=slots, disk=len(self.from_files))
         if streamed:
             files = {i: self._extents(i) for i in streamed if i in self.from_files}
             try:
@@ -81,6 +95,8 @@ class PlacedTransformer:
                 )  # fmt: skip
             except PinError as error:
                 raise _not_pinned(error) from None
+            except ReadError as error:
+                raise CheckpointError(f"{error}; if nothing else writes it, download it again.") from None
         self.plan, self.streamed, self.savings = plan, streamed, plan.savings
 
     def _extents(self, index: int) -> dict[str, Extent]:
@@ -141,8 +157,12 @@ def place(
             component, device, mode.dtype, progress=progress, recipe=mode.on_load,
             homes=homes if plan is not None and plan.streams else None,
         )  # fmt: skip
-    except PinError as error:
-        raise _not_pinned(error) from None
+    except BaseException as error:
+        for slab in slabs.values():
+            slab.close()
+        if isinstance(error, PinError):
+            raise _not_pinned(error) from None
+        raise
     placed = PlacedTransformer(component, network, device)
     placed.from_files = from_files
     if plan is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -125,9 +126,16 @@ class HostSlab:
         if code != 0:
             raise PinError(f"{self.memory.numel():,} bytes of host memory could not be pinned (CUDA error {code})")
         self.pinned = True
+        # A slab that nobody closes does not leave its memory pinned: the mapping stays until it is given back.
+        self._give_back = weakref.finalize(self, _unregister, self.memory)
+        self._give_back.atexit = False
 
     def close(self) -> None:
         """Gives the registration back; the memory goes with the slab."""
         if self.pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
+            self._give_back()
             self.pinned = False
+
+
+def _unregister(memory: Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())

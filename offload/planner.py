@@ -79,7 +79,8 @@ class Rates:
 
 @dataclass(frozen=True)
 class Savings:
-    """What a plan does to take less memory. None of it changes a bit of the result."""
+    """What a plan does to take less memory. With our 8-bit products it changes no bit of the result; products in 16
+    bits, a library's, may round otherwise for fewer channels or tokens at a time."""
 
     head_groups: int = 1
     """Attention in so many groups of heads, one after the other."""
@@ -109,11 +110,11 @@ class BlockPlan:
 
 
 class BudgetError(Exception):
-    """A budget that nothing fits in; ``least`` is the smallest that would do."""
+    """A budget that nothing fits in; ``least`` is the smallest that would do. ``host`` says whose memory it is of."""
 
-    def __init__(self, budget: int, least: int) -> None:
+    def __init__(self, budget: int, least: int, host: bool = False) -> None:
         super().__init__(f"{budget / 1e9:.1f} GB are too little: {least / 1e9:.1f} GB are the least that would do")
-        self.budget, self.least = budget, least
+        self.budget, self.least, self.host = budget, least, host
 
 
 def activation_bytes(network: Network, clip: Clip, attention: str, savings: Savings = Savings()) -> int:
@@ -162,18 +163,22 @@ def plan_blocks(
         ValueError: an unknown kind of attention.
     """
     best: tuple[float, BlockPlan] | None = None
-    least = None
+    least = wanted = None
     for savings in all_savings(network, clip, attention):
         fixed = network.rest + activation_bytes(network, clip, attention, savings)
         least = fixed + network.block if least is None else min(least, fixed + network.block)
         for plan in _placements(network, clip, budget, fixed, savings, slots):
             placed = _tiers(network, clip, plan, host, from_files)
             if placed is None:
+                needed = (network.blocks - plan.resident) * network.block + parked_bytes(clip, savings)
+                wanted = needed if wanted is None else min(wanted, needed)
                 continue
             seconds = step_seconds(network, clip, placed, rates)
             if best is None or seconds < best[0]:
                 best = seconds, placed
     if best is None:
+        if wanted is not None and host is not None:
+            raise BudgetError(host, wanted, host=True)
         assert least is not None
         raise BudgetError(budget, least)
     return best[1]
@@ -192,9 +197,14 @@ def _placements(
             yield BlockPlan(resident, places, fixed + (resident + places) * network.block, 0, 0, savings)
 
 
+def parked_bytes(clip: Clip, savings: Savings) -> int:
+    """Host memory for residual streams."""
+    return clip.itemsize * clip.tokens * clip.width * clip.rows if savings.park else 0
+
+
 def _tiers(network: Network, clip: Clip, plan: BlockPlan, host: int | None, from_files: bool) -> BlockPlan | None:
     """The plan with its streamed blocks in host memory, or as many as go there; None if the others have no place."""
-    parked = 2 * clip.tokens * clip.width * clip.rows if plan.savings.park else 0
+    parked = parked_bytes(clip, plan.savings)
     streamed = network.blocks - plan.resident
     needed = streamed * network.block + parked
     if host is None or needed <= host or not streamed:

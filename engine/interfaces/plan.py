@@ -50,11 +50,11 @@ def plan(
     """Show what a video takes before it is made: memory, disk and time of each stage within a budget."""
     import torch
 
-    from ..plan import CONTEXT, ask, parse_size
+    from ..pipeline import read_budgets
+    from ..plan import CONTEXT, ask
     from ..runtime import free_memory, pick_device
 
-    budget = None if vram is None else parse_size(vram, "--vram")
-    host = None if host_ram is None else parse_size(host_ram, "--host-ram")
+    budget, host = read_budgets(vram, host_ram)
     there = pick_device(device) if device is not None or torch.cuda.is_available() else None
     if there is not None and there.type != "cuda":
         raise UsageError(f"--device {device}: a plan is for a CUDA card; leave --device out to plan for any.")
