@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from .checkpoint import ModelFolder, load, open_model
 from .config import GenerationSettings, cache_dir
 from .errors import CheckpointError, OutputError, SolostepError, UsageError
 from .latents import SavedLatents
+from .memory import read_budgets, report
 from .models.vae import decode_chunks
 from .plan import (
     CONTEXT,
@@ -39,7 +39,6 @@ from .plan import (
     first_frame_bytes,
     how_decoded,
     make_plan,
-    parse_size,
     sizes_of,
 )
 from .precision import (
@@ -88,8 +87,6 @@ from .text import PromptEmbedding, encode_prompts
 log = logging.getLogger("solostep")
 SPARE = 200 << 20
 """Of a card's free memory, what is not planned with: kernels take some when they are first used."""
-VRAM, HOST_RAM = "SOLOSTEP_VRAM", "SOLOSTEP_HOST_RAM"
-"""Environment variables with default budgets."""
 
 StepCallback = Callable[["StepVideoPipeline", int, float, dict[str, Tensor]], "dict[str, Tensor] | None"]
 """As in diffusers: ``(pipe, step, timestep, {"latents"})``, may return ``{"latents": changed}``."""
@@ -165,7 +162,7 @@ class StepVideoPipeline:
             cache: keep prompt embeddings on disk (in ``$SOLOSTEP_CACHE`` or ``~/.cache/solostep``).
             vram: memory of the card to stay in, such as "24GB" or a number of bytes; the rest of the model waits in
                 host memory, or in its files, and comes when it is needed. By default ``$SOLOSTEP_VRAM``, else what is
-                free. No budget changes a bit of the video.
+                free. With 8-bit products no budget changes a bit of the latents.
             host_ram: memory of the host to stay in, likewise; by default ``$SOLOSTEP_HOST_RAM``, else what is free.
 
         Raises:
@@ -816,33 +813,6 @@ class StepVideoPipeline:
 def _fits(placed: PlacedTransformer, plan: Plan) -> bool:
     """Whether a transformer is placed in no more memory than a plan has for it."""
     return placed.plan.resident + placed.plan.slots <= plan.blocks.resident + plan.blocks.slots
-
-
-def read_budgets(vram: str | int | None, host_ram: str | int | None) -> tuple[int | None, int | None]:
-    """Bytes of what was given, or stands in the environment.
-
-    Raises:
-        UsageError: no size.
-    """
-    found = []
-    for given, option, variable in ((vram, "--vram", VRAM), (host_ram, "--host-ram", HOST_RAM)):
-        if given is None and os.environ.get(variable):
-            given, option = os.environ[variable], f"${variable}"
-        found.append(None if given is None else parse_size(given, option))
-    return found[0], found[1]
-
-
-def report(job: Job) -> list[dict[str, Any]]:
-    """What each stage took, beside what the plan said."""
-    planned = {} if job.plan is None else {stage.name: stage for stage in job.plan.stages}
-    lines = []
-    for stage in job.stages:
-        said = planned.get(stage.name)
-        lines.append(stage.as_dict() | {
-            "planned_gpu_bytes": None if said is None else said.device,
-            "planned_seconds": None if said is None else said.seconds,
-        })  # fmt: skip
-    return lines
 
 
 def _stage(say: Progress, name: str) -> Callable[[int, int], None]:

@@ -50,7 +50,7 @@ def plan(
     """Show what a video takes before it is made: memory, disk and time of each stage within a budget."""
     import torch
 
-    from ..pipeline import read_budgets
+    from ..memory import read_budgets
     from ..plan import CONTEXT, ask
     from ..runtime import free_memory, pick_device
 
