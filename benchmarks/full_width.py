@@ -34,7 +34,7 @@ from solostep.engine.checkpoint import load, open_component
 from solostep.engine.config import GenerationSettings, TransformerConfig, VAEConfig
 from solostep.engine.models.fused import FusedBlocks
 from solostep.engine.models.transformer import StepVideoTransformer, TransformerBlock, rope_table
-from solostep.engine.models.vae import Decoder, Encoder
+from solostep.engine.models.vae import Decoder, Encoder, HostFrames
 from solostep.engine.quantization import linears
 from solostep.engine.rates import quantized_block, random_weights
 from solostep.engine.runtime import Stage, measured, numerics, pick_device
@@ -145,9 +145,10 @@ def bench_block(
 
 
 def bench_vae(
-    settings: GenerationSettings, device: torch.device, repeats: int, decode: bool = True, at_once: int | None = None
-) -> dict[str, Any]:
-    """One chunk of 17 frames through the full-width VAE; decoded whole, or ``at_once`` frames at a time."""
+    settings: GenerationSettings, device: torch.device, repeats: int, decode: bool = True, at_once: int | None = None,
+    strips: int = 1,
+) -> dict[str, Any]:  # fmt: skip
+    """One chunk of 17 frames through the full-width VAE; decoded whole, or by ``at_once`` frames and ``strips``."""
     config = VAEConfig()
     network = random_weights(lambda: Decoder(config) if decode else Encoder(config), device)
     shape = (1, config.z_channels, 3, settings.latent_height, settings.latent_width)
@@ -161,17 +162,25 @@ def bench_vae(
     if at_once is None:
         return timed(lambda: network(x), device, repeats) | about
     error, frame = 0.0, 0
-    for piece in network.slices(x, at_once):
+    host = HostFrames(device) if strips > 1 else None
+    for piece in network.slices(x, at_once, strips, host):
         difference = piece.float() - out[:, :, frame : frame + piece.shape[2]].float()
         error, frame = error + float(difference.square().sum()), frame + piece.shape[2]
-    about |= {"at_once": at_once, "error": float(f"{(error / float(out.float().square().sum())) ** 0.5:.2e}")}
+    about |= {
+        "at_once": at_once,
+        "strips": strips,
+        "error": float(f"{(error / float(out.float().square().sum())) ** 0.5:.2e}"),
+    }
     del out, difference
 
     def run() -> None:
-        for _ in network.slices(x, at_once):
+        for _ in network.slices(x, at_once, strips, host):
             pass
 
-    return timed(run, device, repeats) | about
+    result = timed(run, device, repeats) | about
+    if host is not None:
+        host.close()
+    return result
 
 
 def wide_model(device: torch.device, precision: str, layers: int, host: Collection[int]) -> StepVideoTransformer:
@@ -372,6 +381,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--at-once", type=int, help="of `vae`: decode so many frames at a time, not a whole chunk")
+    parser.add_argument("--strips", type=int, default=1, help="with --at-once: divide frames into so many strips")
     parser.add_argument("--variant", action="append", help="of `block`: linears/attention, such as int8/int8-fp8")
     parser.add_argument("--layers", type=int, help="blocks of the DiT: default 4 for `load`, 48 for `step`")
     parser.add_argument("--precision", default="bf16", help="of `load` and `step`: bf16, int8, fp8 ...")
@@ -399,7 +409,7 @@ def main() -> None:
                 result = bench_load(device, args.layers or 4, args.precision, args.on_load)
             else:
                 result = bench_vae(
-                    settings, device, args.repeats, what == "vae", args.at_once if what == "vae" else None
+                    settings, device, args.repeats, what == "vae", args.at_once if what == "vae" else None, args.strips
                 )
         torch.cuda.empty_cache()
         line = {
