@@ -683,7 +683,9 @@ class StepVideoPipeline:
         """The latents after a step; None if the device ran out of memory, whose remains are gone then."""
         try:
             return euler_step(latents, velocity(latents, sigma), sigma, next_sigma)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not _ran_out(error):
+                raise
             return None
 
     def _spare(self, transformer: PlacedTransformer, job: Job) -> None:
@@ -825,10 +827,7 @@ def _readable_errors(device: torch.device, job: Job | None = None) -> Iterator[N
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # On the CPU it has no type of its own; the second is a size beyond all counting.
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not re.search(
-            "DefaultCPUAllocator|size calculation overflowed", str(error)
-        ):
+        if not _ran_out(error):
             raise
         kept = _what_is_kept(job)
         raise SolostepError(
@@ -838,6 +837,13 @@ def _readable_errors(device: torch.device, job: Job | None = None) -> Iterator[N
 
     except ReadError as error:
         raise CheckpointError(f"{error}; if nothing else writes it, download it again{_what_is_kept(job)}.") from None
+
+
+def _ran_out(error: Exception) -> bool:
+    """Whether an error means that an allocation failed. On the CPU, and where a library or the driver allocates, it has
+    no type of its own; the second of the words is a size beyond all counting."""
+    words = "DefaultCPUAllocator|size calculation overflowed|CUDA error: out of memory|STATUS_ALLOC_FAILED"
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(words, str(error)) is not None
 
 
 def _what_is_kept(job: Job | None) -> str:

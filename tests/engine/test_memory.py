@@ -110,7 +110,12 @@ def test_sizes() -> None:
 # --- failures -----------------------------------------------------------------------------------------------------
 
 
-def fail_at(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
+OUT_OF_MEMORY = torch.OutOfMemoryError("simulated")
+
+
+def fail_at(
+    monkeypatch: pytest.MonkeyPatch, calls: set[int], error: Exception = OUT_OF_MEMORY
+) -> None:  # fmt: skip
     """Some calls of the model run out of memory."""
     real, count = GuidedVelocity.__call__, 0
 
@@ -118,20 +123,30 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
         nonlocal count
         count += 1
         if count in calls:
-            raise torch.OutOfMemoryError("simulated")
+            raise error
         return real(self, *args)
 
     monkeypatch.setattr(GuidedVelocity, "__call__", call)
 
 
-def test_a_step_that_ran_out_of_memory_is_repeated_with_less(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [OUT_OF_MEMORY, RuntimeError("CUDA error: out of memory"),
+              RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")]
+)  # fmt: skip
+def test_a_step_that_ran_out_of_memory_is_repeated_with_less(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     want, _ = make()
     whole = budgets()[1] + 1
-    fail_at(monkeypatch, {2})
+    fail_at(monkeypatch, {2}, error)
     found, record = make(whole)
     assert torch.equal(found, want) and len(record["events"]) == 1
     assert "Out of memory at step 2" in record["events"][0] and "the step is repeated" in record["events"][0]
     assert record["plan"]["streamed_blocks"] > 0 and record["plan"]["budget_bytes"] <= 0.9 * whole
+
+
+def test_another_error_is_no_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_at(monkeypatch, {2}, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        make(budgets()[1])
 
 
 def test_it_gives_up_when_nothing_is_left_to_give(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
