@@ -36,21 +36,20 @@ from solostep.engine.models.fused import FusedBlocks
 from solostep.engine.models.transformer import StepVideoTransformer, TransformerBlock, rope_table
 from solostep.engine.models.vae import Decoder, Encoder, HostFrames
 from solostep.engine.quantization import linears
-from solostep.engine.rates import quantized_block, random_weights
+from solostep.engine.rates import TEXT_TOKENS, quantized_block, random_weights
 from solostep.engine.runtime import Stage, measured, numerics, pick_device
 from solostep.engine.sampling import GuidedVelocity
 from solostep.engine.scheduler import euler_step, make_sigmas
+from solostep.engine.streaming import LAST
 from solostep.engine.text import PromptEmbedding
 from solostep.offload.streamer import BlockStreamer, spread
 from solostep.quant.formats import quantize
 from solostep.quant.recipe import Recipe, default_recipe
 
-TEXT_TOKENS = 397
-"""CLIP's 77 and all of Step-LLM's 320: the longest text."""
 
-
-def _recipe(precision: str) -> Recipe | None:
-    return None if precision == "bf16" else default_recipe(precision, "transformer")
+def recipe_of(precision: str, network: str = "transformer") -> Recipe | None:
+    """The default recipe of a precision; None for bf16."""
+    return None if precision == "bf16" else default_recipe(precision, network)
 
 
 def timed(run: Callable[[], object], device: torch.device, repeats: int, warm_up: int = 1) -> dict[str, Any]:
@@ -111,7 +110,7 @@ def bench_block(
     errors: dict[str, float] = {}
     for variant in variants:
         precision, mode = variant.split("/")
-        mine, blocks = quantized_block(block, _recipe(precision), config), FusedBlocks(texts, mode)
+        mine, blocks = quantized_block(block, recipe_of(precision), config), FusedBlocks(texts, mode)
         found = blocks(0, 0, mine, rows[0].clone(), modulation, rope)
         errors[variant] = float((found.float() - want.float()).norm() / (want.float() - rows[0].float()).norm())
         del found
@@ -190,7 +189,7 @@ def wide_model(device: torch.device, precision: str, layers: int, host: Collecti
     blocks = []
     for i in range(layers):
         made = random_weights(lambda: TransformerBlock(config.inner_dim, config.attention_head_dim), device, i)
-        blocks.append(quantized_block(made, _recipe(precision), config).to("cpu" if i in host else device))
+        blocks.append(quantized_block(made, recipe_of(precision), config).to("cpu" if i in host else device))
         del made
     model.transformer_blocks = nn.ModuleList(blocks)
     return model
@@ -208,7 +207,7 @@ def bench_step(
     model = wide_model(device, precision, layers, host)
     start = time.perf_counter()
     streamer = BlockStreamer(
-        model.transformer_blocks, device, resident=resident, slots=slots, last=["attn2.wkv"]
+        model.transformer_blocks, device, resident=resident, slots=slots, last=LAST
     ) if resident is not None else None  # fmt: skip
     prepared = time.perf_counter() - start
     gc.collect()
@@ -246,7 +245,7 @@ def bench_load(device: torch.device, layers: int, precision: str, on_load: bool)
     (buffered or not, whichever is faster), and that of one large copy from pinned memory. Pinning the ring counts: the
     allocator's pinned memory is given back before each load.
     """
-    recipe = None if precision == "bf16" else default_recipe(precision, "transformer")
+    recipe = recipe_of(precision)
     with tempfile.TemporaryDirectory() as folder:
         files = write_dit(Path(folder), layers, device, None if on_load else recipe)
         disk = max(disk_rate(files, direct=False), disk_rate(files, direct=True))
@@ -268,34 +267,44 @@ def bench_load(device: torch.device, layers: int, precision: str, on_load: bool)
 def write_dit(root: Path, layers: int, device: torch.device, recipe: Recipe | None) -> list[Path]:
     """A transformer folder with random weights in three shards; quantized if there is a recipe."""
     config = TransformerConfig(num_layers=layers)
-    folder = root / "transformer"
-    folder.mkdir()
-    described = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+    return write_network(
+        root / "transformer", asdict(config), lambda: StepVideoTransformer(config), recipe, device, shards=3
+    )
+
+
+def write_network(
+    folder: Path, config: dict[str, Any], build: Callable[[], nn.Module], recipe: Recipe | None, device: torch.device,
+    shards: int,
+) -> list[Path]:  # fmt: skip
+    """The folder of a network, which is called as that is, with random weights; quantized if there is a recipe.
+
+    One shard at a time is held in host memory.
+    """
+    folder.mkdir(exist_ok=True)
+    described = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
     (folder / "config.json").write_text(json.dumps(described))
-    model = random_weights(lambda: StepVideoTransformer(config), device)
-    modules = {} if recipe is None else recipe.resolve(linears(model, "transformer"))
-    state: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        path = name.removesuffix(".weight")
-        if path in modules:
-            state |= {f"{path}.{k}": t.cpu() for k, t in quantize(modules[path], parameter).items()}
-        else:
-            state[name] = parameter.cpu()
-    del model
-    torch.cuda.empty_cache()
+    model = random_weights(build, device)
+    modules = {} if recipe is None else recipe.resolve(linears(model, folder.name))
     if recipe is not None:
         values = {"solostep_quantization": 1, "precision": recipe.name, "recipe": recipe.as_dict(), "source": {}}
         (folder / "quantization.json").write_text(json.dumps(values | {"modules": modules}))
-    names, files, weight_map = list(state), [], {}
-    for i in range(3):
-        file = folder / f"diffusion_pytorch_model-{i + 1:05d}-of-00003.safetensors"
-        inside = names[i * len(names) // 3 : (i + 1) * len(names) // 3]
-        save_file({n: state.pop(n) for n in inside}, file)
-        weight_map |= {n: file.name for n in inside}
-        files.append(file)
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    del state
+    stem = "diffusion_pytorch_model" if folder.name == "transformer" else "model"
+    named, files, weight_map = list(model.named_parameters()), [], {}
+    for i in range(shards):
+        state: dict[str, torch.Tensor] = {}
+        for name, parameter in named[i * len(named) // shards : (i + 1) * len(named) // shards]:
+            path = name.removesuffix(".weight")
+            if path in modules:
+                state |= {f"{path}.{k}": t.cpu() for k, t in quantize(modules[path], parameter).items()}
+            else:
+                state[name] = parameter.cpu()
+        files.append(folder / f"{stem}-{i + 1:05d}-of-{shards:05d}.safetensors")
+        save_file(state, files[-1])
+        weight_map |= {name: files[-1].name for name in state}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    del model, named, state
     gc.collect()
+    torch.cuda.empty_cache()
     return files
 
 
@@ -372,6 +381,18 @@ def commit() -> str:
         return "unknown"
 
 
+def record(result: dict[str, Any], device: torch.device, output: Path | None) -> None:
+    """Prints a result as a JSON line, with the card, versions and commit it is of; and appends it to a file."""
+    line = json.dumps(result | {
+        "card": torch.cuda.get_device_name(device), "torch": torch.__version__, "cuda": torch.version.cuda,
+        "commit": commit(),
+    })  # fmt: skip
+    print(line, flush=True)
+    if output is not None:
+        with output.open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=["block", "vae", "vae-encode", "step", "load"])
@@ -412,15 +433,8 @@ def main() -> None:
                     settings, device, args.repeats, what == "vae", args.at_once if what == "vae" else None, args.strips
                 )
         torch.cuda.empty_cache()
-        line = {
-            "what": what, "clip": f"{settings.height}x{settings.width}x{settings.num_frames}", **result,
-            "card": torch.cuda.get_device_name(device), "torch": torch.__version__, "cuda": torch.version.cuda,
-            "commit": commit(),
-        }  # fmt: skip
-        print(json.dumps(line), flush=True)
-        if args.output is not None:
-            with args.output.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+        clip = f"{settings.height}x{settings.width}x{settings.num_frames}"
+        record({"what": what, "clip": clip, **result}, device, args.output)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import shutil
 import subprocess
@@ -28,7 +27,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from solostep.benchmarks.full_width import commit
+from solostep.benchmarks.full_width import recipe_of, record, write_network
 from solostep.engine.config import StepLLMConfig, TransformerConfig, VAEConfig
 from solostep.engine.models.clip import HunyuanClip
 from solostep.engine.models.step_llm import StepLLM
@@ -36,11 +35,8 @@ from solostep.engine.models.transformer import StepVideoTransformer
 from solostep.engine.models.vae import VideoAutoencoder
 from solostep.engine.pipeline import StepVideoPipeline
 from solostep.engine.plan import parse_size
-from solostep.engine.quantization import linears
 from solostep.engine.rates import random_weights
 from solostep.engine.runtime import pick_device
-from solostep.quant.formats import quantize
-from solostep.quant.recipe import default_recipe
 
 TOKENIZERS = Path(__file__).resolve().parents[1] / "tests" / "golden" / "tiny-stepvideo-t2v"
 CLIP = {
@@ -62,8 +58,12 @@ def make(root: Path, precision: str, text_precision: str, device: torch.device) 
         target.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if (TOKENIZERS / part).is_dir() else shutil.copy)(TOKENIZERS / part, target)
     config, llm = TransformerConfig(), StepLLMConfig()
-    write(root, "transformer", asdict(config), lambda: StepVideoTransformer(config), precision, device)
-    write(root, "step_llm", asdict(llm), lambda: StepLLM(llm), text_precision, device)
+    networks: dict[str, tuple[Any, Callable[[], nn.Module], str]] = {
+        "transformer": (config, lambda: StepVideoTransformer(config), precision),
+        "step_llm": (llm, lambda: StepLLM(llm), text_precision),
+    }
+    for name, (described, build, kind) in networks.items():
+        write_network(root / name, asdict(described), build, recipe_of(kind, name), device, shards=6)
     (root / "vae").mkdir()
     vae = random_weights(lambda: VideoAutoencoder(VAEConfig()), device)
     save_file({name: p.cpu() for name, p in vae.named_parameters()}, root / "vae" / "vae_v2.safetensors")
@@ -72,41 +72,6 @@ def make(root: Path, precision: str, text_precision: str, device: torch.device) 
     (folder / "config.json").write_text(json.dumps(CLIP))
     clip = HunyuanClip(CLIP)
     save_file({name: p.detach().contiguous() for name, p in clip.named_parameters()}, folder / "model.safetensors")
-
-
-def write(
-    root: Path, network: str, config: dict[str, Any], build: Callable[[], nn.Module], precision: str,
-    device: torch.device, shards: int = 6,
-) -> None:  # fmt: skip
-    """A network's folder; quantized unless ``precision`` is bf16. One shard is held in memory at a time."""
-    folder = root / network
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(
-        json.dumps({k: list(v) if isinstance(v, tuple) else v for k, v in config.items()})
-    )
-    model = random_weights(build, device)
-    recipe = None if precision == "bf16" else default_recipe(precision, network)
-    modules = {} if recipe is None else recipe.resolve(linears(model, network))
-    if recipe is not None:
-        values = {"solostep_quantization": 1, "precision": recipe.name, "recipe": recipe.as_dict(), "source": {}}
-        (folder / "quantization.json").write_text(json.dumps(values | {"modules": modules}))
-    stem = "diffusion_pytorch_model" if network == "transformer" else "model"
-    named, weight_map = list(model.named_parameters()), {}
-    for i in range(shards):
-        state: dict[str, torch.Tensor] = {}
-        for name, parameter in named[i * len(named) // shards : (i + 1) * len(named) // shards]:
-            path = name.removesuffix(".weight")
-            if path in modules:
-                state |= {f"{path}.{k}": t.cpu() for k, t in quantize(modules[path], parameter).items()}
-            else:
-                state[name] = parameter.cpu()
-        file = folder / f"{stem}-{i + 1:05d}-of-{shards:05d}.safetensors"
-        save_file(state, file)
-        weight_map |= {name: file.name for name in state}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    del model, named
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 # --- the runs -----------------------------------------------------------------------------------------------------
@@ -167,17 +132,17 @@ def run(
     start = time.perf_counter()
     with driver_peak(pipe.device, before) as driver:
         made = pipe.generate([request], (lambda *_: contextlib.nullcontext(sink)) if decode else None, None, progress)
-        record, latents = next(made)
+        told, latents = next(made)
         list(made)
     if not bool(torch.isfinite(latents).all()):
         raise RuntimeError("the latents are not finite")
     digest = float(latents.double().abs().sum())
     return {
-        "vram": vram, "host_ram": host_ram, "settings": record["settings"], "precision": record["precision"],
-        "attention": record["attention"], "seconds": round(time.perf_counter() - start, 2),
+        "vram": vram, "host_ram": host_ram, "settings": told["settings"], "precision": told["precision"],
+        "attention": told["attention"], "seconds": round(time.perf_counter() - start, 2),
         "step_seconds": [round(b - a, 3) for a, b in zip(marks, marks[1:], strict=False)],
-        "driver_peak_bytes": driver["bytes"], "frames": sink.count, "latents": digest, "events": record["events"],
-        "plan": {k: v for k, v in record["plan"].items() if k != "stages"}, "stages": pipe.memory_report(),
+        "driver_peak_bytes": driver["bytes"], "frames": sink.count, "latents": digest, "events": told["events"],
+        "plan": {k: v for k, v in told["plan"].items() if k != "stages"}, "stages": pipe.memory_report(),
     }  # fmt: skip
 
 
@@ -206,22 +171,15 @@ def main() -> None:
     if args.command == "make":
         make(args.folder, args.precision, args.text_precision, device)
         return
+    for vram in args.vram or []:
+        parse_size(vram, "--vram")
     for vram in args.vram or [None]:
-        if vram is not None:
-            parse_size(vram, "--vram")
         line = run(
             args.folder, vram, args.host_ram, before, not args.latents_only, not args.cached_texts,
-            attention=args.attention,
-            num_frames=args.frames, height=args.height, width=args.width, num_inference_steps=args.steps,
+            attention=args.attention, num_frames=args.frames, height=args.height, width=args.width,
+            num_inference_steps=args.steps,
         )  # fmt: skip
-        line |= {
-            "card": torch.cuda.get_device_name(device), "torch": torch.__version__, "cuda": torch.version.cuda,
-            "commit": commit(),
-        }  # fmt: skip
-        print(json.dumps(line), flush=True)
-        if args.output is not None:
-            with args.output.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+        record(line, device, args.output)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,6 @@ from .precision import (
 )
 from .progress import ConsoleProgress, Progress
 from .request import (
-    SETTINGS,
     Collect,
     FrameSink,
     Job,
@@ -64,6 +63,7 @@ from .request import (
     Video,
     check_asked,
     describe_device,
+    filled_in,
     make_record,
     settings_dict,
     tensor_hash,
@@ -234,10 +234,8 @@ class StepVideoPipeline:
             UsageError: a wrong value.
             SolostepError: nothing fits; it says the least that would do.
         """
-        preset = self.model.preset
         check_asked("any", raw_prompt=True, **settings)
-        values = {n: settings[n] if settings.get(n) is not None else getattr(preset, n) for n in SETTINGS}
-        made = GenerationSettings(**values, max_frames=preset.max_frames, image_to_video=self.model.is_image_to_video)
+        made = filled_in(self.model.preset, settings, self.model.is_image_to_video)
         return self._plan(made, rated=True, held=self._networks.get("transformer"))
 
     def memory_report(self) -> list[dict[str, Any]]:
@@ -319,8 +317,7 @@ class StepVideoPipeline:
                 f"--image needs an image-to-video model, and {self.model.source} is text-to-video; "
                 "leave --image out or choose --model stepfun-ai/stepvideo-ti2v."
             )
-        values = {n: settings[n] if settings.get(n) is not None else getattr(preset, n) for n in SETTINGS}
-        made = GenerationSettings(**values, max_frames=preset.max_frames, image_to_video=self.model.is_image_to_video)
+        made = filled_in(preset, settings, self.model.is_image_to_video)
         if latents is not None:
             channels = self.model.transformer_config.in_channels
             shape = [1, made.latent_frames, channels, made.latent_height, made.latent_width]

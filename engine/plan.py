@@ -37,7 +37,7 @@ from .hub import HUB_IDS
 from .models.vae import decode_bytes
 from .precision import Mode, check_attention, check_precision, choose_attention, choose_mode
 from .quantization import formats_of
-from .request import SETTINGS
+from .request import filled_in
 from .text import llm_bytes
 from .weights import Component, build_on_meta
 
@@ -195,7 +195,9 @@ def released(name: str) -> dict[str, Component]:
 def sizes_of(components: Mapping[str, Component], mode: Mode, text_mode: Mode) -> Sizes:
     """Counted from configurations, on the meta device."""
     transformer, llm = components["transformer"], components["step_llm"]
-    dit = built(transformer, mode)
+    dit: Any = build_on_meta(transformer)
+    kinds = {} if mode.on_load is None else formats_of(mode.on_load, dit, transformer.name)
+    install(dit, kinds, mode.dtype)
     config = TransformerConfig.from_dict(transformer.config)
     blocks = [nbytes(block, mode.dtype) for block in dit.transformer_blocks]
     layers = [layer for layer in dit.transformer_blocks.modules() if isinstance(layer, QuantizedLinear)]
@@ -215,7 +217,6 @@ def sizes_of(components: Mapping[str, Component], mode: Mode, text_mode: Mode) -
     if "hunyuan_clip" in components:
         clip = sum(info.numbers for info in components["hunyuan_clip"].tensors.values()) * 4
     disk = {name: c.stored_bytes or 2 * c.parameters for name, c in components.items()}
-    kinds = {} if mode.on_load is None else formats_of(mode.on_load, build_on_meta(transformer), "transformer")
     streams = not any(foreign.is_foreign(kind) for kind in kinds.values())
     if not streams:  # their layers are made from loaded ones: here they are still in 16 bits
         whole = mode.memory_bytes(transformer)
@@ -238,14 +239,6 @@ def _as_used(component: Component, network: Any, dtype: torch.dtype) -> bool:
             if info.file.suffix != ".safetensors" or torch_type(info.dtype) != kind:
                 return False
     return True
-
-
-def built(component: Component, mode: Mode) -> Any:
-    """The network as it will run, without memory."""
-    module = build_on_meta(component)
-    if mode.on_load is not None:
-        install(module, formats_of(mode.on_load, module, component.name), mode.dtype)
-    return module
 
 
 def nbytes(module: nn.Module, dtype: torch.dtype) -> int:
@@ -442,8 +435,7 @@ def ask(
     text_mode = choose_mode(
         components["step_llm"], text_precision, "fp32" if precision == "fp32" else "bf16", "--text-precision", dtype
     )
-    chosen = {name: values[name] if values.get(name) is not None else getattr(preset, name) for name in SETTINGS}
-    settings = GenerationSettings(**chosen, max_frames=preset.max_frames, image_to_video=conditioned)
+    settings = filled_in(preset, values, conditioned)
     # Without a card here, the plan is for one elsewhere.
     kind = choose_attention(attention, mode, device or torch.device("cuda"))
     rated = None

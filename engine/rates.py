@@ -27,8 +27,9 @@ from ..quant import foreign
 from ..quant.formats import install, quantize
 from ..quant.linear import assign
 from ..quant.recipe import Recipe
-from .config import CHUNK_FRAMES, CHUNK_LATENTS, TransformerConfig, VAEConfig, cache_dir
+from .config import CHUNK_FRAMES, CHUNK_LATENTS, CLIP_TOKENS, LLM_TOKENS, TransformerConfig, VAEConfig, cache_dir
 from .doctor import attention_choice, choices_key
+from .machine import transfer_rates
 from .models.fused import FusedBlocks
 from .models.transformer import TransformerBlock, rope_table
 from .models.vae import Decoder
@@ -39,7 +40,7 @@ from .runtime import free_memory, numerics, release_memory
 log = logging.getLogger("solostep")
 LENGTHS = (8, 24)
 """Latent frames of 32 x 32, 8,192 and 24,576 tokens."""
-TEXT_TOKENS = 397
+TEXT_TOKENS = LLM_TOKENS + CLIP_TOKENS
 AT_A_STRETCH = 1000
 """Milliseconds that a block is timed: a card that has just begun has a higher clock than one that works."""
 
@@ -127,7 +128,7 @@ def measure(device: torch.device, mode: Mode, attention: str) -> Rated:
         square = (seconds[1] / long - seconds[0] / short) / (long - short)
         linear = seconds[0] / short - square * short
         decode = decode_rate(device)
-        bus = bus_rate(device)
+        bus = transfer_rates(device, quick=True)["host_to_device_pinned"]
     release_memory(device)
     log.warning("measuring this card's speed for plans, %.1f s, once", time.perf_counter() - start)
     return Rated(Rates(4 * dim / max(square, 1e-18), 28 * dim**2 / max(linear, 1e-15), bus, GUESS[3]), decode)
@@ -143,7 +144,8 @@ def block_seconds(device: torch.device, recipe: Recipe | None, attention: str, f
     del block
     rope = rope_table(fhw, torch.bfloat16, device)
     x, text, modulation = (
-        torch.randn(1, *shape, device=device, dtype=torch.bfloat16) for shape in ((tokens, dim), (397, dim), (6 * dim,))
+        torch.randn(1, *shape, device=device, dtype=torch.bfloat16)
+        for shape in ((tokens, dim), (TEXT_TOKENS, dim), (6 * dim,))
     )
     modulation /= 4
     if attention == OFFICIAL:
@@ -155,13 +157,6 @@ def block_seconds(device: torch.device, recipe: Recipe | None, attention: str, f
         x.clamp_(-64, 64)  # it is added to over and over
 
     return median_ms(run, device, AT_A_STRETCH) / 1e3
-
-
-def bus_rate(device: torch.device) -> float:
-    """Bytes a second of a copy from pinned memory."""
-    source = torch.empty(256 << 20, dtype=torch.uint8).pin_memory()
-    target = torch.empty_like(source, device=device)
-    return source.numel() / median_ms(lambda: target.copy_(source, non_blocking=True), device, 200) * 1e3
 
 
 def decode_rate(device: torch.device) -> float:

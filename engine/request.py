@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import latents as storage
 from .checkpoint import ModelFolder
-from .config import FPS, GenerationSettings
+from .config import FPS, GenerationSettings, Preset
 from .errors import UsageError
 from .image import load_image
 from .latents import SavedLatents
@@ -65,6 +65,12 @@ def check_asked(
         raise UsageError(f"Unknown setting {unknown[0]!r}; known are {', '.join(SETTINGS)}.")
     GenerationSettings(**{name: value for name, value in settings.items() if value is not None})
     return None if image is None else load_image(image)
+
+
+def filled_in(preset: Preset, given: Mapping[str, Any], image_to_video: bool) -> GenerationSettings:
+    """Settings of a clip; what is not given, or None, comes from the preset."""
+    values = {n: given[n] if given.get(n) is not None else getattr(preset, n) for n in SETTINGS}
+    return GenerationSettings(**values, max_frames=preset.max_frames, image_to_video=image_to_video)
 
 
 class FrameSink(Protocol):

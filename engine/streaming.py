@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ..offload.pinned import HostSlab, PinError
 from ..offload.planner import BlockPlan, Savings
-from ..offload.reader import Extent, ReadError
+from ..offload.reader import Extent
 from ..offload.streamer import BlockStreamer, laid_out, spread
-from .errors import CheckpointError, SolostepError
+from .errors import SolostepError
 from .headers import torch_type
 from .precision import Mode
 from .runtime import release_memory
@@ -67,6 +67,7 @@ class PlacedTransformer:
 
         Raises:
             SolostepError: the host's memory cannot be pinned.
+            ReadError: a file of the model cannot be opened.
         """
         count = len(self.network.transformer_blocks)
         streamed = more_of(count, self.streamed, count - plan.resident)
@@ -95,8 +96,6 @@ class PlacedTransformer:
                 )  # fmt: skip
             except PinError as error:
                 raise _not_pinned(error) from None
-            except ReadError as error:
-                raise CheckpointError(f"{error}; if nothing else writes it, download it again.") from None
         self.plan, self.streamed, self.savings = plan, streamed, plan.savings
 
     def _extents(self, index: int) -> dict[str, Extent]:

@@ -84,16 +84,16 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: th
 Vram = Annotated[
     str | None,
     typer.Option(
-        help="Memory of the card to stay in, such as 24GB: the rest of the model waits outside. Default: "
-        "$SOLOSTEP_VRAM, else what is free. See `solostep plan`."
+        help="Memory of the card to stay in, such as 24GB: the rest of the model waits outside. Costs host memory, "
+        "and time where a clip is short. Default: $SOLOSTEP_VRAM, else what is free. See `solostep plan`."
     ),
 ]
 HostRam = Annotated[
     str | None,
     typer.Option(
         "--host-ram",
-        help="Memory of the host to stay in, likewise; with little of it, blocks come from their files. Default: "
-        "$SOLOSTEP_HOST_RAM, else what is free.",
+        help="Memory of the host to stay in, likewise; with little of it, blocks come from their files, at the disk's "
+        "speed. Default: $SOLOSTEP_HOST_RAM, else what is free.",
     ),
 ]
 PresetName = Annotated[

@@ -31,13 +31,11 @@ from ...kernels.qk_norm_rope import norm_heads
 from ...kernels.quantize import quantize_rows
 from ...kernels.scaled_mm import After
 from ...offload.pinned import HostSlab, PinError, lay_out
+from ...offload.planner import CHUNK
 from ...quant.linear import QuantizedLinear, narrowed
 from .transformer import CrossAttention, RopeTable, SelfAttention, TransformerBlock
 
 log = logging.getLogger("solostep")
-
-CHUNK = 18_972
-"""Tokens that go through the feed-forward at a time: a quarter of 204 frames at 544x992."""
 
 Rows = Tensor | tuple[Tensor, Tensor]
 """An activation ``[S, d]``, or its 8-bit rows and their scales."""
