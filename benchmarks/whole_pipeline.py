@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -107,8 +108,9 @@ def driver_peak(device: torch.device, before: int) -> Iterator[dict[str, int]]:
 
 
 def driver_bytes() -> int:
-    """What the driver says is taken of the card, before this process takes anything."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
+    """What the driver says is taken of the first visible card, before this process takes anything."""
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", card]
     return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) << 20
 
 
