@@ -41,7 +41,7 @@ _MAX_METADATA_BYTES = 30_000
 # 540 and 768 lines. By setparams, because newer ffmpegs ignore -color_trc when the frames say otherwise.
 _SCALE = "scale=flags=bicubic+accurate_rnd+full_chroma_int"
 _BT709 = "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
-_TO_YUV = f"{_SCALE}:out_color_matrix=bt709:out_range=tv,format=yuv420p,{_BT709}"
+TO_YUV = f"{_SCALE}:out_color_matrix=bt709:out_range=tv,format=yuv420p,{_BT709}"
 _TO_RGB = f"{_SCALE},format=rgb24"
 # The official thresholds: for luma and Cb, while Cr stays at ffmpeg's own.
 _DENOISE = "atadenoise=0a=0.1:0b=0.1:1a=0.1:1b=0.1"
@@ -83,19 +83,20 @@ def _encoders(exe: str) -> frozenset[str]:
     return frozenset(re.findall(r"^ V\S+ (\S+)", done.stdout.decode(errors="replace"), re.MULTILINE))
 
 
-def _ffmpeg() -> str:
-    import imageio_ffmpeg
-
+def find_ffmpeg() -> str:
+    """The path of imageio-ffmpeg's ffmpeg, which starts. SolostepError if there is none."""
     try:
+        import imageio_ffmpeg
+
         exe = str(imageio_ffmpeg.get_ffmpeg_exe())
         _encoders(exe)
-    except (RuntimeError, OSError) as error:
+    except (ImportError, RuntimeError, OSError) as error:
         raise SolostepError(f"No ffmpeg starts ({error}); reinstall imageio-ffmpeg.") from error
     return exe
 
 
 def _encoder(codec: str, quality: float | None = None) -> list[str]:
-    exe, crf = _ffmpeg(), CODECS[codec].crf
+    exe, crf = find_ffmpeg(), CODECS[codec].crf
     if quality is not None and (crf is None or not 0 <= quality <= 100):
         takes = "keeps every bit and takes no quality" if crf is None else "takes a quality from 0 to 100"
         raise UsageError(f"Codec {codec} {takes}, not {quality}; change the codec or the quality.")
@@ -228,7 +229,7 @@ class VideoWriter:
 
     def _output_options(self, codec: str, quality: float | None, official: bool) -> list[str]:
         yuv420 = CODECS[codec].yuv420
-        filters = [_TO_YUV] if yuv420 or official else []
+        filters = [TO_YUV] if yuv420 or official else []
         filters += ([_DENOISE] if official else []) + ([] if yuv420 else [_TO_RGB])
         options = ["-an", "-vf", ",".join(filters), *_encoder(codec, quality)]
         options += ["-fflags", "+bitexact"]  # no dates, no random ids, no versions of ffmpeg
@@ -245,7 +246,7 @@ class VideoWriter:
         self._temporary = self.path.parent.absolute() / f".solostep-{os.urandom(6).hex()}{self.path.suffix}"
         # In the folder itself, because a % in its path would be taken for a part of the pattern.
         target = "%05d.png" if self._folder else str(self._temporary)
-        command = [_ffmpeg(), "-hide_banner", "-v", "error", "-nostdin", "-y", *self._input, *self._output, target]
+        command = [find_ffmpeg(), "-hide_banner", "-v", "error", "-nostdin", "-y", *self._input, *self._output, target]
         try:
             if self._folder:
                 self._temporary.mkdir()
@@ -359,7 +360,18 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def _container_comment(path: Path) -> str:
-    command = [_ffmpeg(), "-v", "error", "-nostdin", *_READABLE, "-i", str(path.absolute()), "-f", "ffmetadata", "-"]
+    command = [
+        find_ffmpeg(),
+        "-v",
+        "error",
+        "-nostdin",
+        *_READABLE,
+        "-i",
+        str(path.absolute()),
+        "-f",
+        "ffmetadata",
+        "-",
+    ]
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
         raise UsageError(_NO_FILM.format(path))

@@ -105,7 +105,7 @@ def test_colours_are_converted_and_tagged_alike(tmp_path):
     frames = np.broadcast_to(bars, (4, H, W, 3))
     path = write(tmp_path / "film.mp4", frames)
     assert psnr(frames, read_frames(path)) > 40  # the wrong matrix gives 25
-    dump = subprocess.run([video._ffmpeg(), "-i", path], capture_output=True, text=True, check=False).stderr
+    dump = subprocess.run([video.find_ffmpeg(), "-i", path], capture_output=True, text=True, check=False).stderr
     assert re.search(r"Video: h264 .*yuv420p\(tv, bt709,.* 25 fps", dump)
 
 
@@ -130,7 +130,7 @@ def test_quality_moves_size_and_closeness(tmp_path):
 
 def test_fps(tmp_path):
     path = write(tmp_path / "film.mp4", film(), fps=24000 / 1001)
-    dump = subprocess.run([video._ffmpeg(), "-i", path], capture_output=True, text=True, check=False).stderr
+    dump = subprocess.run([video.find_ffmpeg(), "-i", path], capture_output=True, text=True, check=False).stderr
     assert "23.98 fps" in dump
 
 
@@ -155,7 +155,7 @@ def test_relative_names_that_look_like_options_or_patterns(tmp_path, monkeypatch
 
 def test_uneven_timestamps_double_and_drop_no_frames(tmp_path):
     path = write(tmp_path / "film.mkv", film(), codec="lossless")
-    command = [video._ffmpeg(), "-v", "error", "-i", path, "-vf", "setpts=N*N/25/TB", "-fps_mode", "passthrough"]
+    command = [video.find_ffmpeg(), "-v", "error", "-i", path, "-vf", "setpts=N*N/25/TB", "-fps_mode", "passthrough"]
     subprocess.run([*command, "-c:v", "libx264rgb", "-qp", "0", tmp_path / "uneven.mkv"], check=True)
     assert np.array_equal(read_frames(tmp_path / "uneven.mkv"), film())
 
@@ -192,7 +192,7 @@ def test_without_metadata_none_is_stored(tmp_path, codec, name):
 
 def test_title_is_the_prompt_cut_to_200(tmp_path):
     path = write(tmp_path / "film.mp4", film(4), metadata={"prompt": "0123456789" * 30})
-    command = [video._ffmpeg(), "-v", "error", "-i", path, "-f", "ffmetadata", "-"]
+    command = [video.find_ffmpeg(), "-v", "error", "-i", path, "-f", "ffmetadata", "-"]
     dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert f"title={'0123456789' * 20}\n" in dump
 
@@ -364,7 +364,7 @@ def test_a_disk_that_reports_late_is_heard(tmp_path, monkeypatch, codec, name):
 
 
 def test_ffmpegs_own_words_reach_the_user(tmp_path, monkeypatch):
-    monkeypatch.setattr(video, "_TO_YUV", "scale=nonsense=1")
+    monkeypatch.setattr(video, "TO_YUV", "scale=nonsense=1")
     with pytest.raises(OutputError, match=r"film\.mp4: ffmpeg says '.*Option not found"):
         write(tmp_path / "film.mp4", film())
     assert not os.listdir(tmp_path)
