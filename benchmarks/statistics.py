@@ -5,8 +5,8 @@ every value as its cluster. Without clusters the interval is exact and free of a
 order statistics (Thompson 1936; the sign test turned around). With clusters it is a bootstrap over whole clusters,
 with percentiles widened for few clusters ("expanded percentile", Hesterberg 2015, section 3.3).
 
-For shares (hits of n), `solostep.engine.demo.rules.wilson`. Cost: at most some
-tens of milliseconds for a hundred values.
+For shares (hits of n) there is `solostep.engine.demo.rules.wilson`. Cost: some tens of milliseconds for the bootstrap
+of a hundred values.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def fewest(confidence: float = 0.95) -> int:
     """
     _check_confidence(confidence)
     n = 1
-    while not _rare(2, n, confidence):
+    while _outside(n, confidence) < 2:
         n += 1
     return n
 
@@ -95,10 +95,10 @@ def _check_confidence(confidence: float) -> None:
         raise UsageError(f"The confidence must be between 0 and 1, not {confidence}.")
 
 
-def _rare(ways: int, n: int, confidence: float) -> bool:
-    """ways / 2**n <= 1 - confidence, in whole numbers: 2**n soon is more than a float holds."""
+def _outside(n: int, confidence: float) -> int:
+    """(1 - confidence) * 2**n, rounded down; in whole numbers, because 2**n soon is more than a float holds."""
     outside = Fraction(1 - confidence)
-    return ways * outside.denominator <= outside.numerator * 2**n
+    return outside.numerator * 2**n // outside.denominator
 
 
 def _grouped(data: np.ndarray, clusters: Sequence[Hashable]) -> list[list[float]]:
@@ -116,11 +116,12 @@ def _middle(ordered: np.ndarray) -> float:
 
 def _exact(ordered: np.ndarray, confidence: float) -> tuple[float, float]:
     """The innermost pair of order statistics, as far from either end, that covers with at least `confidence`."""
-    n, rank, below = len(ordered), 0, 1
-    # below: 2**n times the probability that at most `rank` of n values lie under the median.
-    while _rare(2 * below, n, confidence):
+    n, rank = len(ordered), 0
+    below = ways = 1  # of the 2**n ways to lie on the sides of the median: at most, and just, `rank` values under it
+    while 2 * below <= _outside(n, confidence):
         rank += 1
-        below += math.comb(n, rank)
+        ways = ways * (n - rank + 1) // rank
+        below += ways
     return float(ordered[rank - 1]), float(ordered[n - rank])
 
 

@@ -239,7 +239,10 @@ def _run_ffmpeg(command: list[str], a: np.ndarray, b: np.ndarray, folder: Path) 
         messages.seek(0)
         said = messages.read().decode(errors="replace").strip().splitlines()
     if code != 0:
-        reason = f"says '{said[-1]}'" if said else f"ended with exit code {code}"
+        # The first message names the cause, the last ones only that it ended.
+        reason = (
+            "says '" + re.sub(r"^\[[^]]* @ [^]]*\] *", "", said[0]) + "'" if said else f"ended with exit code {code}"
+        )
         raise SolostepError(f"ffmpeg could not compare the videos: it {reason}; update imageio-ffmpeg.")
 
 
