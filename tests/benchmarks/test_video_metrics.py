@@ -68,6 +68,27 @@ def test_psnr_and_ssim_are_those_of_plain_numpy(size: tuple[int, int]) -> None:
     assert compare(a, b, metrics=["ssim"])["ssim"] == pytest.approx(np.mean(found["ssim"] or 0), abs=1e-9)
 
 
+def test_gaussian_ssim_is_that_of_plain_numpy() -> None:
+    b = clip(2, 15, 12)
+    a = noisy(b)
+    d = np.arange(-5, 6) ** 2
+    weights = np.exp(-(d[:, None] + d) / 4.5)
+    weights /= weights.sum()
+    c1, c2, expected = (0.01 * 255) ** 2, (0.03 * 255) ** 2, []
+    for x, y in zip(a.astype(float), b.astype(float), strict=True):
+        values = []
+        for top, left, colour in np.ndindex(5, 2, 3):
+            u, v = (f[top : top + 11, left : left + 11, colour] for f in (x, y))
+            mu, mv = (weights * u).sum(), (weights * v).sum()
+            uu, vv = (weights * (u - mu) ** 2).sum(), (weights * (v - mv) ** 2).sum()
+            uv = (weights * (u - mu) * (v - mv)).sum()
+            values.append((2 * mu * mv + c1) * (2 * uv + c2) / ((mu**2 + mv**2 + c1) * (uu + vv + c2)))
+        expected.append(float(np.mean(values)))
+    assert per_frame(a, b, metrics="ssim_gaussian")["ssim_gaussian"] == pytest.approx(expected, abs=1e-12)
+    assert compare(a, b, metrics="ssim_gaussian") == {"ssim_gaussian": pytest.approx(np.mean(expected), abs=1e-12)}
+    assert compare(b, b, metrics="ssim_gaussian") == {"ssim_gaussian": 1.0}
+
+
 def test_psnr_is_that_of_demo_score() -> None:
     b = clip(4)
     a = noisy(b)
@@ -131,11 +152,21 @@ def test_against_scikit_image() -> None:
     metrics = pytest.importorskip("skimage.metrics")
     b = clip(3, 96, 96)
     a = noisy(b)
-    found = per_frame(a, b, metrics=("psnr", "ssim"))
+    found = per_frame(a, b, metrics=("psnr", "ssim", "ssim_gaussian"))
     pairs = list(zip(a, b, strict=True))
     expected = [metrics.peak_signal_noise_ratio(y, x, data_range=255) for x, y in pairs]
     assert found["psnr"] == pytest.approx(expected, abs=ROUNDING)
-    # Windows of another size at other places: near, not equal.
+    wang = {
+        "gaussian_weights": True,
+        "sigma": 1.5,
+        "use_sample_covariance": False,
+        "channel_axis": 2,
+        "data_range": 255,
+    }
+    assert found["ssim_gaussian"] == pytest.approx(
+        [metrics.structural_similarity(y, x, **wang) for x, y in pairs], abs=1e-9
+    )
+    # ffmpeg's windows are of another size at other places: near, not equal.
     similar = [metrics.structural_similarity(y, x, win_size=7, channel_axis=2, data_range=255) for x, y in pairs]
     assert found["ssim"] == pytest.approx(similar, abs=0.02)
 
@@ -144,13 +175,15 @@ def test_against_torchmetrics() -> None:
     metrics = pytest.importorskip("torchmetrics.functional.image")
     b = clip(3, 96, 96)
     a = noisy(b)
-    found = per_frame(a, b, metrics=("psnr", "ssim"))
+    found = per_frame(a, b, metrics=("psnr", "ssim", "ssim_gaussian"))
     x, y = (torch.from_numpy(v).permute(0, 3, 1, 2).double() for v in (a, b))
     expected = metrics.peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3))
     assert found["psnr"] == pytest.approx(expected.tolist(), abs=ROUNDING)
-    similar = metrics.structural_similarity_index_measure(
-        x, y, gaussian_kernel=False, kernel_size=7, data_range=255.0, reduction="none"
-    )
+    ssim = metrics.structural_similarity_index_measure
+    _, wang = ssim(x, y, data_range=255.0, reduction="none", return_full_image=True)
+    inside = wang[..., 5:-5, 5:-5].mean((1, 2, 3))  # without the windows that reach over the edge
+    assert found["ssim_gaussian"] == pytest.approx(inside.tolist(), abs=1e-9)
+    similar = ssim(x, y, gaussian_kernel=False, kernel_size=7, data_range=255.0, reduction="none")
     assert found["ssim"] == pytest.approx(similar.tolist(), abs=0.02)
 
 
