@@ -7,12 +7,39 @@ import gc
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, which is why the fixture imports it itself
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+LONG = (
+    "kernels/test_fused.py",
+    "kernels/test_attention_triton.py",
+    "kernels/test_attention_hopper.py",
+    "kernels/test_scaled_mm.py",
+    "kernels/test_quantize.py",
+    "engine/test_demo.py",
+    "quant/test_convert.py",
+)
+"""Few tests that take long: first, or one process compiles at the end while the other has nothing left to do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    places = {tests / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))  # stable: the others stay as they are
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> None:
+    """What has been imported stays, so garbage collections need not go through it: half a second each, and runs and
+    tests ask for many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
@@ -42,5 +69,4 @@ def fast() -> Iterator[None]:
         for module in (checkpoint, conversion, comfy):
             patch.setattr(module, "build_on_meta", build_once)
         yield
-    gc.unfreeze()
     torch.set_num_threads(before)

@@ -73,7 +73,6 @@ def fast() -> Iterator[None]:
         patch.setattr(checkpoint, "build_on_meta", build_once)
         patch.setattr(activations, "encode_prompts", encode_once)
         yield
-    gc.unfreeze()
     torch.set_num_threads(before)
 
 
