@@ -10,7 +10,6 @@ Official parameter names. Source: stepvideo/vae/vae.py, arXiv 2502.10248 section
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from ...kernels.attention_causal import frame_causal_attention, has_wide_kernel
 from ...offload.pinned import HostSlab, PinError, lay_out
 from ..config import CHUNK_FRAMES, CHUNK_LATENTS, VAEConfig
+from ..runtime import slow_in_bf16
 
 GROUPS = 32
 MAX_ELEMENTS = 2**30
@@ -428,19 +428,12 @@ def _frame_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
 def _convolve(conv: nn.Conv2d | nn.Conv3d, x: Tensor, padding: tuple[int, ...] | None = None) -> Tensor:
     """``conv`` of x; of a strip with its halo, with a ``padding`` of its own."""
     weight, bias = conv.weight, conv.bias
-    wide = _rounds_once(conv, x) or (x.dtype == torch.bfloat16 and x.device.type == "cpu" and _slow_in_bf16())
+    wide = _rounds_once(conv, x) or (x.dtype == torch.bfloat16 and x.device.type == "cpu" and slow_in_bf16())
     if wide:  # products of bf16 numbers are exact in fp32
         x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
     call: Callable[..., Tensor] = F.conv3d if isinstance(conv, nn.Conv3d) else F.conv2d
     out = call(x, weight, bias, conv.stride, conv.padding if padding is None else padding)
     return out.to(torch.bfloat16) if wide else out
-
-
-@functools.cache
-def _slow_in_bf16() -> bool:
-    """Whether this CPU lacks what oneDNN convolves bf16 with (AVX-512). torch's own loop, which then takes its place,
-    needs 17 to 40 times as long as a convolution in fp32, and a copy of each input for every element of the kernel."""
-    return torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _nearest(x: Tensor, *, time: bool) -> Tensor:
