@@ -26,6 +26,7 @@ Memory: the output, and for fp8 copies of operands whose K or N is no multiple o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,12 @@ MAX_K = 131_071
 """The longest int8 dot product that cannot overflow int32: (2^31 - 1) / 128^2."""
 GROUP = 12
 """Rows of tiles that programs walk over together: 12 x 11 tiles are one wave of an H200, and their operands fit L2."""
+
+
+ROWS = 2048
+"""Rows of a product in place of its residual that plain torch follows up at once: it takes 16 bytes a value."""
+FEW = 128
+"""Rows that are no part of their own behind others: their product may be another kernel's, which rounds otherwise."""
 
 
 def _gluon_jit(function):
@@ -459,12 +466,39 @@ def scaled_mm_fp8(
         out = _output(a, b, out_dtype, after)
         if _on_hopper(a, b, scale_a, scale_b, bias, out, after):
             return out
-    if a.is_cuda and torch.cuda.get_device_capability(a.device) < (8, 9):
-        warn_once("scaled_mm_fp8: this card has no FP8 units, the product runs in bf16")
-        left, right = ((x.float() * scale[:, None]).bfloat16() for x, scale in ((a, scale_a), (b, scale_b)))
-        one = torch.ones((), device=a.device)
-        return _scaled((left @ right.t()).float(), one[None], one, bias, after, out_dtype)
-    return _scaled_mm_torch(a, b, scale_a, scale_b, bias, out_dtype, after, use_fast_accum)
+    old = a.is_cuda and torch.cuda.get_device_capability(a.device) < (8, 9)
+    product = _scaled_mm_dequantized(b, scale_b) if old else _scaled_mm_torch
+    if after.residual is None or after.gate is None:
+        return product(a, b, scale_a, scale_b, bias, out_dtype, after, use_fast_accum)
+    for start, end in _row_parts(len(a)):
+        part = After(after.residual[start:end], after.gate)
+        product(a[start:end], b, scale_a[start:end], scale_b, bias, out_dtype, part, use_fast_accum)
+    return after.residual
+
+
+def _row_parts(count: int) -> Iterator[tuple[int, int]]:
+    """First and last row (not included) of each part."""
+    start = 0
+    while start < count:
+        end = start + ROWS if count - start - ROWS >= FEW else count
+        yield start, end
+        start = end
+
+
+def _scaled_mm_dequantized(b: Tensor, scale_b: Tensor) -> Callable[..., Tensor]:
+    """Products with one ``b`` in bf16, for cards without FP8 units."""
+    warn_once("scaled_mm_fp8: this card has no FP8 units, the product runs in bf16")
+    right = (b.float() * scale_b[:, None]).bfloat16().t()
+    one = torch.ones((), device=b.device)
+
+    def product(
+        a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out_dtype: torch.dtype,
+        after: After, use_fast_accum: bool,
+    ) -> Tensor:  # fmt: skip
+        left = (a.float() * scale_a[:, None]).bfloat16()
+        return _scaled((left @ right).float(), one[None], one, bias, after, out_dtype)
+
+    return product
 
 
 def _scaled_mm_torch(

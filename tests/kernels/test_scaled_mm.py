@@ -215,6 +215,24 @@ def test_what_follows_the_product(make, product) -> None:
     assert out is residual and torch.equal(out, want)
 
 
+@pytest.mark.parametrize("rows", [1, 8, 19, 21, 32])
+def test_what_follows_in_torch_takes_rows_in_parts(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last part is never of a few rows, and the result is that of all rows at once."""
+    torch.manual_seed(0)
+    a, b = torch.randn(rows, 32).to(torch.float8_e4m3fn), torch.randn(48, 32).to(torch.float8_e4m3fn)
+    scale_a, scale_b, gate = torch.rand(rows) + 0.5, torch.rand(48) + 0.5, torch.randn(48)
+    residual = torch.randn(rows, 48)
+    want = scaled_mm.scaled_mm_fp8(a, b, scale_a, scale_b, None, torch.float32, scaled_mm.After(residual.clone(), gate))
+    monkeypatch.setattr(scaled_mm, "ROWS", 8)
+    monkeypatch.setattr(scaled_mm, "FEW", 4)
+    seen: list[int] = []
+    real = scaled_mm._scaled
+    monkeypatch.setattr(scaled_mm, "_scaled", lambda product, *more: seen.append(len(product)) or real(product, *more))
+    found = scaled_mm.scaled_mm_fp8(a, b, scale_a, scale_b, None, torch.float32, scaled_mm.After(residual, gate))
+    assert found is residual and torch.allclose(found, want, rtol=1e-6, atol=1e-6)
+    assert sum(seen) == rows and max(seen) < 8 + 4 and (len(seen) == 1 or min(seen) >= 4)
+
+
 @pytest.mark.parametrize("make, product", [(_int8, scaled_mm_int8), (_fp8, scaled_mm_fp8)], ids=["int8", "fp8"])
 def test_no_rows(make, product) -> None:
     a, b, scale_a, scale_b, bias = make(4, 6, 32)
