@@ -47,12 +47,13 @@ an H200 0.65 GB at first and 0.81 GB after all kinds of kernels had run."""
 CLIP_BYTES = 1_410_000_000
 """Hunyuan-CLIP, BERT-large in fp32."""
 PLACES = {
-    (None, 1): 1.0, (4, 1): 1.05, (2, 1): 1.6, (1, 1): 1.6, (4, 8): 4.6, (4, 16): 5.1, (2, 8): 4.6, (2, 16): 5.1,
+    (None, 1): 1.0, (4, 1): 1.05, (8, 8): 1.3, (8, 16): 1.35, (4, 8): 1.45, (4, 16): 1.6, (2, 8): 2.6, (2, 16): 2.9,
     (1, 16): 5.1,
 }  # fmt: skip
 """Ways to decode, from the fastest to the smallest: frames of the widest levels at a time (None: a whole chunk) and
-strips of each; and how many times as long they take at most. Whole, (4, 1), (1, 1), (1, 8) and (1, 16) were timed on an
-H200; more frames at a time are no slower."""
+strips of each; and how many times as long they take at most. Whole, (4, 1) and (1, 16) were timed on an H200. The
+others are bounds: a chunk in strips moves 86 GB each way, divided by the frames at a time, and the bus is taken to carry
+40 GB/s, both ways together, as it did for (1, 16)."""
 STRIPS_ON_HOST = 8600
 """Bytes of host memory a pixel of a frame, at most, that decoding in strips keeps: 4.6 GB at 544x992."""
 Decoding = tuple[int | None, int]

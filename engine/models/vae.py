@@ -35,6 +35,8 @@ QUERY_SLICE = 2048
 """Queries of the middle attention that are computed at once; a chunk has 42,160 tokens at 544x992."""
 NORM_PARTS = 4
 """In strips, a norm takes this part of a frame's groups at once: groups have nothing to do with each other."""
+Scales = tuple[Tensor, Tensor]
+"""What a norm does to each channel of each frame, ``[B, C, T, 1, 1]`` in fp32: times the first, plus the second."""
 RING = 2
 """Buffers on the device for each direction: one is copied while the other is worked on."""
 SMALLER = ((1, 1), (1, 4), (1, 16))
@@ -46,9 +48,9 @@ class HostFrames:
 
     On CUDA they lie in pinned host memory and move on two streams beside the computation, through :data:`RING` buffers
     in each direction: the host runs ahead, so the copies of a strip start while the one before it is computed. At
-    544x992 a chunk moves 38 GB each way in 4 strips, two frames at a time, and twice as much frame by frame. Elsewhere
-    the host's memory is the device's, and they are plain copies. One object serves many calls, because pinning is slow;
-    :meth:`close` it at the end.
+    544x992 a chunk moves 21 GB each way in 8 strips, four frames at a time, 42 GB by twos and 74 GB frame by frame.
+    Elsewhere the host's memory is the device's, and they are plain copies. One object serves many calls, because
+    pinning is slow; :meth:`close` it at the end.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -177,15 +179,22 @@ def _strips(height: int, rows: int) -> Iterator[tuple[int, int]]:
         yield top, min(top + rows, height)
 
 
-def _with_halo(x: Tensor, top: int, bottom: int, halo: int, front: int = 0) -> Tensor:
+def _with_halo(
+    x: Tensor, top: int, bottom: int, halo: int, front: int = 0, norm: Scales | None = None
+) -> Tensor:  # fmt: skip
     """Rows of ``x [B, C, T, H, W]`` with ``halo`` more on both sides, zeros beyond the border, and room for ``front``
-    frames before them: ``[B, C, front + T, bottom - top + 2 halo, W]``."""
+    frames before them: ``[B, C, front + T, bottom - top + 2 halo, W]``. With ``norm`` they are silu(norm(x))."""
     b, c, t, height, width = x.shape
     lines = x.new_empty(b, c, front + t, bottom - top + 2 * halo, width)
     first, last = max(top - halo, 0), min(bottom + halo, height)
     start, stop = first - top + halo, last - top + halo
     lines[:, :, front:, :start] = 0
-    lines[:, :, front:, start:stop] = x[:, :, :, first:last]
+    inner, rows = lines[:, :, front:, start:stop], x[:, :, :, first:last]
+    if norm is None:
+        inner.copy_(rows)
+    else:
+        torch.addcmul(norm[1], rows, norm[0], out=inner)
+        F.silu(inner, inplace=True)
     lines[:, :, front:, stop:] = 0
     return lines
 
@@ -229,26 +238,37 @@ class GroupNorm(nn.GroupNorm):
             return normed.to(x.dtype)
         return super().forward(x)
 
-    def silu(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """silu(norm(x)) with hardly any memory beside ``out``, which may be ``x``. Not for training."""
-        return self._by_groups(x, torch.empty_like(x) if out is None else out, silu=True)
-
     def in_place(self, x: Tensor) -> Tensor:
         """norm(x) over ``x``, with hardly any memory beside it. Not for training."""
-        return self._by_groups(x, x, silu=False)
+        for t, part, y, _, _ in self._by_groups(x):
+            x[:, part, t] = y
+            del y
+        return x
 
-    def _by_groups(self, x: Tensor, out: Tensor, silu: bool) -> Tensor:
-        width = x.shape[1] // NORM_PARTS
+    def scales(self, x: Tensor) -> Scales:
+        """What the norm does to ``x``, to be done where rows of it are read: its result never is there as a whole."""
+        scale, shift = (x.new_empty(*x.shape[:3], 1, 1, dtype=torch.float32) for _ in range(2))
+        for t, part, y, mean, deviation in self._by_groups(x):
+            del y
+            mean, deviation = (v.float().repeat_interleave(x.shape[1] // GROUPS, 1) for v in (mean, deviation))
+            times = deviation * self.weight[part].float()
+            scale[:, part, t, 0, 0] = times
+            shift[:, part, t, 0, 0] = self.bias[part].float() - times * mean
+        return scale, shift
+
+    def _by_groups(self, x: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor]]:
+        """Of each frame and part of the channels: the norm, and each group's mean and reciprocal deviation."""
+        batch, width, groups = len(x), x.shape[1] // NORM_PARTS, GROUPS // NORM_PARTS
         for t in range(x.shape[2]):
             for first in range(0, x.shape[1], width):
                 part = slice(first, first + width)
                 # The kernel of a whole norm, so that mean and deviation are rounded as there.
-                y = F.group_norm(
-                    x[:, part, t].contiguous(), GROUPS // NORM_PARTS, self.weight[part], self.bias[part], self.eps
-                )
-                out[:, part, t] = F.silu(y, inplace=True) if silu else y
+                y, mean, deviation = torch.native_group_norm(
+                    x[:, part, t].contiguous(), self.weight[part], self.bias[part], batch, width,
+                    x.shape[3] * x.shape[4], groups, self.eps,
+                )  # fmt: skip
+                yield t, part, y, mean, deviation
                 del y
-        return out
 
 
 def _rounds_once(module: nn.Module, x: Tensor) -> bool:
@@ -297,12 +317,18 @@ class CausalConv3d(nn.Module):
             parts.append(_convolve(self.conv, frames))
         return parts[0] if len(parts) == 1 else _gather(parts)
 
-    def in_strips(self, x: Tensor, past: Past, onto: Tensor | None = None) -> Tensor:
-        """The same by strips of rows. With ``onto`` the result is added to that, in place. Not for training."""
+    def in_strips(
+        self, x: Tensor, past: Past, onto: Tensor | None = None, norm: Scales | None = None, over: Tensor | None = None
+    ) -> Tensor:
+        """The same by strips of rows; of silu(norm(x)), if there is a norm. With ``onto`` the result is added to that,
+        in place; with ``over`` it is written there, which may be part of ``x`` if the kernel is a single element. Not
+        for training."""
         assert past.rows is not None
-        out = x.new_empty(x.shape[0], self.conv.out_channels, *x.shape[2:]) if onto is None else onto
+        out = over if onto is None else onto
+        if out is None:
+            out = x.new_empty(x.shape[0], self.conv.out_channels, *x.shape[2:])
         for i, (top, bottom) in enumerate(_strips(x.shape[3], past.rows)):
-            lines = _with_halo(x, top, bottom, self.front // 2, self.front)
+            lines = _with_halo(x, top, bottom, self.front // 2, self.front, norm)
             if self.front and past.host is not None:
                 past.host.exchange((id(self), i), lines, self.front)
             y = _convolve(self.conv, lines, (0, 0, self.front // 2))
@@ -337,12 +363,13 @@ class ResnetBlock(nn.Module):
         return h.add_(x) if _may_write(x) else x + h
 
     def _in_strips(self, x: Tensor, past: Past) -> Tensor:
-        """Writes to ``x`` where it can: norms in place, and the second convolution onto the shortcut."""
-        h = self.conv1(self.norm1.silu(x), past)
-        h = self.norm2.silu(h, out=h)
+        """Writes over ``x``: the shortcut takes its place where that is not wider, and the second convolution is added
+        to it. There is never more than ``x`` and what the first convolution makes, beside strips."""
+        h = self.conv1.in_strips(x, past, norm=self.norm1.scales(x))
         if hasattr(self, "nin_shortcut"):
-            x = self.nin_shortcut(x, past)
-        return self.conv2.in_strips(h, past, onto=x)
+            wide, width = x.shape[1], self.conv2.conv.out_channels
+            x = self.nin_shortcut.in_strips(x, past, over=x[:, :width] if width <= wide else None)
+        return self.conv2.in_strips(h, past, onto=x, norm=self.norm2.scales(h))
 
 
 def _may_write(x: Tensor) -> bool:
@@ -484,7 +511,7 @@ class UpsampleBlock(nn.Module):
     def in_strips(self, low: Tensor, past: Past) -> Tensor:
         """From what is yet to be doubled: it is doubled twice, so that it does not wait beside both convolutions."""
         h = self.conv1(_nearest(low, time=True), past)
-        h = self.conv2(self.norm1.silu(h, out=h), past)
+        h = self.conv2.in_strips(h, past, norm=self.norm1.scales(h))
         h = self.norm2.in_place(h)
         x = _nearest(low, time=True)
         return F.silu(h.add_(x), inplace=True).add_(x)
@@ -627,7 +654,7 @@ class Decoder(nn.Module):
 
     def finish(self, x: Tensor, past: Past | None = None) -> Tensor:
         if past is not None and past.divides(x.shape[3]):
-            return self.conv_out(self.norm_out.silu(x, out=x), past)
+            return self.conv_out.in_strips(x, past, norm=self.norm_out.scales(x))
         return self.conv_out(F.silu(self.norm_out(x), inplace=_may_write(x)), past)
 
     def slices(self, z: Tensor, frames: int, strips: int = 1, host: HostFrames | None = None) -> Iterator[Tensor]:
@@ -755,8 +782,13 @@ class _Count:
             # The first block reads the level's input itself; beside the others it stays, as an argument of the call.
             entry = self.tensor(level, channels, now)
             peaks += [waiting + past + moment + (0 if first else entry) for first, moment in moments]
-            peaks += [waiting + past + entry + moment for moment in self._up(level, now, blocks[-1][1])]
+            last = self._added(level, now, blocks) if self.divided(level) else self.tensor(level, blocks[-1][1], now)
+            peaks += [waiting + past + entry + last + moment for moment in self._up(level, now, blocks[-1][1])]
         return max(peaks)
+
+    def _added(self, level: int, n: int, blocks: list[tuple[int, int]]) -> int:
+        """Beside the input of a level in strips, over which its blocks write: results that were too wide for that."""
+        return max((self.tensor(level, out, n) for wide, out in blocks if out > wide), default=0)
 
     def _at_once(self, level: int, channels: int) -> int:
         """Frames of one call under :data:`MAX_ELEMENTS`."""
@@ -767,16 +799,20 @@ class _Count:
         return self.tensor(level, channels, 1 if frames == 1 else 2) // NORM_PARTS
 
     def _divided(self, level: int, n: int, blocks: list[tuple[int, int]]) -> Iterator[tuple[bool, int]]:
-        """Of the blocks of a level: whether it is the first one, and a moment's bytes."""
+        """Of the blocks of a level: a moment's bytes, the level's input among them, in whose place they write."""
+        added = 0
+        entry = self.tensor(level, blocks[0][0], n)
         for i, (wide, out) in enumerate(blocks):
-            x, h = self.tensor(level, wide, n), self.tensor(level, out, n)
-            first = self.strip(level, wide, 2 + n) + self.strip(level, out, n, 0)
-            second = self.strip(level, out, 2 + n) + self.strip(level, out, n, 0)
-            yield i == 0, 2 * x + max(self._norm(level, wide, n), h + first)
-            yield i == 0, x + h + self._norm(level, out, n)
-            yield i == 0, x + h + (h if wide != out else 0) + second
+            added = self._added(level, n, blocks[: i + 1])
+            x, h = entry + added, self.tensor(level, out, n)
+            yield True, x + self._norm(level, wide, n)
+            yield True, x + h + self.strip(level, wide, 2 + n) + self.strip(level, out, n, 0)
+            yield True, x + h + self._norm(level, out, n)
+            yield True, x + h + self.strip(level, out, 2 + n) + self.strip(level, out, n, 0)
         if level == 0:
-            yield False, x + self._norm(0, out, n) + self.strip(0, out, 2 + n)
+            x = entry + added
+            yield True, x + self._norm(0, out, n)
+            yield True, x + self.tensor(0, self.config.out_channels, n) + self.strip(0, out, 2 + n)
 
     def _whole(self, level: int, n: int, blocks: list[tuple[int, int]]) -> Iterator[tuple[bool, int]]:
         """The same of a level that is not divided."""
@@ -801,30 +837,24 @@ class _Count:
         return made if sliced and self.frames is None else made + self.tensor(level, wide, n + 2)
 
     def _up(self, level: int, n: int, width: int) -> Iterator[int]:
-        """The change to the next resolution."""
+        """The change to the next resolution, beside what is changed."""
         if level == 0:
             return
-        x, above = self.tensor(level, width, n), level - 1
+        above = level - 1
         if level not in self.config.temporal_up_layers:
             big = self.tensor(above, width, n)
             # Doubled input and output; in slices of frames, the parts before they are joined.
-            yield x + big + (2 * self.strip(above, width, 1) if self.divided(above) else big)
+            yield big + (2 * self.strip(above, width, 1) if self.divided(above) else big)
             return
         big = self.tensor(above, width, 2 * n)
         if self.divided(above):
-            yield (
-                x
-                + 2 * big
-                + max(
-                    self.strip(above, width, 2 + 2 * n) + self.strip(above, width, 2 * n, 0),
-                    self._norm(above, width, 2 * n),
-                )
-            )
+            strips = self.strip(above, width, 2 + 2 * n) + self.strip(above, width, 2 * n, 0)
+            yield 2 * big + max(strips, self._norm(above, width, 2 * n))
         else:
-            yield x + big + self._convolution(above, width, width, 2 * n)
-            yield x + 2 * big + self._convolution(above, width, width, 2 * n)
-            yield x + 2 * big + self._whole_norm(above, width, 2 * n)
-            yield x + 4 * big
+            yield big + self._convolution(above, width, width, 2 * n)
+            yield 2 * big + self._convolution(above, width, width, 2 * n)
+            yield 2 * big + self._whole_norm(above, width, 2 * n)
+            yield 4 * big
 
     def largest_convolution(self) -> int:
         """Input and output of one call."""
