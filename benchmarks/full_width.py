@@ -21,20 +21,20 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from solostep.engine.checkpoint import load, open_component
 from solostep.engine.config import GenerationSettings, TransformerConfig, VAEConfig
 from solostep.engine.models.fused import FusedBlocks
 from solostep.engine.models.transformer import StepVideoTransformer, TransformerBlock, rope_table
-from solostep.engine.models.vae import Decoder, Encoder, HostFrames
+from solostep.engine.models.vae import Decoder, Encoder, HostFrames, decode_bytes
 from solostep.engine.quantization import linears
 from solostep.engine.rates import TEXT_TOKENS, quantized_block, random_weights
 from solostep.engine.runtime import Stage, measured, numerics, pick_device
@@ -43,8 +43,10 @@ from solostep.engine.scheduler import euler_step, make_sigmas
 from solostep.engine.streaming import LAST
 from solostep.engine.text import PromptEmbedding
 from solostep.offload.streamer import BlockStreamer, spread
-from solostep.quant.formats import quantize
+from solostep.quant.convert import Spec
+from solostep.quant.formats import quantize, stored
 from solostep.quant.recipe import Recipe, default_recipe
+from solostep.quant.writing import FileWriter
 
 
 def recipe_of(precision: str, network: str = "transformer") -> Recipe | None:
@@ -147,7 +149,8 @@ def bench_vae(
     settings: GenerationSettings, device: torch.device, repeats: int, decode: bool = True, at_once: int | None = None,
     strips: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
-    """One chunk of 17 frames through the full-width VAE; decoded whole, or by ``at_once`` frames and ``strips``."""
+    """One chunk of 17 frames through the full-width VAE; decoded whole, or by ``at_once`` frames and ``strips``. In
+    strips the first chunk pins host memory for all (``first_seconds``)."""
     config = VAEConfig()
     network = random_weights(lambda: Decoder(config) if decode else Encoder(config), device)
     shape = (1, config.z_channels, 3, settings.latent_height, settings.latent_width)
@@ -160,7 +163,7 @@ def bench_vae(
     about: dict[str, Any] = {"output": list(out.shape)}
     if at_once is None:
         return timed(lambda: network(x), device, repeats) | about
-    error, frame = 0.0, 0
+    error, frame, start = 0.0, 0, time.perf_counter()
     host = HostFrames(device) if strips > 1 else None
     for piece in network.slices(x, at_once, strips, host):
         difference = piece.float() - out[:, :, frame : frame + piece.shape[2]].float()
@@ -168,6 +171,8 @@ def bench_vae(
     about |= {
         "at_once": at_once,
         "strips": strips,
+        "counted_gib": round(decode_bytes(config, settings.height, settings.width, at_once, strips) / 2**30, 2),
+        "first_seconds": round(time.perf_counter() - start, 2),
         "error": float(f"{(error / float(out.float().square().sum())) ** 0.5:.2e}"),
     }
     del out, difference
@@ -278,7 +283,7 @@ def write_network(
 ) -> list[Path]:  # fmt: skip
     """The folder of a network, which is called as that is, with random weights; quantized if there is a recipe.
 
-    One shard at a time is held in host memory.
+    The network is drawn on the device, and each shard is written from there by a thread of its own.
     """
     folder.mkdir(exist_ok=True)
     described = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
@@ -289,23 +294,57 @@ def write_network(
         values = {"solostep_quantization": 1, "precision": recipe.name, "recipe": recipe.as_dict(), "source": {}}
         (folder / "quantization.json").write_text(json.dumps(values | {"modules": modules}))
     stem = "diffusion_pytorch_model" if folder.name == "transformer" else "model"
-    named, files, weight_map = list(model.named_parameters()), [], {}
-    for i in range(shards):
-        state: dict[str, torch.Tensor] = {}
-        for name, parameter in named[i * len(named) // shards : (i + 1) * len(named) // shards]:
-            path = name.removesuffix(".weight")
-            if path in modules:
-                state |= {f"{path}.{k}": t.cpu() for k, t in quantize(modules[path], parameter).items()}
-            else:
-                state[name] = parameter.cpu()
-        files.append(folder / f"{stem}-{i + 1:05d}-of-{shards:05d}.safetensors")
-        save_file(state, files[-1])
-        weight_map |= {name: files[-1].name for name in state}
+    files = [folder / f"{stem}-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    parts = even_parts(list(model.named_parameters()), shards)
+    with ThreadPoolExecutor(shards) as pool:
+        names = list(pool.map(write_shard, files, parts, [modules] * shards))
+    weight_map = {name: file.name for file, known in zip(files, names, strict=True) for name in known}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    del model, named, state
+    del model, parts
     gc.collect()
     torch.cuda.empty_cache()
     return files
+
+
+def even_parts(named: list[tuple[str, nn.Parameter]], count: int) -> list[list[tuple[str, nn.Parameter]]]:
+    """Runs of parameters of about as many bytes each."""
+    parts: list[list[tuple[str, nn.Parameter]]] = [[] for _ in range(count)]
+    total, before = sum(p.nbytes for _, p in named), 0
+    for name, parameter in named:
+        parts[min(count - 1, before * count // total)].append((name, parameter))
+        before += parameter.nbytes
+    return parts
+
+
+def write_shard(file: Path, part: list[tuple[str, nn.Parameter]], modules: Mapping[str, str]) -> list[str]:
+    """A file of parameters, those of ``modules`` quantized, tensor by tensor through pinned memory; gives its names."""
+    outputs: dict[str, Spec] = {}
+    for name, parameter in part:
+        path = name.removesuffix(".weight")
+        if path in modules:
+            made = stored(modules[path], parameter.shape[1], parameter.shape[0])
+            outputs |= {f"{path}.{key}": spec for key, spec in made.items()}
+        else:
+            outputs[name] = (tuple(parameter.shape), parameter.dtype)
+    with torch.inference_mode(), FileWriter(file, outputs, {}) as writer:
+        for name, parameter in part:
+            path = name.removesuffix(".weight")
+            tensors = {name: parameter.data}
+            if path in modules:
+                tensors = {f"{path}.{key}": t for key, t in quantize(modules[path], parameter.data).items()}
+            writer.put({key: in_host_memory(t) for key, t in tensors.items()})
+            del tensors
+    return list(outputs)
+
+
+def in_host_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of a card copied at the speed of the bus, into pinned memory that the next ones use again."""
+    if not tensor.is_cuda:
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return host
 
 
 def timed_load(root: Path, device: torch.device, recipe: Recipe | None) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
     python -m solostep.benchmarks.whole_pipeline make DIR --precision fp8 --text-precision int8
     python -m solostep.benchmarks.whole_pipeline run DIR --vram 48GB --vram 24GB --steps 2 -o results.jsonl
+    python -m solostep.benchmarks.whole_pipeline run BF16-DIR --precision fp8 --text-precision int8 --vram 24GB
 
+A model in bf16 serves all precisions: others are made of it while it is loaded.
 Each budget is a hard cap (torch's allocations beyond it fail). A line holds, for each stage, what the plan said and
 what it took: torch's peak, seconds, the host's peak; the card's own peak as its driver counts it, sampled every 20 ms,
 less what was taken before this process began; and each step's seconds. The weights are random: the video is noise, the
@@ -71,8 +73,11 @@ def make(root: Path, precision: str, text_precision: str, device: torch.device) 
     folder = root / "hunyuan_clip" / "clip_text_encoder"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CLIP))
-    clip = HunyuanClip(CLIP)
-    save_file({name: p.detach().contiguous() for name, p in clip.named_parameters()}, folder / "model.safetensors")
+    with device:
+        clip = HunyuanClip(CLIP)
+    save_file(
+        {name: p.detach().cpu().contiguous() for name, p in clip.named_parameters()}, folder / "model.safetensors"
+    )
 
 
 # --- the runs -----------------------------------------------------------------------------------------------------
@@ -115,12 +120,11 @@ def driver_bytes() -> int:
 
 
 def run(
-    folder: Path, vram: str | None, host_ram: str | None, before: int, decode: bool, texts: bool, **settings: Any
+    folder: Path, vram: str | None, before: int, decode: bool, settings: dict[str, Any], **options: Any
 ) -> dict[str, Any]:
-    """One video within a budget; what each stage took beside its plan, and each step's seconds."""
-    pipe = StepVideoPipeline.from_pretrained(
-        folder, vram=vram, host_ram=host_ram, cache=not texts, attention=settings.pop("attention")
-    )
+    """One video within a budget; what each stage took beside its plan, and each step's seconds. ``options`` are those of
+    :meth:`StepVideoPipeline.from_pretrained`."""
+    pipe = StepVideoPipeline.from_pretrained(folder, vram=vram, **options)
     request = pipe.request(PROMPT, seed=1, **settings)
     pipe.plan(**settings)  # measures the card's rates, once, so that the run's plan holds seconds
     marks: list[float] = []
@@ -140,8 +144,8 @@ def run(
         raise RuntimeError("the latents are not finite")
     digest = float(latents.double().abs().sum())
     return {
-        "vram": vram, "host_ram": host_ram, "settings": told["settings"], "precision": told["precision"],
-        "attention": told["attention"], "seconds": round(time.perf_counter() - start, 2),
+        "vram": vram, "host_ram": options["host_ram"], "settings": told["settings"], "precision": told["precision"],
+        "text_precision": told["text_precision"], "attention": told["attention"], "seconds": round(time.perf_counter() - start, 2),
         "step_seconds": [round(b - a, 3) for a, b in zip(marks, marks[1:], strict=False)],
         "driver_peak_bytes": driver["bytes"], "frames": sink.count, "latents": digest, "events": told["events"],
         "plan": {k: v for k, v in told["plan"].items() if k != "stages"}, "stages": pipe.memory_report(),
@@ -159,6 +163,8 @@ def main() -> None:
     running.add_argument("folder", type=Path)
     running.add_argument("--vram", action="append", help="a budget; several are run one after the other")
     running.add_argument("--host-ram")
+    running.add_argument("--precision", help="as of `solostep generate`: by default what the folder is stored in")
+    running.add_argument("--text-precision", help="of Step-LLM, likewise")
     running.add_argument("--attention")
     running.add_argument("--frames", type=int, default=204)
     running.add_argument("--height", type=int, default=544)
@@ -177,9 +183,10 @@ def main() -> None:
         parse_size(vram, "--vram")
     for vram in args.vram or [None]:
         line = run(
-            args.folder, vram, args.host_ram, before, not args.latents_only, not args.cached_texts,
-            attention=args.attention, num_frames=args.frames, height=args.height, width=args.width,
-            num_inference_steps=args.steps,
+            args.folder, vram, before, not args.latents_only,
+            {"num_frames": args.frames, "height": args.height, "width": args.width, "num_inference_steps": args.steps},
+            host_ram=args.host_ram, cache=args.cached_texts, attention=args.attention, precision=args.precision,
+            text_precision=args.text_precision,
         )  # fmt: skip
         record(line, device, args.output)
 
