@@ -122,8 +122,8 @@ def driver_bytes() -> int:
 def run(
     folder: Path, vram: str | None, before: int, decode: bool, settings: dict[str, Any], **options: Any
 ) -> dict[str, Any]:
-    """One video within a budget; what each stage took beside its plan, and each step's seconds. ``options`` are those of
-    :meth:`StepVideoPipeline.from_pretrained`."""
+    """One video within a budget; what each stage took beside its plan, and each step's seconds. ``options`` are those
+    of :meth:`StepVideoPipeline.from_pretrained`."""
     pipe = StepVideoPipeline.from_pretrained(folder, vram=vram, **options)
     request = pipe.request(PROMPT, seed=1, **settings)
     pipe.plan(**settings)  # measures the card's rates, once, so that the run's plan holds seconds
@@ -145,7 +145,8 @@ def run(
     digest = float(latents.double().abs().sum())
     return {
         "vram": vram, "host_ram": options["host_ram"], "settings": told["settings"], "precision": told["precision"],
-        "text_precision": told["text_precision"], "attention": told["attention"], "seconds": round(time.perf_counter() - start, 2),
+        "text_precision": told["text_precision"], "attention": told["attention"],
+        "seconds": round(time.perf_counter() - start, 2),
         "step_seconds": [round(b - a, 3) for a, b in zip(marks, marks[1:], strict=False)],
         "driver_peak_bytes": driver["bytes"], "frames": sink.count, "latents": digest, "events": told["events"],
         "plan": {k: v for k, v in told["plan"].items() if k != "stages"}, "stages": pipe.memory_report(),

@@ -52,8 +52,8 @@ PLACES = {
 }  # fmt: skip
 """Ways to decode, from the fastest to the smallest: frames of the widest levels at a time (None: a whole chunk) and
 strips of each; and how many times as long they take at most. Whole, (4, 1) and (1, 16) were timed on an H200. The
-others are bounds: a chunk in strips moves 86 GB each way, divided by the frames at a time, and the bus is taken to carry
-40 GB/s, both ways together, as it did for (1, 16)."""
+others are bounds: a chunk in strips moves 86 GB each way, divided by the frames at a time, and the bus is taken to
+carry 40 GB/s, both ways together, as it did for (1, 16)."""
 STRIPS_ON_HOST = 8600
 """Bytes of host memory a pixel of a frame, at most, that decoding in strips keeps: 4.6 GB at 544x992."""
 Decoding = tuple[int | None, int]
