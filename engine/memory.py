@@ -1,15 +1,34 @@
-"""Budgets of memory as users give them, and what a run took of them."""
+"""The memory of one pipeline: its budgets, what is loaded, what fits beside it, and what a run took.
+
+A network is loaded when its stage begins and freed when it is no longer needed. What is planned here is kept to by
+torch itself (:meth:`Memory.capped`); where other programs take memory meanwhile, the plan becomes smaller.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
-from .plan import parse_size
+import torch
+
+from .checkpoint import ModelFolder
+from .config import GenerationSettings
+from .plan import CONTEXT, Decoding, Plan, Sizes, as_placed, choose_decoding, make_plan, parse_size, sizes_of
+from .precision import Mode
+from .progress import Progress, stage_of
 from .request import Job
+from .runtime import free_memory, host_room, measured, release_memory, require_memory
+from .streaming import PlacedTransformer, place
 
 VRAM, HOST_RAM = "SOLOSTEP_VRAM", "SOLOSTEP_HOST_RAM"
 """Environment variables with default budgets."""
+SPARE = 200 << 20
+"""Of a card's free memory, what is not planned with: kernels take some when they are first used."""
+Modes = Callable[[], tuple[Mode, Mode, str]]
+"""How the transformer and Step-LLM run, and the transformer's attention; to be measured, perhaps, when first asked."""
 
 
 def read_budgets(vram: str | int | None, host_ram: str | int | None) -> tuple[int | None, int | None]:
@@ -24,6 +43,208 @@ def read_budgets(vram: str | int | None, host_ram: str | int | None) -> tuple[in
             given, option = os.environ[variable], f"${variable}"
         found.append(None if given is None else parse_size(given, option))
     return found[0], found[1]
+
+
+class Memory:
+    """What a pipeline has loaded on a device, and what there is room for within ``vram`` and ``host_ram``."""
+
+    def __init__(
+        self, model: ModelFolder, device: torch.device, dtype: torch.dtype, vram: int | None, host_ram: int | None,
+        keep_loaded: bool, modes: Modes,
+    ) -> None:  # fmt: skip
+        self.model, self.device, self.dtype = model, device, dtype
+        self.vram, self.host_ram = vram, host_ram
+        self.keep_loaded = keep_loaded
+        self.modes = modes
+        self.networks: dict[str, Any] = {}
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """What the networks take."""
+        mode, text_mode, _ = self.modes()
+        return sizes_of(self.model.components, mode, text_mode)
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether memory is planned: on a card, and on a CPU that got a budget."""
+        return self.device.type == "cuda" or self.vram is not None
+
+    @property
+    def placed(self) -> PlacedTransformer | None:
+        """The transformer, if it is loaded."""
+        return self.networks.get("transformer")
+
+    @contextlib.contextmanager
+    def capped(self) -> Iterator[None]:
+        """Holds torch to the budget: what goes beyond is an allocation that fails, and is met by a smaller plan.
+
+        torch has one limit for all of a process, so it holds only while this pipeline works.
+        """
+        if self.vram is None or self.device.type != "cuda":
+            yield
+            return
+        before = torch.cuda.get_per_process_memory_fraction(self.device)
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (self.vram - CONTEXT) / total)), self.device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(before, self.device)
+
+    def free(self, name: str, always: bool = False) -> None:
+        """Lets a network go, unless it is to be kept."""
+        if self.keep_loaded and not always:
+            return
+        network = self.networks.pop(name, None)
+        if network is not None:
+            if isinstance(network, PlacedTransformer):
+                network.close()
+            del network
+            release_memory(self.device)
+
+    # --- what there is room for -----------------------------------------------------------------------------------
+
+    def room(self) -> int:
+        """Bytes that may still be allocated on the device."""
+        free = free_memory(self.device)
+        if self.vram is None:
+            # Kernels that are loaded later take of it too, outside of torch's allocator.
+            return free - SPARE if self.device.type == "cuda" else free
+        if self.device.type != "cuda":
+            return self.vram
+        return min(free, self.vram - CONTEXT - torch.cuda.memory_allocated(self.device))
+
+    def plan(
+        self, settings: GenerationSettings, room: int | None = None, rated: bool = False, moves: bool = False
+    ) -> Plan:
+        """How a clip is made in the room that there is; with ``moves``, also in that of the loaded transformer.
+
+        ``rated`` has a card's rates measured where they are not known.
+
+        Raises:
+            SolostepError: nothing fits.
+        """
+        mode, _, attention = self.modes()
+        held = self.placed if moves else None
+        found = None
+        if self.device.type == "cuda":
+            from .rates import known_rates, measured_rates
+
+            found = (measured_rates if rated else known_rates)(self.device, mode, attention)
+        host = self.host_ram
+        if host is None:
+            host = host_room() + (0 if held is None else held.host_bytes)
+        itemsize = 4 if self.dtype == torch.float32 else 2
+        if room is None:
+            room = self.room() + (0 if held is None else held.device_bytes)
+        return make_plan(self.sizes, settings, attention, room, host, found, itemsize, self.vram is not None)
+
+    def refuse_early(self, settings: GenerationSettings) -> None:
+        """Raises SolostepError if a clip cannot be made in the memory that there is."""
+        if self.is_planned:
+            self.plan(settings)
+        else:
+            mode = self.modes()[0]
+            weights = mode.memory_bytes(self.model.components["transformer"])
+            require_memory(weights, self.device, f"The transformer in {mode.name}")
+
+    def make_room(self, needed: int) -> None:
+        """Lets a kept transformer go if a stage that comes before it has no room beside it."""
+        if self.is_planned and self.placed is not None and needed > self.room():
+            self.free("transformer", always=True)
+
+    def decoding(
+        self, settings: GenerationSettings, room: int, dtype: torch.dtype | None = None
+    ) -> tuple[Decoding, int]:
+        """How the VAE decodes in so much room beside its weights, and what it takes."""
+        itemsize = (dtype or self.dtype).itemsize
+        return choose_decoding(self.model.vae_config, settings.height, settings.width, room, itemsize)
+
+    def decodes_better_alone(self, settings: GenerationSettings) -> bool:
+        """Whether decoding beside the transformer is slower than without it, or has no room at all."""
+        if self.placed is None:
+            return False
+        room = self.room() - (0 if "vae" in self.networks else self.sizes.vae)
+        beside, needed = self.decoding(settings, room)
+        return needed > room or beside != self.decoding(settings, room + self.placed.device_bytes)[0]
+
+    # --- the transformer ------------------------------------------------------------------------------------------
+
+    def transformer(self, job: Job, say: Progress) -> PlacedTransformer:
+        """The transformer, placed for a clip; loaded, if it is not there."""
+        settings, placed = job.request.settings, self.placed
+        if placed is not None and not self.is_planned:
+            return placed
+        if placed is not None:
+            plan = self.plan(settings, moves=True)
+            if not _fits(placed, plan):
+                self.free("vae", always=True)
+                plan = self.plan(settings, moves=True)
+            if not _fits(placed, plan):
+                self._move(placed, plan)
+            placed.savings = plan.blocks.savings
+            job.plan = as_placed(plan, placed.plan)
+            return placed
+        self.free("vae")
+        if self.is_planned:
+            job.plan = self.plan(settings)
+        else:
+            self.refuse_early(settings)
+        with measured("load transformer", self.device, job.stages):
+            placed = self._load(job, say)
+            if placed is None:  # other programs took memory meanwhile
+                release_memory(self.device)
+                assert job.plan is not None
+                job.plan = self.plan(settings, min(self.room(), int(job.plan.budget * 0.9)))
+                job.event("Out of memory while the transformer was loaded; it is loaded again, more of it elsewhere.")
+                placed = self._place(job, say)
+        self.networks["transformer"] = placed
+        return placed
+
+    def spare(self, job: Job) -> None:
+        """Moves the transformer to a plan for nine tenths of the memory, or of what there still is.
+
+        Raises:
+            SolostepError: nothing smaller is possible.
+        """
+        release_memory(self.device)
+        placed = self.placed
+        if job.plan is None or placed is None:
+            raise torch.OutOfMemoryError("there is nothing to give up")
+        room = min(int(job.plan.blocks.device * 0.9), self.room() + placed.device_bytes)
+        plan, before = self.plan(job.request.settings, room, moves=True), placed.plan.resident
+        self._move(placed, plan)
+        job.plan = as_placed(plan, placed.plan)
+        job.event(
+            f"Out of memory at step {job.saved.step + 1}: {placed.plan.resident} of {plan.network.blocks} blocks "
+            f"stay on the card, where {before} did; the step is repeated."
+        )
+
+    def _load(self, job: Job, say: Progress) -> PlacedTransformer | None:
+        """The transformer, loaded; None if a plan was too large for what there is."""
+        try:
+            return self._place(job, say)
+        except torch.OutOfMemoryError:
+            if job.plan is None:
+                raise
+            return None
+
+    def _place(self, job: Job, say: Progress) -> PlacedTransformer:
+        blocks = None if job.plan is None else job.plan.blocks
+        component = self.model.components["transformer"]
+        return place(component, self.modes()[0], self.device, blocks, stage_of(say, "load transformer"))
+
+    def _move(self, placed: PlacedTransformer, plan: Plan) -> None:
+        try:
+            placed.move(plan.blocks)
+        except BaseException:  # what is left of it would be taken for a whole one
+            self.free("transformer", always=True)
+            raise
+
+
+def _fits(placed: PlacedTransformer, plan: Plan) -> bool:
+    """Whether a transformer is placed in no more memory than a plan has for it."""
+    return placed.plan.resident + placed.plan.slots <= plan.blocks.resident + plan.blocks.slots
 
 
 def report(job: Job) -> list[dict[str, Any]]:

@@ -10,36 +10,29 @@ import contextlib
 import hashlib
 import json
 import logging
-import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..offload.reader import ReadError
 from . import latents as storage
 from .checkpoint import ModelFolder, load, open_model
 from .config import GenerationSettings, cache_dir
-from .errors import CheckpointError, OutputError, SolostepError, UsageError
+from .errors import OutputError, UsageError
+from .failures import latents_are_kept, nothing_left_of, ran_out, readable_errors
 from .latents import SavedLatents
-from .memory import read_budgets, report
+from .memory import Memory, read_budgets, report
 from .models.vae import decode_chunks
 from .plan import (
     CONTEXT,
     WHOLE,
-    Decoding,
     Plan,
-    Sizes,
-    as_placed,
-    choose_decoding,
     first_frame_bytes,
     how_decoded,
-    make_plan,
-    sizes_of,
 )
 from .precision import (
     AUTO,
@@ -54,7 +47,7 @@ from .precision import (
     measure_recipe,
     read_recipe_option,
 )
-from .progress import ConsoleProgress, Progress
+from .progress import ConsoleProgress, Progress, stage_of
 from .request import (
     Collect,
     FrameSink,
@@ -62,7 +55,6 @@ from .request import (
     Request,
     Video,
     check_asked,
-    describe_device,
     filled_in,
     make_record,
     settings_dict,
@@ -70,23 +62,18 @@ from .request import (
 )
 from .runtime import (
     Stage,
-    free_memory,
-    host_room,
     measured,
     numerics,
     pick_device,
     pick_dtype,
     release_memory,
-    require_memory,
 )
 from .sampling import GuidedVelocity, first_frame_condition, initial_noise, to_uint8
 from .scheduler import euler_step, make_sigmas
-from .streaming import PlacedTransformer, place
+from .streaming import PlacedTransformer
 from .text import PromptEmbedding, encode_prompts
 
 log = logging.getLogger("solostep")
-SPARE = 200 << 20
-"""Of a card's free memory, what is not planned with: kernels take some when they are first used."""
 
 StepCallback = Callable[["StepVideoPipeline", int, float, dict[str, Tensor]], "dict[str, Tensor] | None"]
 """As in diffusers: ``(pipe, step, timestep, {"latents"})``, may return ``{"latents": changed}``."""
@@ -123,14 +110,16 @@ class StepVideoPipeline:
         )
         default = "fp32" if precision == "fp32" else "bf16"
         self.text_mode = choose_mode(llm, text_precision, default, "--text-precision", self.dtype)
-        self.vram, self.host_ram = read_budgets(vram, host_ram)
+        budgets = read_budgets(vram, host_ram)
         self.device = pick_device(device)
-        if self.device.type == "cuda" and self.vram is not None and self.vram < 2 * CONTEXT:
-            raise UsageError(f"--vram {self.vram / 1e9:.3g} GB is less than any card's driver and a model take.")
+        if self.device.type == "cuda" and budgets[0] is not None and budgets[0] < 2 * CONTEXT:
+            raise UsageError(f"--vram {budgets[0] / 1e9:.3g} GB is less than any card's driver and a model take.")
         self._attention, self.attention_backend = attention, attention_backend
-        self.keep_loaded = keep_loaded
+        me = weakref.proxy(self)  # a pipeline that nobody holds is gone at once, and its networks with it
+        self.memory = Memory(
+            model, self.device, self.dtype, *budgets, keep_loaded, lambda: (me.mode, me.text_mode, me.attention)
+        )
         self.cache = cache_dir() / "embeddings" if cache else None
-        self._networks: dict[str, Any] = {}
         self._report: list[dict[str, Any]] = []
 
     @classmethod
@@ -211,7 +200,7 @@ class StepVideoPipeline:
     def _decided(self, progress: Progress | None) -> Mode:
         if self._mode is None:
             assert self.budget is not None
-            with _readable_errors(self.device):
+            with readable_errors(self.device):
                 self._mode = measure_recipe(self.model, self.budget, self.device, progress)
             release_memory(self.device)
         return self._mode
@@ -236,56 +225,35 @@ class StepVideoPipeline:
         """
         check_asked("any", raw_prompt=True, **settings)
         made = filled_in(self.model.preset, settings, self.model.is_image_to_video)
-        return self._plan(made, rated=True, held=self._networks.get("transformer"))
+        with self.memory.capped():
+            return self.memory.plan(made, rated=True, moves=True)
+
+    @property
+    def vram(self) -> int | None:
+        """Bytes of the card to stay in; None: what is free. Holds from the next video on."""
+        return self.memory.vram
+
+    @vram.setter
+    def vram(self, count: int | None) -> None:
+        self.memory.vram = count
+
+    @property
+    def host_ram(self) -> int | None:
+        """Bytes of host memory to stay in; None: what is free."""
+        return self.memory.host_ram
+
+    @property
+    def keep_loaded(self) -> bool:
+        """Whether networks are kept between videos."""
+        return self.memory.keep_loaded
+
+    @property
+    def _networks(self) -> dict[str, Any]:
+        return self.memory.networks
 
     def memory_report(self) -> list[dict[str, Any]]:
         """Of the last video: what each stage was to take at most, by the plan, and what it took. Bytes and seconds."""
         return list(self._report)
-
-    @cached_property
-    def _sizes(self) -> Sizes:
-        return sizes_of(self.model.components, self.mode, self.text_mode)
-
-    def _room(self) -> int:
-        """Bytes that may still be allocated on the device."""
-        free = free_memory(self.device)
-        if self.vram is None:
-            # Kernels that are loaded later take of it too, outside of torch's allocator.
-            return free - SPARE if self.device.type == "cuda" else free
-        if self.device.type != "cuda":
-            return self.vram
-        return min(free, self.vram - CONTEXT - torch.cuda.memory_allocated(self.device))
-
-    def _plan(
-        self, settings: GenerationSettings, room: int | None = None, rated: bool = False,
-        held: PlacedTransformer | None = None,
-    ) -> Plan:  # fmt: skip
-        """How a clip is made in the room that there is, and in that of a transformer which may be moved."""
-        found = None
-        if self.device.type == "cuda":
-            from .rates import known_rates, measured_rates
-
-            found = (measured_rates if rated else known_rates)(self.device, self.mode, self.attention)
-        host = self.host_ram
-        if host is None:
-            host = host_room() + (0 if held is None else held.host_bytes)
-        itemsize = 4 if self.dtype == torch.float32 else 2
-        if room is None:
-            room = self._room() + (0 if held is None else held.device_bytes)
-        return make_plan(self._sizes, settings, self.attention, room, host, found, itemsize, self.vram is not None)
-
-    @contextlib.contextmanager
-    def _capped(self) -> Iterator[None]:
-        """Holds torch to the budget: what goes beyond is an allocation that fails, and is met by a smaller plan."""
-        if self.vram is None or self.device.type != "cuda":
-            yield
-            return
-        total = torch.cuda.get_device_properties(self.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (self.vram - CONTEXT) / total)), self.device)
-        try:
-            yield
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
     # --- asking for a video ---------------------------------------------------------------------------------------
 
@@ -428,41 +396,54 @@ class StepVideoPipeline:
         they are decoded; None leaves out the decoding.
         """
         say = progress or (lambda stage, done, total: None)
-        with contextlib.ExitStack() as locks:
-            locks.enter_context(self._capped())
-            self._decided(say)
-            with _readable_errors(self.device):
-                jobs = [self._open(request, i, locks) for i, request in enumerate(requests)]
-            yield from self._generate(jobs, open_sink, callback, say)
+        work = self._generate(requests, open_sink, callback, say)
+        try:
+            while True:
+                with self.memory.capped():  # only while work is done, however long the caller takes
+                    made = next(work, None)
+                if made is None:
+                    return
+                yield made
+        finally:
+            work.close()
 
     def _generate(
+        self, requests: Sequence[Request], open_sink: OpenSink | None, callback: StepCallback | None, say: Progress
+    ) -> Generator[tuple[dict[str, Any], Tensor], None, None]:
+        with contextlib.ExitStack() as locks:
+            self._decided(say)
+            with readable_errors(self.device):
+                jobs = [self._open(request, i, locks) for i, request in enumerate(requests)]
+            yield from self._all(jobs, open_sink, callback, say)
+
+    def _all(
         self, jobs: list[Job], open_sink: OpenSink | None, callback: StepCallback | None, say: Progress
     ) -> Iterator[tuple[dict[str, Any], Tensor]]:
         shared: list[Stage] = []
         embeddings: dict[str, PromptEmbedding] = {}
         waiting = [job for job in jobs if not job.done]
-        if "transformer" not in self._networks:  # the largest network: refuse now, not after the texts
+        if self.memory.placed is None:  # the largest network: refuse now, not after the texts
             for job in waiting:
-                self._refuse_early(job.request.settings)
+                self.memory.refuse_early(job.request.settings)
         begun = waiting[0] if waiting and waiting[0].resumed_from is None else None
         if begun is not None:
             # Shows now, not after the first step, whether the latents can be kept; and keeps a seed that was drawn.
             storage.save_latents(begun.path, begun.saved)
-        with _nothing_left_of(begun):
-            with _readable_errors(self.device), numerics():
+        with nothing_left_of(begun):
+            with readable_errors(self.device), numerics():
                 texts = [t for job in waiting for t in job.request.texts]
                 if texts:
-                    self._make_room(self._sizes.text if self._is_planned else 0)
+                    self.memory.make_room(self.memory.sizes.text if self.memory.is_planned else 0)
                     with measured("text", self.device, shared):
                         embeddings = encode_prompts(
-                            self.model, texts, self.device, self.dtype, self.cache, _stage(say, "text encoders"),
+                            self.model, texts, self.device, self.dtype, self.cache, stage_of(say, "text encoders"),
                             self.text_mode,
                         )  # fmt: skip
             try:
                 yield from self._each(jobs, embeddings, shared, open_sink, callback, say)
             finally:  # also when the caller stops early
-                self._free("transformer")
-                self._free("vae")
+                self.memory.free("transformer")
+                self.memory.free("vae")
 
     def _each(
         self,
@@ -474,16 +455,17 @@ class StepVideoPipeline:
         say: Progress,
     ) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for i, job in enumerate(jobs):
-            with _readable_errors(self.device, job), numerics():
+            with readable_errors(self.device, job), numerics():
                 job.stages += [Stage(**vars(s)) for s in shared]
                 if not job.done:
                     self._condition(job, say)
                     self._denoise(job, [embeddings[t] for t in job.request.texts], callback, say)
                 last = not any(not other.done for other in jobs[i + 1 :])
-                if last or (open_sink is not None and self._decodes_better_alone(job.request.settings)):
-                    self._free("transformer", always=open_sink is not None and self._is_tight(job.request.settings))
+                alone = open_sink is not None and self.memory.decodes_better_alone(job.request.settings)
+                if last or alone:
+                    self.memory.free("transformer", always=alone and self.memory.is_planned)
                 if open_sink is not None:
-                    with _latents_are_kept(job):
+                    with latents_are_kept(job):
                         sink = open_sink(i, job.request, self._record(job))
                         self._decode(job, sink, say, self.dtype)
                 job.delivered()
@@ -518,7 +500,7 @@ class StepVideoPipeline:
         request = Request(asked["prompt"] or "", "", settings, saved.seed, asked=asked)
         job = Job(request, Path(), saved, resumed_from=saved.step)
         try:
-            with self._capped(), _readable_errors(self.device), numerics():
+            with self.memory.capped(), readable_errors(self.device), numerics():
                 self._decode(
                     job,
                     open_sink(0, request, self._record(job)),
@@ -526,7 +508,7 @@ class StepVideoPipeline:
                     dtype,
                 )
         finally:
-            self._free("vae")
+            self.memory.free("vae")
         return self._record(job)
 
     def _open(self, request: Request, index: int, locks: contextlib.ExitStack) -> Job:
@@ -576,8 +558,8 @@ class StepVideoPipeline:
         image, settings = job.request.image, job.request.settings
         if image is None:
             return
-        if self._is_planned:
-            self._make_room(first_frame_bytes(self._sizes, settings, self.dtype.itemsize))
+        if self.memory.is_planned:
+            self.memory.make_room(first_frame_bytes(self.memory.sizes, settings, self.dtype.itemsize))
         with measured("first frame", self.device, job.stages):
             say("first frame", 0, 1)
             encoder = load(self.model.components["vae"], self.device, self.dtype, part="encoder")
@@ -593,7 +575,7 @@ class StepVideoPipeline:
         """Runs the steps that are left; the latents are on disk after each."""
         saved, settings = job.saved, job.request.settings
         backend = self._attention_backend(settings)  # measures, on a new card: before the card is full
-        transformer = self._transformer(job, say)
+        transformer = self.memory.transformer(job, say)
         with measured("denoise", self.device, job.stages):
             saved.info["attention_backend"] = backend
             velocity = self._velocity(transformer, embeddings, job, backend)
@@ -604,7 +586,7 @@ class StepVideoPipeline:
                 made = self._step(velocity, latents, sigmas[step], sigmas[step + 1])
                 while made is None:  # other programs took memory: a smaller plan, and the step again
                     del velocity
-                    self._spare(transformer, job)
+                    self.memory.spare(job)
                     velocity = self._velocity(transformer, embeddings, job, backend)
                     made = self._step(velocity, latents, sigmas[step], sigmas[step + 1])
                 latents = made
@@ -615,57 +597,6 @@ class StepVideoPipeline:
                         latents = changed.to(self.device, torch.float32)
                         self._keep(job, latents, step + 1)
                 say("denoise", step + 1, saved.steps)
-
-    def _transformer(self, job: Job, say: Progress) -> PlacedTransformer:
-        """The transformer, placed for this clip."""
-        settings = job.request.settings
-        placed: PlacedTransformer | None = self._networks.get("transformer")
-        if placed is not None and not self._is_planned:
-            return placed
-        if placed is not None:
-            plan = self._plan(settings, held=placed)
-            if not _fits(placed, plan):
-                self._free("vae", always=True)
-                plan = self._plan(settings, held=placed)
-            if not _fits(placed, plan):
-                self._move(placed, plan)
-            placed.savings = plan.blocks.savings
-            job.plan = as_placed(plan, placed.plan)
-            return placed
-        self._free("vae")
-        if self._is_planned:
-            job.plan = self._plan(settings)
-        else:
-            self._refuse_early(settings)
-        with measured("load transformer", self.device, job.stages):
-            placed = self._placed(job, say)
-            if placed is None:  # other programs took memory meanwhile
-                release_memory(self.device)
-                assert job.plan is not None
-                job.plan = self._plan(settings, min(self._room(), int(job.plan.budget * 0.9)))
-                job.event("Out of memory while the transformer was loaded; it is loaded again, more of it elsewhere.")
-                component = self.model.components["transformer"]
-                placed = place(component, self.mode, self.device, job.plan.blocks, _stage(say, "load transformer"))
-        self._networks["transformer"] = placed
-        return placed
-
-    def _placed(self, job: Job, say: Progress) -> PlacedTransformer | None:
-        """The transformer, loaded; None if a plan was too large for what there is."""
-        blocks = None if job.plan is None else job.plan.blocks
-        component = self.model.components["transformer"]
-        try:
-            return place(component, self.mode, self.device, blocks, _stage(say, "load transformer"))
-        except torch.OutOfMemoryError:
-            if job.plan is None:
-                raise
-            return None
-
-    def _move(self, placed: PlacedTransformer, plan: Plan) -> None:
-        try:
-            placed.move(plan.blocks)
-        except BaseException:  # what is left of it would be taken for a whole one
-            self._free("transformer", always=True)
-            raise
 
     def _velocity(
         self, transformer: PlacedTransformer, embeddings: list[PromptEmbedding], job: Job, backend: str | None
@@ -681,27 +612,9 @@ class StepVideoPipeline:
         try:
             return euler_step(latents, velocity(latents, sigma), sigma, next_sigma)
         except RuntimeError as error:
-            if not _ran_out(error):
+            if not ran_out(error):
                 raise
             return None
-
-    def _spare(self, transformer: PlacedTransformer, job: Job) -> None:
-        """A plan for nine tenths of the memory, or of what there still is.
-
-        Raises:
-            SolostepError: nothing smaller is possible.
-        """
-        release_memory(self.device)
-        if job.plan is None:
-            raise torch.OutOfMemoryError("there is nothing to give up")
-        room = min(int(job.plan.blocks.device * 0.9), self._room() + transformer.device_bytes)
-        plan, before = self._plan(job.request.settings, room, held=transformer), transformer.plan.resident
-        self._move(transformer, plan)
-        job.plan = as_placed(plan, transformer.plan)
-        job.event(
-            f"Out of memory at step {job.saved.step + 1}: {transformer.plan.resident} of {plan.network.blocks} blocks "
-            f"stay on the card, where {before} did; the step is repeated."
-        )
 
     def _attention_backend(self, settings: GenerationSettings) -> str | None:
         """The kernels for this length; on a new card they are measured first, which takes some seconds."""
@@ -711,19 +624,6 @@ class StepVideoPipeline:
 
         tokens = settings.latent_frames * settings.latent_height * settings.latent_width
         return attention_choice(self.device, self.attention, tokens, self.attention_backend)
-
-    def _refuse_early(self, settings: GenerationSettings) -> None:
-        """Raises SolostepError if a clip cannot be made in the memory that there is."""
-        if self._is_planned:
-            self._plan(settings)
-        else:
-            weights = self.mode.memory_bytes(self.model.components["transformer"])
-            require_memory(weights, self.device, f"The transformer in {self.mode.name}")
-
-    @property
-    def _is_planned(self) -> bool:
-        """Whether memory is planned: on a card, and on a CPU that got a budget."""
-        return self.device.type == "cuda" or self.vram is not None
 
     def _keep(self, job: Job, latents: Tensor, step: int) -> None:
         """Puts a finished step on disk. A full disk does not end the run: the video may still find its place."""
@@ -740,56 +640,32 @@ class StepVideoPipeline:
                 log.warning("%s Going on without: an interruption now loses the steps made since.", error)
             job.save_failed = True
 
-    def _decoding(
-        self, settings: GenerationSettings, room: int, dtype: torch.dtype | None = None
-    ) -> tuple[Decoding, int]:
-        """How the VAE decodes in so much room beside its weights, and what it takes."""
-        itemsize = (dtype or self.dtype).itemsize
-        return choose_decoding(self.model.vae_config, settings.height, settings.width, room, itemsize)
-
-    def _decodes_better_alone(self, settings: GenerationSettings) -> bool:
-        """Whether a whole chunk has no room beside the transformer."""
-        weights = 0 if "vae" in self._networks else self._sizes.vae
-        return self._decoding(settings, self._room() - weights)[0] != WHOLE
-
-    def _is_tight(self, settings: GenerationSettings) -> bool:
-        """Whether decoding beside the transformer is another than without it, or has no room at all."""
-        placed = self._networks.get("transformer")
-        if placed is None or not self._is_planned:
-            return False
-        room = self._room() - (0 if "vae" in self._networks else self._sizes.vae)
-        beside, needed = self._decoding(settings, room)
-        return beside != self._decoding(settings, room + placed.device_bytes)[0] or needed > room
-
-    def _make_room(self, needed: int) -> None:
-        """Lets a kept transformer go if a stage that comes before it has no room beside it."""
-        if self._is_planned and "transformer" in self._networks and needed > self._room():
-            self._free("transformer", always=True)
-
     def _decode(
         self, job: Job, sink: contextlib.AbstractContextManager[FrameSink], say: Progress, dtype: torch.dtype
     ) -> None:
         """Decodes chunk by chunk; frames leave as they are ready."""
         total = job.request.settings.num_frames
-        if "vae" not in self._networks or next(self._networks["vae"].parameters()).dtype != dtype:
+        networks = self.memory.networks
+        if "vae" not in networks or next(networks["vae"].parameters()).dtype != dtype:
             with measured("load vae", self.device, job.stages):
-                self._networks["vae"] = load(self.model.components["vae"], self.device, dtype, part="decoder")
+                networks["vae"] = load(self.model.components["vae"], self.device, dtype, part="decoder")
         with measured("decode and write", self.device, job.stages), sink as open_sink:
             say("decode", 0, total)
             latents = job.saved.latents.to(self.device, dtype)
-            room, done = self._room(), 0
-            (slices, strips), needed = self._decoding(job.request.settings, room, dtype)
+            room, done = self.memory.room(), 0
+            (slices, strips), needed = self.memory.decoding(job.request.settings, room, dtype)
             if needed > room:
                 log.warning(
                     "Decoding may run out of memory: it takes %.3g GB at least, of %.3g.", needed / 1e9, room / 1e9
                 )
             if (slices, strips) != WHOLE:
-                job.event(f"Decoding {how_decoded(slices, strips)}, for want of memory.", quiet=self.vram is not None)
+                asked = self.memory.vram is not None
+                job.event(f"Decoding {how_decoded(slices, strips)}, for want of memory.", quiet=asked)
 
             def smaller(setting: str) -> None:
                 job.event(f"Out of memory while decoding; going on {setting}.")
 
-            for frames in decode_chunks(self._networks["vae"], latents, slices, strips, on_retry=smaller):
+            for frames in decode_chunks(networks["vae"], latents, slices, strips, on_retry=smaller):
                 open_sink.write(to_uint8(frames[0]).cpu().numpy())
                 done += frames.shape[1]
                 say("decode", done, total)
@@ -797,79 +673,3 @@ class StepVideoPipeline:
     def _record(self, job: Job) -> dict[str, Any]:
         modes = job.saved.info if "precision" in job.saved.info else self._modes()
         return make_record(job, self.model, modes, self.device)
-
-    def _free(self, name: str, always: bool = False) -> None:
-        if self.keep_loaded and not always:
-            return
-        network = self._networks.pop(name, None)
-        if network is not None:
-            if isinstance(network, PlacedTransformer):
-                network.close()
-            del network
-            release_memory(self.device)
-
-
-def _fits(placed: PlacedTransformer, plan: Plan) -> bool:
-    """Whether a transformer is placed in no more memory than a plan has for it."""
-    return placed.plan.resident + placed.plan.slots <= plan.blocks.resident + plan.blocks.slots
-
-
-def _stage(say: Progress, name: str) -> Callable[[int, int], None]:
-    return lambda done, total: say(name, done, total)
-
-
-@contextlib.contextmanager
-def _readable_errors(device: torch.device, job: Job | None = None) -> Iterator[None]:
-    """An allocation that failed becomes one sentence that says where the work is and what to do."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not _ran_out(error):
-            raise
-        kept = _what_is_kept(job)
-        raise SolostepError(
-            f"{describe_device(device)} ran out of memory; close other programs, give --vram more if it was given, or "
-            f"make a smaller or shorter clip (--height, --width, --frames){kept}."
-        ) from error
-
-    except ReadError as error:
-        raise CheckpointError(f"{error}; if nothing else writes it, download it again{_what_is_kept(job)}.") from None
-
-
-def _ran_out(error: Exception) -> bool:
-    """Whether an error means that an allocation failed. On the CPU, and where a library or the driver allocates, it has
-    no type of its own; the second of the words is a size beyond all counting."""
-    words = "DefaultCPUAllocator|size calculation overflowed|CUDA error: out of memory|STATUS_ALLOC_FAILED"
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(words, str(error)) is not None
-
-
-def _what_is_kept(job: Job | None) -> str:
-    if job is None or not job.saved.step:
-        return ""
-    step = f"step {job.saved.step} of {job.saved.steps}"
-    return f"; {step} is kept in {job.path}, and the same command goes on from it"
-
-
-@contextlib.contextmanager
-def _latents_are_kept(job: Job) -> Iterator[None]:
-    """A video that cannot be written loses nothing, and the error says so."""
-    try:
-        yield
-    except SolostepError as error:
-        if job.saved_at is None:
-            raise
-        raise type(error)(
-            f"{str(error).removesuffix('.')}; the latents are kept in {job.saved_at} and "
-            f"`solostep decode {job.saved_at}` goes on from there."
-        ) from error
-
-
-@contextlib.contextmanager
-def _nothing_left_of(job: Job | None) -> Iterator[None]:
-    """A run that failed before its first step leaves no latents behind: noise is nothing to go on from."""
-    try:
-        yield
-    except SolostepError:
-        if job is not None and not job.saved.step:
-            job.path.unlink(missing_ok=True)
-        raise

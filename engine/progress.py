@@ -15,6 +15,11 @@ QUIET_SECONDS = 30.0
 """Between two lines of progress where stderr is a file: a night's log stays short."""
 
 
+def stage_of(say: Progress, name: str) -> Callable[[int, int], None]:
+    """A function of (done, total) for one stage."""
+    return lambda done, total: say(name, done, total)
+
+
 class ConsoleProgress:
     """Shows ``(stage, done, total)``. Loading is shown in percent, everything else counted."""
 

@@ -87,10 +87,13 @@ def numerics() -> Iterator[None]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device, the allocator's own cache included."""
+    """Bytes that can still be allocated on a device, the allocator's own cache included; of a process that is held to
+    a part of a card, what that leaves."""
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
+        allocated = torch.cuda.memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return min(free + torch.cuda.memory_reserved(device) - allocated, max(0, limit - allocated))
     import psutil
 
     return psutil.virtual_memory().available

@@ -13,8 +13,7 @@ import torch
 import typer
 
 from solostep import StepVideoPipeline
-from solostep.engine import pipeline as pipeline_module
-from solostep.engine import rates
+from solostep.engine import memory, rates
 from solostep.engine.errors import SolostepError, UsageError
 from solostep.engine.interfaces import cli
 from solostep.engine.plan import CONTEXT, Rated, ask, parse_size
@@ -161,7 +160,7 @@ def test_it_gives_up_when_nothing_is_left_to_give(monkeypatch: pytest.MonkeyPatc
 def test_decoding_goes_on_in_smaller_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = StepVideoPipeline.from_pretrained(T2V, device="cpu")
     want = pipe("a red panda", seed=7, **SMALL)
-    monkeypatch.setattr(pipeline_module.StepVideoPipeline, "_decoding", lambda self, *_: ((1, 2), 0))
+    monkeypatch.setattr(memory.Memory, "decoding", lambda self, *_: ((1, 2), 0))
     found = StepVideoPipeline.from_pretrained(T2V, device="cpu")("a red panda", seed=7, **SMALL)
     assert torch.equal(found.latents, want.latents)
     assert abs(found.frames.astype(int) - want.frames.astype(int)).max() <= 2
@@ -171,7 +170,7 @@ def test_decoding_goes_on_in_smaller_pieces(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_second_video_counts_what_the_first_one_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = StepVideoPipeline.from_pretrained(device="cpu", vram=budgets()[2])
     need = pipe.plan(**SETTINGS).blocks.host
-    monkeypatch.setattr(pipeline_module, "host_room", lambda: 0 if "transformer" in pipe._networks else need)
+    monkeypatch.setattr(memory, "host_room", lambda: 0 if "transformer" in pipe._networks else need)
     requests = [pipe.request("a red circle", seed=seed, **SETTINGS) for seed in (1, 2)]
     records = [record for record, _ in pipe.generate(requests, None)]
     loads = [stage["stage"] for record in records for stage in record["stages"] if "transformer" in stage["stage"]]

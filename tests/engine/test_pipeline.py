@@ -16,7 +16,7 @@ import torch
 
 import solostep.engine.pipeline as pipeline_module
 from solostep import StepVideoPipeline
-from solostep.engine import streaming, text
+from solostep.engine import memory, streaming, text
 from solostep.engine.config import PRESETS, GenerationSettings, Preset
 from solostep.engine.errors import CheckpointError, UsageError
 from solostep.engine.image import load_image
@@ -304,7 +304,7 @@ def test_little_memory_decodes_frame_by_frame(pipe: StepVideoPipeline, monkeypat
         return real(decoder, latents, frames, strips, **more)
 
     monkeypatch.setattr(pipeline_module, "decode_chunks", watch)
-    monkeypatch.setattr(pipeline_module, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     monkeypatch.setattr(pipeline_module.log, "warning", lambda text, *values: said.append(text % values))
     found = pipe("a red panda", seed=7, **SMALL)
     assert seen == [(1, 16)] and any("takes 0.0" in line for line in said)
@@ -394,7 +394,7 @@ def test_many_videos_load_the_dit_once(pipe: StepVideoPipeline, monkeypatch: pyt
     assert not pipe._networks
     # Too little memory for the DiT beside the decoder: it leaves before each decoding, and comes back.
     loaded.clear()
-    monkeypatch.setattr(pipeline_module, "free_memory", lambda device: 10)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 10)
     pipe(["a", "b"], seed=1, **SMALL)
     assert loaded.count("transformer") == 2
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import solostep.engine.pipeline as pipeline_module
 from solostep import StepVideoPipeline
-from solostep.engine import runtime, text
+from solostep.engine import memory, runtime, text
 from solostep.engine.checkpoint import build_on_meta, describe, load, memory_bytes, open_component
 from solostep.engine.config import MODES, PRECISIONS
 from solostep.engine.demo import demo_model
@@ -564,7 +564,7 @@ def test_memory_is_counted_as_it_will_be(int8: Path, monkeypatch: pytest.MonkeyP
     """A card that holds the model in int8 and not in bf16 is no reason to refuse int8, and one to refuse bf16."""
     transformer = open_component(demo(), "transformer")
     whole = 2 * transformer.parameters
-    for module in (pipeline_module, runtime):
+    for module in (memory, runtime):
         monkeypatch.setattr(module, "free_memory", lambda device: int(0.6 * whole))
     for pipe in (pipeline(int8), pipeline(precision="int8"), pipeline(precision="nf4")):
         latents_of(pipe, num_inference_steps=1)

@@ -1,0 +1,69 @@
+"""What failed, in one sentence that says where the work is and what to do; and what is kept of it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import torch
+
+from ..offload.reader import ReadError
+from .errors import CheckpointError, SolostepError
+from .request import Job, describe_device
+
+
+@contextlib.contextmanager
+def readable_errors(device: torch.device, job: Job | None = None) -> Iterator[None]:
+    """An allocation that failed becomes one sentence that says where the work is and what to do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        kept = _what_is_kept(job)
+        raise SolostepError(
+            f"{describe_device(device)} ran out of memory; close other programs, give --vram more if it was given, or "
+            f"make a smaller or shorter clip (--height, --width, --frames){kept}."
+        ) from error
+    except ReadError as error:
+        raise CheckpointError(f"{error}; if nothing else writes it, download it again{_what_is_kept(job)}.") from None
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether an error means that an allocation failed. On the CPU, and where a library or the driver allocates, it has
+    no type of its own; the second of the words is a size beyond all counting."""
+    words = "DefaultCPUAllocator|size calculation overflowed|CUDA error: out of memory|STATUS_ALLOC_FAILED"
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(words, str(error)) is not None
+
+
+def _what_is_kept(job: Job | None) -> str:
+    if job is None or not job.saved.step:
+        return ""
+    step = f"step {job.saved.step} of {job.saved.steps}"
+    return f"; {step} is kept in {job.path}, and the same command goes on from it"
+
+
+@contextlib.contextmanager
+def latents_are_kept(job: Job) -> Iterator[None]:
+    """A video that cannot be written loses nothing, and the error says so."""
+    try:
+        yield
+    except SolostepError as error:
+        if job.saved_at is None:
+            raise
+        raise type(error)(
+            f"{str(error).removesuffix('.')}; the latents are kept in {job.saved_at} and "
+            f"`solostep decode {job.saved_at}` goes on from there."
+        ) from error
+
+
+@contextlib.contextmanager
+def nothing_left_of(job: Job | None) -> Iterator[None]:
+    """A run that failed before its first step leaves no latents behind: noise is nothing to go on from."""
+    try:
+        yield
+    except SolostepError:
+        if job is not None and not job.saved.step:
+            job.path.unlink(missing_ok=True)
+        raise
