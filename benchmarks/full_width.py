@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import gc
 import json
-import mmap
 import os
 import statistics
 import subprocess
@@ -36,7 +35,7 @@ from solostep.engine.models.fused import FusedBlocks
 from solostep.engine.models.transformer import StepVideoTransformer, TransformerBlock, rope_table
 from solostep.engine.models.vae import Decoder, Encoder, HostFrames, decode_bytes
 from solostep.engine.quantization import linears
-from solostep.engine.rates import TEXT_TOKENS, quantized_block, random_weights
+from solostep.engine.rates import TEXT_TOKENS, quantized_block, random_weights, read_rate
 from solostep.engine.runtime import Stage, measured, numerics, pick_device
 from solostep.engine.sampling import GuidedVelocity
 from solostep.engine.scheduler import euler_step, make_sigmas
@@ -253,7 +252,7 @@ def bench_load(device: torch.device, layers: int, precision: str, on_load: bool)
     recipe = recipe_of(precision)
     with tempfile.TemporaryDirectory() as folder:
         files = write_dit(Path(folder), layers, device, None if on_load else recipe)
-        disk = max(disk_rate(files, direct=False), disk_rate(files, direct=True))
+        disk = max(cold_rate(files, direct=False), cold_rate(files, direct=True))
         bus = pinned_rate(device)
         stored = sum(file.stat().st_size for file in files)
         result: dict[str, Any] = {
@@ -373,25 +372,11 @@ def evict(file: Path) -> None:
         Path("/proc/sys/vm/drop_caches").write_text("1")
 
 
-def disk_rate(files: list[Path], direct: bool, piece: int = 16 << 20) -> float:
-    """Bytes a second of reading files that are not in memory, one after the other, in pieces of 16 MiB."""
-    buffer = mmap.mmap(-1, piece)
+def cold_rate(files: list[Path], direct: bool) -> float:
+    """Bytes a second of reading files that are not in memory; 0 where that cannot be done."""
     for file in files:
         evict(file)
-    start, count = time.perf_counter(), 0
-    for file in files:
-        try:
-            handle = os.open(file, os.O_RDONLY | (os.O_DIRECT if direct else 0))
-        except OSError:  # a file system without direct reads
-            return 0.0
-        try:
-            got = piece
-            while got == piece:  # a direct read after a short one would begin in the middle of a sector
-                got = os.readv(handle, [buffer])
-                count += got
-        finally:
-            os.close(handle)
-    return count / (time.perf_counter() - start)
+    return read_rate(files, direct) or 0.0
 
 
 def pinned_rate(device: torch.device, size: int = 256 << 20, repeats: int = 16) -> float:

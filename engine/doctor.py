@@ -7,13 +7,11 @@ the fastest, and may change which one is right. Kernels are examined by kernels/
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -29,6 +27,7 @@ from ..kernels.attention import BACKENDS, MODES, default_backend, one_line
 from ..kernels.attention_check import Verdict, choose, examine, median_ms, relative_error, sampled_rows
 from .config import cache_dir
 from .errors import SolostepError, UsageError
+from .files import replacing
 from .machine import gpu_facts, host_facts, installed, pinned_memory, transfer_rates
 from .progress import Progress
 from .request import versions
@@ -191,14 +190,11 @@ def write_choices(device: torch.device, more: Mapping[str, list[Verdict]]) -> Pa
     known = {**read_choices(device), **more}
     choices = {name: [plain(v.as_dict()) for v in verdicts] for name, verdicts in known.items()}
     text = json.dumps({"key": choices_key(device), "choices": choices}, indent=1)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         log.warning("The choice of kernels cannot be kept in %s (%s); it is measured each time.", path, error.strerror)
         return None
     return path

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import OutputError, UsageError
+from .files import replacing
 
 FORMAT = 1
 SUFFIX = ".latents.safetensors"
@@ -57,15 +58,12 @@ def save_latents(path: Path, saved: SavedLatents) -> None:
     described = {k: getattr(saved, k) for k in ("step", "steps", "seed", "seed_given", "identity", "info")}
     metadata = {"solostep": json.dumps({"format": FORMAT, **described}, ensure_ascii=False)}
     data = save({"latents": saved.latents.detach().cpu().float().contiguous()}, metadata=metadata)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as stream:
+        with replacing(path) as temporary, temporary.open("wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OutputError(
             f"{path} could not be written ({error.strerror}); free space there or give another -o."
         ) from error

@@ -12,7 +12,6 @@ import json
 import logging
 import mmap
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from ..quant.linear import assign
 from ..quant.recipe import Recipe
 from .config import CHUNK_FRAMES, CHUNK_LATENTS, CLIP_TOKENS, LLM_TOKENS, TransformerConfig, VAEConfig, cache_dir
 from .doctor import attention_choice, choices_key
+from .files import replacing
 from .machine import transfer_rates
 from .models.fused import FusedBlocks
 from .models.transformer import TransformerBlock, rope_table
@@ -41,6 +41,8 @@ log = logging.getLogger("solostep")
 LENGTHS = (8, 24)
 """Latent frames of 32 x 32, 8,192 and 24,576 tokens."""
 TEXT_TOKENS = LLM_TOKENS + CLIP_TOKENS
+PIECE = 16 << 20
+"""Bytes that are read at a time where a disk is timed."""
 AT_A_STRETCH = 1000
 """Milliseconds that a block is timed: a card that has just begun has a higher clock than one that works."""
 
@@ -112,9 +114,8 @@ def measured_rates(device: torch.device, mode: Mode, attention: str) -> Rated | 
         file = rates_file(device, mode, attention)
         with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".{file.name}.{os.getpid()}")
-            temporary.write_text(json.dumps(values) + "\n", encoding="utf-8")
-            os.replace(temporary, file)
+            with replacing(file) as temporary:
+                temporary.write_text(json.dumps(values) + "\n", encoding="utf-8")
     return found
 
 
@@ -170,23 +171,30 @@ def decode_rate(device: torch.device) -> float:
 
 
 def disk_rate(files: Sequence[Path], most: int = 512 << 20) -> float | None:
-    """Bytes a second of reading the largest of some files past the page cache; None where that cannot be done."""
-    if not files:
-        return None
-    file = max(files, key=lambda f: f.stat().st_size)
-    piece = 16 << 20
-    buffer, rates = mmap.mmap(-1, piece), []
-    try:
-        handle = os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-    except OSError:
-        return None
-    try:
-        for _ in range(min(most, file.stat().st_size) // piece):
-            start = time.perf_counter()
-            got = os.readv(handle, [buffer])
-            rates.append(got / (time.perf_counter() - start))
-    except OSError:
-        return None
-    finally:
-        os.close(handle)
-    return statistics.harmonic_mean(rates) if rates else None
+    """Bytes a second of reading the largest of some files past the page cache; None where that cannot be done, or it is
+    too small to tell."""
+    largest = [f for f in sorted(files, key=lambda f: f.stat().st_size)[-1:] if f.stat().st_size >= PIECE]
+    return read_rate(largest, most=most)
+
+
+def read_rate(files: Sequence[Path], direct: bool = True, most: int | None = None) -> float | None:
+    """Bytes a second of reading files one after the other in pieces of 16 MiB, ``most`` of each; ``direct`` is past the
+    page cache. None where that cannot be done, or there is nothing to read."""
+    buffer, count, start = mmap.mmap(-1, PIECE), 0, time.perf_counter()
+    for file in files:
+        try:
+            handle = os.open(file, os.O_RDONLY | (getattr(os, "O_DIRECT", 0) if direct else 0))
+        except OSError:  # a file system without direct reads
+            return None
+        try:
+            got, of_file = PIECE, 0
+            # A direct read after a short one would begin in the middle of a sector.
+            while got == PIECE and (most is None or of_file + PIECE <= most):
+                got = os.readv(handle, [buffer])
+                of_file += got
+        except OSError:
+            return None
+        finally:
+            os.close(handle)
+        count += of_file
+    return count / (time.perf_counter() - start) if count else None

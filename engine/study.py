@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from .activations import PREFIXES, Conditions, Samples, TransformerSamples, cond
 from .checkpoint import ModelFolder
 from .config import cache_dir
 from .errors import SolostepError, UsageError
+from .files import replacing
 from .probe import InType, Mixed, Probe, relative_square
 from .quantization import formats_of, linears
 from .request import describe_device, versions
@@ -335,13 +335,11 @@ class Study:
             "table": None if self._table is None else self._table.as_dict(),
             "end_to_end": {key: asdict(e) for key, e in self._ends.items()},
         }
-        temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}")
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
-            os.replace(temporary, self.file)
+            with replacing(self.file) as temporary:
+                temporary.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             log.warning("Measured errors could not be kept at %s (%s); going on without.", self.file, error)
 
 

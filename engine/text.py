@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..quant.foreign import quiet
 from .checkpoint import EMBEDDINGS, ModelFolder, load, tokenizer_files
 from .config import CLIP_TOKENS, LLM_TOKENS, StepLLMConfig
 from .errors import CheckpointError
+from .files import replacing
 from .headers import torch_type
 from .models.step_llm import run_layers, work_bytes
 from .precision import Mode, choose_mode
@@ -118,14 +118,12 @@ def _read_cached(path: Path) -> PromptEmbedding | None:
 def _write_cached(path: Path, embedding: PromptEmbedding) -> None:
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"llm": embedding.llm.contiguous(), "clip": embedding.clip.contiguous()}
-        save_file(tensors, temporary, metadata={"length": str(embedding.length)})
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"length": str(embedding.length)})
     except Exception as error:  # safetensors wraps a full disk in its own type
-        temporary.unlink(missing_ok=True)
         log.warning("The prompt embedding could not be cached at %s (%s); going on without.", path, error)
 
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UsageError
+from ..files import replacing
 from ..progress import ConsoleProgress
 from .console import console, guarded
 from .tables import size
@@ -47,9 +48,8 @@ def doctor(
         found = report(pick_device(device), TOKENS if tokens is None else tokens, quick, progress)
     text = json.dumps(found, ensure_ascii=False, indent=1, allow_nan=False)
     if output is not None:
-        temporary = output.with_name(f".{output.name}.{os.getpid()}")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, output)
+        with replacing(output) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
     if as_json:
         print(text, flush=True)
     else:

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from ..errors import OutputError, UsageError
+from ..files import replacing
 from ..progress import ConsoleProgress
 from .console import console, guarded
 from .outputs import read_prompts
@@ -233,13 +234,8 @@ def write_files(files: dict[str, Path], found: dict[str, Any]) -> None:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _as_csv(table: Table, formats: Sequence[str]) -> str:
