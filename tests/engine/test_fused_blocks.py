@@ -7,9 +7,10 @@ import weakref
 
 import pytest
 import torch
+from small_dit import small_dit
 from torch import Tensor
 
-from solostep.engine.config import GenerationSettings, TransformerConfig
+from solostep.engine.config import GenerationSettings
 from solostep.engine.models import fused as fused_module
 from solostep.engine.models.fused import FusedBlocks, Parking, chunks
 from solostep.engine.models.transformer import StepVideoTransformer
@@ -18,9 +19,6 @@ from solostep.engine.text import PromptEmbedding
 from solostep.kernels.attention import MODES
 from solostep.offload.planner import Savings
 from solostep.offload.streamer import BlockStreamer, HostLane
-from solostep.quant.formats import install, quantize
-from solostep.quant.linear import assign
-from solostep.quant.recipe import default_recipe
 
 HEADS = 2
 
@@ -39,27 +37,7 @@ def inputs() -> dict[str, Tensor]:
 
 
 def make(dtype: torch.dtype, precision: str | None = None, heads: int = HEADS) -> StepVideoTransformer:
-    config = TransformerConfig.from_dict(
-        {"num_attention_heads": heads, "attention_head_dim": 128, "num_layers": 2, "caption_channels": [64, 32],
-         "in_channels": 4, "out_channels": 4}
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = StepVideoTransformer(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 0.0, 0.05)
-    for name, parameter in model.named_parameters():
-        if "norm.weight" in name:
-            parameter.data += 1
-    model = model.to(dtype)
-    if precision:
-        recipe = default_recipe(precision, "transformer")
-        weights = {n: m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-        chosen = recipe.resolve(weights)
-        stored = {n: quantize(f, weights[n].data) for n, f in chosen.items()}
-        install(model, chosen, dtype)
-        for name, tensors in stored.items():
-            assign(model.get_submodule(name), tensors)
-    return model.requires_grad_(False)
+    return small_dit(precision, dtype, heads)
 
 
 def both(model: StepVideoTransformer, inputs: dict[str, Tensor], **more: object) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_dit import small_dit
 from torch import Tensor, nn
 
-from solostep.engine.config import GenerationSettings, TransformerConfig
+from solostep.engine.config import GenerationSettings
 from solostep.engine.headers import read_header, torch_type
 from solostep.engine.models.fused import FusedBlocks
 from solostep.engine.models.transformer import StepVideoTransformer
@@ -24,9 +25,6 @@ from solostep.engine.text import PromptEmbedding
 from solostep.offload.pinned import ALIGNMENT, HostSlab, lay_out
 from solostep.offload.reader import Extent, Ring
 from solostep.offload.streamer import BlockStreamer, laid_out, spread
-from solostep.quant.formats import install, quantize
-from solostep.quant.linear import assign
-from solostep.quant.recipe import default_recipe
 
 CPU = torch.device("cpu")
 LAYERS = 5
@@ -75,24 +73,7 @@ class LateLane:
         return [size for what, size in self.log if what == "copy"]
 
 
-def make(precision: str | None = None, dtype: torch.dtype = torch.bfloat16) -> StepVideoTransformer:
-    config = TransformerConfig.from_dict(
-        {"num_attention_heads": 1, "attention_head_dim": 128, "num_layers": LAYERS, "caption_channels": [64, 32],
-         "in_channels": 4, "out_channels": 4}
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = StepVideoTransformer(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 0.0, 0.05)
-    model = model.to(dtype)
-    if precision:
-        weights = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-        chosen = default_recipe(precision, "transformer").resolve(weights)
-        stored = {n: quantize(f, weights[n].data) for n, f in chosen.items()}
-        install(model, chosen, dtype)
-        for name, tensors in stored.items():
-            assign(model.get_submodule(name), tensors)
-    return model.requires_grad_(False)
+make = functools.partial(small_dit, layers=LAYERS)
 
 
 def passes(
