@@ -559,7 +559,7 @@ class StepVideoPipeline:
         if image is None:
             return
         if self.memory.is_planned:
-            self.memory.make_room(first_frame_bytes(self.memory.sizes, settings, self.dtype.itemsize))
+            self.memory.make_room(first_frame_bytes(self.memory.sizes, settings))
         with measured("first frame", self.device, job.stages):
             say("first frame", 0, 1)
             encoder = load(self.model.components["vae"], self.device, self.dtype, part="encoder")

@@ -56,6 +56,9 @@ others are bounds: a chunk in strips moves 86 GB each way, divided by the frames
 carry 40 GB/s, both ways together, as it did for (1, 16)."""
 STRIPS_ON_HOST = 8600
 """Bytes of host memory a pixel of a frame, at most, that decoding in strips keeps: 4.6 GB at 544x992."""
+FRAME_BYTES = 3800
+"""A pixel, of the encoder's tensors at their peak, counted at 544x992: 950 numbers, in fp32 also where weights are
+bf16 (models/vae.py, _rounds_once)."""
 Decoding = tuple[int | None, int]
 WHOLE: Decoding = (None, 1)
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -309,7 +312,7 @@ def make_plan(
         ),
     ]  # fmt: skip
     if settings.image_to_video:
-        first = first_frame_bytes(sizes, settings, itemsize)
+        first = first_frame_bytes(sizes, settings)
         stages.insert(1, StageForecast("first frame", first, 0, disk["vae"],
                                        disk["vae"] / rates.disk if known else None))  # fmt: skip
     for stage in stages:
@@ -338,9 +341,9 @@ def _all_there(network: Network, clip: Clip, budget: int, attention: str) -> Blo
     raise BudgetError(budget, device)
 
 
-def first_frame_bytes(sizes: Sizes, settings: GenerationSettings, itemsize: int) -> int:
-    """What encoding one frame takes, weights included; tensors counted at 544x992: 950 values a pixel."""
-    return sizes.encoder + 950 * itemsize * settings.height * settings.width
+def first_frame_bytes(sizes: Sizes, settings: GenerationSettings) -> int:
+    """What encoding one frame takes, weights included: 0.22 and 2.05 GB at 544x992."""
+    return sizes.encoder + FRAME_BYTES * settings.height * settings.width
 
 
 def choose_decoding(config: VAEConfig, height: int, width: int, room: int, itemsize: int) -> tuple[Decoding, int]:

@@ -259,12 +259,14 @@ class GroupNorm(nn.GroupNorm):
     def _by_groups(self, x: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor]]:
         """Of each frame and part of the channels: the norm, and each group's mean and reciprocal deviation."""
         batch, width, groups = len(x), x.shape[1] // NORM_PARTS, GROUPS // NORM_PARTS
+        # On CUDA mean and deviation are rounded before they are used; on a CPU only those that are told, but for this.
+        weight, bias = (p.float() if x.device.type == "cpu" else p for p in (self.weight, self.bias))
         for t in range(x.shape[2]):
             for first in range(0, x.shape[1], width):
                 part = slice(first, first + width)
                 # The kernel of a whole norm, so that mean and deviation are rounded as there.
                 y, mean, deviation = torch.native_group_norm(
-                    x[:, part, t].contiguous(), self.weight[part], self.bias[part], batch, width,
+                    x[:, part, t].contiguous(), weight[part], bias[part], batch, width,
                     x.shape[3] * x.shape[4], groups, self.eps,
                 )  # fmt: skip
                 yield t, part, y, mean, deviation

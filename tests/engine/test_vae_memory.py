@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from solostep.engine.config import VAEConfig
 from solostep.engine.models import vae
+from solostep.engine.plan import FRAME_BYTES
 
 # Widths change between the widest levels, as in the release.
 CONFIG = VAEConfig(
@@ -264,7 +265,7 @@ def test_the_release_decodes_in_3_gb() -> None:
 
 
 @pytest.mark.usefixtures("like_a_card")
-def test_the_encoder_codes_a_frame_in_3_gb(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_encoder_codes_a_frame_in_2_gb(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where its layers are computed in fp32, as on CUDA."""
     monkeypatch.setattr(vae, "_rounds_once", lambda *_: True)
     with torch.device("meta"):
@@ -272,4 +273,4 @@ def test_the_encoder_codes_a_frame_in_3_gb(monkeypatch: pytest.MonkeyPatch) -> N
         image = torch.empty(1, 3, 1, 544, 992, dtype=torch.bfloat16)
     with Live() as live:
         encoder(image)
-    assert live.peak < 2e9
+    assert 0.9 * FRAME_BYTES * 544 * 992 < live.peak <= FRAME_BYTES * 544 * 992 < 2.1e9
