@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packed import _store_packed
-from .quantize import BLOCK, FLOOR, QMAX, _columns, _jit, _plan, _programs, _store_quantized, quantize_rows_reference
+from .packed import _fits, _rotated, _shift, _store_packed
+from .quantize import BLOCK, FLOOR, QMAX, _columns, _jit, _on_card, _plan, _programs, _store_quantized, quantize_rows_reference
 
 try:
     import triton
@@ -53,78 +53,184 @@ def _gelu(x, APPROXIMATE: tl.constexpr):
 
 
 @_jit
-def _row(
-    row, x_ptr, out_ptr, out_scale_ptr, shift_ptr, scale_ptr, K, stride, eps,
-    TILES: tl.constexpr, BLOCKS: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, QMAX: tl.constexpr,
-    FLOOR: tl.constexpr, EVEN: tl.constexpr, GELU: tl.constexpr, APPROXIMATE: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """A row in registers, in the layout of the quantization kernel; QMAX 0 is an output that is not quantized, and
-    PACKED one of int8, four to a word."""
-    column = _columns(BLOCKS)
-    values = ()
-    total = 0.0
+def _load_row(row, x_ptr, K, stride, TILES: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr, WORDS: tl.constexpr):
+    """A row as it lies in memory, in the layout of the quantization kernel; WORDS: bf16 pairs, `x_ptr` of int32."""
+    tiles = ()
     for i in tl.static_range(TILES):
-        columns = i * (BLOCKS * 256) + column
-        if EVEN:
-            x = tl.load(x_ptr + row * stride + columns).to(tl.float32)
+        if WORDS:
+            tiles += (tl.load(x_ptr + row * (stride // 2) + i * (BLOCKS * 128) + _word_columns(BLOCKS)),)
+        elif EVEN:
+            tiles += (tl.load(x_ptr + row * stride + i * (BLOCKS * 256) + _columns(BLOCKS)),)
         else:
-            x = tl.load(x_ptr + row * stride + columns, mask=columns < K, other=0.0).to(tl.float32)
-        values += (x,)
-        if not GELU:
-            total += tl.sum(tl.reshape(x, [x.numel]), 0)
-    done = ()
+            columns = i * (BLOCKS * 256) + _columns(BLOCKS)
+            tiles += (tl.load(x_ptr + row * stride + columns, mask=columns < K, other=0.0),)
+    return tiles
+
+
+@_jit
+def _word_columns(BLOCKS: tl.constexpr):
+    high = tl.arange(0, 16)[:, None, None] * 8
+    return tl.arange(0, BLOCKS)[None, :, None] * 128 + high + tl.arange(0, 8)[None, None, :]
+
+
+@_jit
+def _pair(x, WORDS: tl.constexpr):
+    """The even and the odd channels of a loaded tile, in fp32."""
+    if WORDS:
+        return (x << 16).to(tl.float32, bitcast=True), (x & -65536).to(tl.float32, bitcast=True)
+    else:
+        low, high = tl.split(tl.reshape(x.to(tl.float32), [x.shape[0], x.shape[1], 8, 2]))
+        return low, high
+
+
+@_jit
+def _load_vector(ptr, i, K, BLOCKS: tl.constexpr, EVEN: tl.constexpr, WORDS: tl.constexpr):
+    if WORDS:
+        return _pair(tl.load(ptr + i * (BLOCKS * 128) + _word_columns(BLOCKS)), True)
+    elif EVEN:
+        return _pair(tl.load(ptr + i * (BLOCKS * 256) + _columns(BLOCKS)), False)
+    else:
+        columns = i * (BLOCKS * 256) + _columns(BLOCKS)
+        return _pair(tl.load(ptr + columns, mask=columns < K, other=0.0), False)
+
+
+@_jit
+def _add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@_jit
+def _statistics(lows, highs, K, TILES: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr, ONE_PASS: tl.constexpr):
+    """Mean and variance of a row.
+
+    In one pass (one exchange between warps) where x has 16 bits: the cancellation in fp32, 2^-24 (mean / deviation)^2,
+    is below what 16 bits lose in x itself, 2^-9 mean / deviation, until the mean is thousands of deviations.
+    """
+    for i in tl.static_range(TILES):
+        both = lows[i] + highs[i]
+        total = both if i == 0 else total + both  # noqa: F821
+        if ONE_PASS:
+            square = lows[i] * lows[i] + highs[i] * highs[i]
+            squares = square if i == 0 else squares + square  # noqa: F821
+    if ONE_PASS:
+        total, squares = tl.reduce(
+            (tl.reshape(total, [total.numel]), tl.reshape(squares, [total.numel])), 0, _add_both
+        )  # fmt: skip
+        mean = total / K
+        return mean, tl.maximum(squares / K - mean * mean, 0.0)
+    else:
+        mean = tl.sum(tl.reshape(total, [total.numel]), 0) / K
+        for i in tl.static_range(TILES):
+            low, high = lows[i] - mean, highs[i] - mean
+            square = low * low + high * high
+            if not EVEN:
+                columns = i * (BLOCKS * 256) + _word_columns(BLOCKS) * 2
+                square = tl.where(columns < K, low * low, 0.0) + tl.where(columns + 1 < K, high * high, 0.0)
+            squares = square if i == 0 else squares + square  # noqa: F821
+        return mean, tl.sum(tl.reshape(squares, [squares.numel]), 0) / K
+
+
+@_jit
+def _values(
+    tiles, shift_ptr, scale_ptr, K, eps, TILES: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
+    WORDS: tl.constexpr, VECTOR_WORDS: tl.constexpr, ONE_PASS: tl.constexpr, GELU: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):  # fmt: skip
+    """What is to be stored, as even and odd channels in fp32; beyond K they are zero."""
+    lows, highs = (), ()
+    for i in tl.static_range(TILES):
+        low, high = _pair(tiles[i], WORDS)
+        lows += (low,)
+        highs += (high,)
+    evens, odds = (), ()
     if GELU:
         for i in tl.static_range(TILES):
-            done += (_gelu(values[i], APPROXIMATE),)
+            evens += (_gelu(lows[i], APPROXIMATE),)
+            odds += (_gelu(highs[i], APPROXIMATE),)
     else:
-        mean = total / K
-        squares = 0.0
+        mean, variance = _statistics(lows, highs, K, TILES, BLOCKS, EVEN, ONE_PASS)
+        inverse = tl.rsqrt(variance + eps)
         for i in tl.static_range(TILES):
-            columns = i * (BLOCKS * 256) + column
-            centred = values[i] - mean
+            gain_low, gain_high = _load_vector(scale_ptr, i, K, BLOCKS, EVEN, VECTOR_WORDS)
+            shift_low, shift_high = _load_vector(shift_ptr, i, K, BLOCKS, EVEN, VECTOR_WORDS)
+            low = (lows[i] - mean) * (inverse + inverse * gain_low) + shift_low
+            high = (highs[i] - mean) * (inverse + inverse * gain_high) + shift_high
             if not EVEN:
-                centred = tl.where(columns < K, centred, 0.0)
-            squares += tl.sum(tl.reshape(centred * centred, [centred.numel]), 0)
-        inverse = tl.rsqrt(squares / K + eps)
-        for i in tl.static_range(TILES):
-            columns = i * (BLOCKS * 256) + column
-            if EVEN:
-                gain = inverse + inverse * tl.load(scale_ptr + columns).to(tl.float32)
-                shift = tl.load(shift_ptr + columns).to(tl.float32)
-                done += ((values[i] - mean) * gain + shift,)
-            else:
-                gain = inverse + inverse * tl.load(scale_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)
-                shift = tl.load(shift_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)
-                done += (tl.where(columns < K, (values[i] - mean) * gain + shift, 0.0),)
-    if QMAX == 0.0:
-        for i in tl.static_range(TILES):
-            columns = i * (BLOCKS * 256) + column
-            y = done[i].to(out_ptr.dtype.element_ty)
-            if EVEN:
-                tl.store(out_ptr + row * K + columns, y)
-            else:
-                tl.store(out_ptr + row * K + columns, y, mask=columns < K)
-    elif PACKED:
-        _store_packed(done, row, out_ptr, out_scale_ptr, K, TILES, BLOCKS)
+                columns = i * (BLOCKS * 256) + _word_columns(BLOCKS) * 2
+                low, high = tl.where(columns < K, low, 0.0), tl.where(columns + 1 < K, high, 0.0)
+            evens += (low,)
+            odds += (high,)
+    return evens, odds
+
+
+@_jit
+def _row(
+    tiles, row, x_ptr, out_ptr, out_scale_ptr, shift_ptr, scale_ptr, K, stride, eps,
+    TILES: tl.constexpr, BLOCKS: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, QMAX: tl.constexpr,
+    FLOOR: tl.constexpr, EVEN: tl.constexpr, WORDS: tl.constexpr, VECTOR_WORDS: tl.constexpr, ONE_PASS: tl.constexpr,
+    GELU: tl.constexpr, APPROXIMATE: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """A loaded row to its end; QMAX 0 is an output that is not quantized, and PACKED one of int8, four to a word."""
+    low, high = _values(tiles, shift_ptr, scale_ptr, K, eps, TILES, BLOCKS, EVEN, WORDS, VECTOR_WORDS, ONE_PASS, GELU,
+                        APPROXIMATE)  # fmt: skip
+    if PACKED:
+        words, bits = _rotated(low, high, TILES, BLOCKS)
+        shift = 1.0
+        if not _fits(bits):  # hardly ever: once more, from memory
+            tiles = _load_row(row, x_ptr, K, stride, TILES, BLOCKS, EVEN, WORDS)
+            low, high = _values(tiles, shift_ptr, scale_ptr, K, eps, TILES, BLOCKS, EVEN, WORDS, VECTOR_WORDS,
+                                ONE_PASS, GELU, APPROXIMATE)  # fmt: skip
+            shift = _shift(low, high, TILES)
+            lows, highs = (), ()
+            for i in tl.static_range(TILES):
+                lows += (low[i] * shift,)
+                highs += (high[i] * shift,)
+            words, bits = _rotated(lows, highs, TILES, BLOCKS)
+        _store_packed(words, bits, shift, row, out_ptr, out_scale_ptr, K, TILES, BLOCKS)
     else:
-        _store_quantized(done, row, out_ptr, out_scale_ptr, K, TILES, BLOCKS, BITS, NORM, QMAX, FLOOR, EVEN)
+        done = ()
+        for i in tl.static_range(TILES):
+            done += (tl.reshape(tl.join(low[i], high[i]), [16, BLOCKS, 16]),)
+        if QMAX == 0.0:
+            for i in tl.static_range(TILES):
+                columns = i * (BLOCKS * 256) + _columns(BLOCKS)
+                y = done[i].to(out_ptr.dtype.element_ty)
+                if EVEN:
+                    tl.store(out_ptr + row * K + columns, y)
+                else:
+                    tl.store(out_ptr + row * K + columns, y, mask=columns < K)
+        else:
+            _store_quantized(done, row, out_ptr, out_scale_ptr, K, TILES, BLOCKS, BITS, NORM, QMAX, FLOOR, EVEN)
 
 
 @_jit
 def _row_kernel(
     x_ptr, out_ptr, out_scale_ptr, shift_ptr, scale_ptr, rows, K, stride, eps,
     TILES: tl.constexpr, BLOCKS: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, QMAX: tl.constexpr,
-    FLOOR: tl.constexpr, EVEN: tl.constexpr, LOOP: tl.constexpr, GELU: tl.constexpr, APPROXIMATE: tl.constexpr,
-    PACKED: tl.constexpr,
+    FLOOR: tl.constexpr, EVEN: tl.constexpr, WORDS: tl.constexpr, VECTOR_WORDS: tl.constexpr, ONE_PASS: tl.constexpr,
+    LOOP: tl.constexpr, GELU: tl.constexpr, APPROXIMATE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, or many, one after the other (LOOP)."""
-    if not LOOP:
-        _row(tl.program_id(0).to(tl.int64), x_ptr, out_ptr, out_scale_ptr, shift_ptr, scale_ptr, K, stride, eps,
-             TILES, BLOCKS, BITS, NORM, QMAX, FLOOR, EVEN, GELU, APPROXIMATE, PACKED)  # fmt: skip
-    else:
+    """One row a program, or many, one after the other (LOOP), the next of which is on its way from memory (2)."""
+    row = tl.program_id(0).to(tl.int64)
+    if LOOP == 0:
+        tiles = _load_row(row, x_ptr, K, stride, TILES, BLOCKS, EVEN, WORDS)
+        _row(tiles, row, x_ptr, out_ptr, out_scale_ptr, shift_ptr, scale_ptr, K, stride, eps, TILES, BLOCKS, BITS,
+             NORM, QMAX, FLOOR, EVEN, WORDS, VECTOR_WORDS, ONE_PASS, GELU, APPROXIMATE, PACKED)  # fmt: skip
+    elif LOOP == 1:
         for index in range(tl.program_id(0), rows, tl.num_programs(0)):
-            _row(tl.cast(index, tl.int64), x_ptr, out_ptr, out_scale_ptr, shift_ptr, scale_ptr, K, stride, eps,
-                 TILES, BLOCKS, BITS, NORM, QMAX, FLOOR, EVEN, GELU, APPROXIMATE, PACKED)  # fmt: skip
+            row = tl.cast(index, tl.int64)
+            tiles = _load_row(row, x_ptr, K, stride, TILES, BLOCKS, EVEN, WORDS)
+            _row(tiles, row, x_ptr, out_ptr, out_scale_ptr, shift_ptr, scale_ptr, K, stride, eps, TILES, BLOCKS, BITS,
+                 NORM, QMAX, FLOOR, EVEN, WORDS, VECTOR_WORDS, ONE_PASS, GELU, APPROXIMATE, PACKED)  # fmt: skip
+    else:
+        tiles = _load_row(row, x_ptr, K, stride, TILES, BLOCKS, EVEN, WORDS)
+        for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+            following = tl.minimum(index + tl.num_programs(0), rows - 1).to(tl.int64)
+            coming = _load_row(following, x_ptr, K, stride, TILES, BLOCKS, EVEN, WORDS)
+            _row(tiles, tl.cast(index, tl.int64), x_ptr, out_ptr, out_scale_ptr, shift_ptr, scale_ptr, K, stride, eps,
+                 TILES, BLOCKS, BITS, NORM, QMAX, FLOOR, EVEN, WORDS, VECTOR_WORDS, ONE_PASS, GELU, APPROXIMATE,
+                 PACKED)  # fmt: skip
+            tiles = coming
 
 
 @_jit
@@ -147,25 +253,30 @@ def _vector(name: str, v: Tensor, d: int) -> None:
         raise ValueError(f"{name} must be a contiguous [{d}], not {list(v.shape)}")
 
 
+def _words(x: Tensor | None) -> bool:
+    """Whether a tensor of bf16 can be read two values at a time."""
+    return x is not None and x.dtype == torch.bfloat16 and x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0
+
+
 def _run_rows(
-    x: Tensor, out: Tensor, out_scale: Tensor | None, group: int, shift: Tensor | None, scale: Tensor | None, eps: float
-) -> None:
+    x: Tensor, out: Tensor, out_scale: Tensor | None, group: int, shift: Tensor | None, scale: Tensor | None,
+    eps: float, plan: dict[str, int] | None = None,
+) -> None:  # fmt: skip
     rows, channels = x.shape
-    plan = _plan(channels, group)
+    plan = _plan(channels, group) | (plan or {})
     even = plan["TILES"] * plan["BLOCKS"] * BLOCK == channels
     packed = _on_card(x) and even and out.dtype == torch.int8 and group == 256
-    if shift is not None or packed:  # fewer threads with more of the row each: 8 % faster at 6,144 on an H200
-        plan |= {"num_warps": max(1, plan["num_warps"] // 2), "LOOP": 0}
-    _row_kernel[(_programs(rows, plan["LOOP"], x),)](
-        x, out.view(torch.int32) if packed else out, out_scale, shift, scale, rows, channels, x.stride(0), eps,
+    words = even and _words(x)
+    vectors = even and all(v is not None and v.dtype == torch.bfloat16 and v.data_ptr() % 4 == 0 for v in (shift, scale))
+    programs = plan.pop("programs", 2)
+    _row_kernel[(_programs(rows, plan["LOOP"] and programs, x),)](
+        x.view(torch.int32) if words else x, out.view(torch.int32) if packed else out, out_scale,
+        shift.view(torch.int32) if vectors else shift, scale.view(torch.int32) if vectors else scale,
+        rows, channels, x.stride(0), eps,
         BITS=group.bit_length() - 1, NORM=group**-0.5, QMAX=QMAX.get(out.dtype, 0.0), FLOOR=FLOOR,
-        EVEN=even, GELU=shift is None, APPROXIMATE=_on_card(x), PACKED=packed,
-        enable_fp_fusion=True, **plan,
+        EVEN=even, WORDS=words, VECTOR_WORDS=vectors, ONE_PASS=x.element_size() == 2, GELU=shift is None,
+        APPROXIMATE=_on_card(x), PACKED=packed, enable_fp_fusion=True, **plan,
     )  # fmt: skip
-
-
-def _on_card(x: Tensor) -> bool:
-    return x.is_cuda and triton is not None
 
 
 def layer_norm_modulate(
@@ -197,13 +308,13 @@ def gelu(x: Tensor, *, dtype: torch.dtype | None = None, group: int = 1) -> Tens
 
 def launch(
     x: Tensor, dtype: torch.dtype, group: int, shift: Tensor | None, scale: Tensor | None, eps: float,
-    in_place: bool = False,
+    in_place: bool = False, plan: dict[str, int] | None = None,
 ) -> Tensor | Quantized:  # fmt: skip
     """The row kernel on checked arguments (also under Triton's interpreter); GELU without ``shift``."""
     out = x if in_place else torch.empty(x.shape, dtype=dtype, device=x.device)
     out_scale = torch.empty(len(x), dtype=torch.float32, device=x.device) if dtype in QMAX else None
     if len(x):
-        _run_rows(x, out, out_scale, group, shift, scale, eps)
+        _run_rows(x, out, out_scale, group, shift, scale, eps, plan)
     return out if out_scale is None else (out, out_scale)
 
 

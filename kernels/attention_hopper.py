@@ -170,15 +170,25 @@ def _row_max(x, f, MAGIC: gl.constexpr, G: gl.constexpr):
 
 
 @gluon.jit
-def _row_exp(x, f, offset, MAGIC: gl.constexpr, G: gl.constexpr):
+def _offsets(x, f, m, MAGIC: gl.constexpr, G: gl.constexpr):
+    """What is taken from score x f, so that m becomes zero: ``[BM, G]``, as many as f has."""
+    if G:
+        y_layout: gl.constexpr = gl.reshape(x, [x.shape[0], G, x.shape[1] // G]).type.layout
+        layout: gl.constexpr = gl.SliceLayout(2, y_layout)
+        off = gl.convert_layout(m, gl.SliceLayout(1, layout), assert_trivial=True)[:, None]
+        f = gl.convert_layout(f, layout, assert_trivial=True)
+        return off + _MAGIC * f if MAGIC else off + gl.zeros_like(f)
+    else:
+        return m
+
+
+@gluon.jit
+def _row_exp(x, f, offset, G: gl.constexpr):
     """2^(score f - offset)."""
     if G:
         y = gl.reshape(x, [x.shape[0], G, x.shape[1] // G])
-        layout: gl.constexpr = gl.SliceLayout(2, y.type.layout)
-        f = gl.convert_layout(f, layout, assert_trivial=True)
-        off = gl.convert_layout(offset, gl.SliceLayout(1, layout), assert_trivial=True)[:, None]
-        off = off + _MAGIC * f if MAGIC else off + gl.zeros_like(f)
-        return gl.reshape(_exp2(y * f[:, :, None] - off[:, :, None]), x.shape)
+        f = gl.convert_layout(f, offset.type.layout, assert_trivial=True)
+        return gl.reshape(_exp2(y * f[:, :, None] - offset[:, :, None]), x.shape)
     else:
         return _exp2(x * f[:, None] - offset[:, None])
 
@@ -249,10 +259,11 @@ def _consumer_16(
     keys = (n_tiles - 1) * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, s_layout))
     x = gl.where((keys < n_k)[None, :], _as_float(s, INT8), float("-inf"))
     m_i = gl.convert_layout(_row_max(x, f, INT8, G), r_layout)
-    p = gl.convert_layout(_row_exp(x, f, m_i, INT8, G), s_layout, assert_trivial=True)
+    p = gl.convert_layout(_row_exp(x, f, _offsets(x, f, m_i, INT8, G), G), s_layout, assert_trivial=True)
     l_i = _lane_sums(p, BN)
     pb = _probabilities_16(p, p_layout, v_type)
     o = gl.zeros([BM, D], gl.float32, layout=o_layout)
+    one = gl.full([BM], 1.0, gl.float32, layout=r_layout)
 
     if IN_TURN:
         if wg == NC - 1:
@@ -266,6 +277,7 @@ def _consumer_16(
     for t in range(1, n_tiles):
         if INT8:
             f = _factors(q_scale, key_scales, t - 1, G)
+        offset = _offsets(x, f, m_i, INT8, G)  # now, not on the way from the scores to P
         if IN_TURN:
             mbarrier.wait(turn.index(wg), turn_phase)
             turn_phase ^= 1
@@ -277,16 +289,17 @@ def _consumer_16(
         s = warpgroup_mma_wait(1, deps=(s_next,))
         mbarrier.arrive(k_empty.index(ki), count=1)
         x = _as_float(s, INT8)
-        m_new = m_i
-        if REFRESH == 1:
+        fresh = (REFRESH == 1) | (t < 8) | (t % REFRESH == 0)
+        alpha = one
+        if fresh:
             m_new = gl.maximum(m_i, gl.convert_layout(_row_max(x, f, INT8, G), r_layout))
-        elif (t < 8) | (t % REFRESH == 0):
-            m_new = gl.maximum(m_i, gl.convert_layout(_row_max(x, f, INT8, G), r_layout))
-        alpha = _exp2(m_i - m_new)
-        p = gl.convert_layout(_row_exp(x, f, m_new, INT8, G), s_layout, assert_trivial=True)
-        l_layout: gl.constexpr = gl.SliceLayout(1, l_i.type.layout)
-        l_i = l_i * gl.convert_layout(alpha, l_layout)[:, None] + _lane_sums(p, BN)
-        m_i = m_new
+            alpha = _exp2(m_i - m_new)
+            l_layout: gl.constexpr = gl.SliceLayout(1, l_i.type.layout)
+            l_i = l_i * gl.convert_layout(alpha, l_layout)[:, None]
+            m_i = m_new
+            offset = _offsets(x, f, m_i, INT8, G)
+        p = gl.convert_layout(_row_exp(x, f, offset, G), s_layout, assert_trivial=True)
+        l_i = l_i + _lane_sums(p, BN)
         ki += 1
         if ki == STAGES:
             ki = 0
@@ -295,7 +308,8 @@ def _consumer_16(
         mbarrier.wait(k_full.index(ki), k_phase, pred=t + 1 < n_tiles)
         o, p = warpgroup_mma_wait(0, deps=(o_next, p))
         mbarrier.arrive(v_empty.index(vi), count=1)
-        o = _rescale(o, gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)))
+        if fresh:
+            o = _rescale(o, gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)))
         pb = _probabilities_16(p, p_layout, v_type)
         vi += 1
         if vi == STAGES:
@@ -349,7 +363,7 @@ def _consumer_8(
     keys = (n_tiles - 1) * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, s_layout))
     x = gl.where((keys < n_k)[None, :], s.to(gl.float32), float("-inf"))
     m_i = gl.convert_layout(_row_max(x, f, False, G), r_layout)
-    p = gl.convert_layout(_row_exp(x, f, m_i - shift, False, G), s_layout, assert_trivial=True)
+    p = gl.convert_layout(_row_exp(x, f, _offsets(x, f, m_i - shift, False, G), G), s_layout, assert_trivial=True)
     l_i = _lane_sums(p, BN)
     largest = l_i
     o = gl.zeros([BM, D], gl.float32, layout=o_layout)
@@ -376,7 +390,7 @@ def _consumer_8(
             m_new = gl.maximum(m_i, gl.convert_layout(_row_max(x, f, False, G), r_layout))
         alpha = _exp2(m_i - m_new)
         o = _rescale(o, gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)))
-        p = gl.convert_layout(_row_exp(x, f, m_new - shift, False, G), s_layout, assert_trivial=True)
+        p = gl.convert_layout(_row_exp(x, f, _offsets(x, f, m_new - shift, False, G), G), s_layout, assert_trivial=True)
         l_layout: gl.constexpr = gl.SliceLayout(1, l_i.type.layout)
         sums = _lane_sums(p, BN)
         if REFRESH > 1:

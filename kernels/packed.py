@@ -64,31 +64,48 @@ def _sign_bits():
 
 
 @_jit
-def _store_packed(values, row, q_ptr, scale_ptr, K, TILES: tl.constexpr, BLOCKS: tl.constexpr):
-    """Rotates, scales, rounds and stores one row of fp32 `values`, whole tiles each; `q_ptr` is of int32.
-
-    A NaN or an infinity anywhere makes the row's scale NaN.
-    """
-    for i in tl.static_range(TILES):
-        a = tl.abs(values[i])
-        largest = a if i == 0 else tl.maximum(largest, a, propagate_nan=tl.PropagateNan.ALL)  # noqa: F821
-    exponent = (tl.max(tl.reshape(largest, [largest.numel]), 0).to(tl.int32, bitcast=True) >> 23) & 255
-    # 2^(133 - exponent), at most 2^100: the scale of a row of zeros, and of all below quantize.FLOOR, is a number.
-    shift = (tl.minimum(tl.maximum(260 - exponent, 1), 227) << 23).to(tl.float32, bitcast=True)
+def _rotated(lows, highs, TILES: tl.constexpr, BLOCKS: tl.constexpr):
+    """Pairs of fp32 tiles as rotated words, and the bits of the largest size among them."""
     signs = _sign_bits()
     words = ()
     for i in tl.static_range(TILES):
-        low, high = tl.split(tl.reshape(values[i] * shift, [16, BLOCKS, 8, 2]))
         word = tl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [lows[i], highs[i]], dtype=tl.int32, is_pure=True, pack=1
         )
         word = _rotate_pairs(word ^ signs)
         words += (word,)
         size = word & 0x7FFF7FFF
         most = size if i == 0 else _two(most, size, "max.NaN.f16x2 $0, $1, $2;")  # noqa: F821
     # Sizes of fp16 numbers are in the order of their bits, and infinity and NaN lie above all.
-    bits = tl.max(tl.reshape(tl.maximum(most & 0xFFFF, most >> 16), [most.numel]), 0)
-    amax = tl.maximum(bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), 64.0)
+    return words, tl.max(tl.reshape(tl.maximum(most & 0xFFFF, most >> 16), [most.numel]), 0)
+
+
+@_jit
+def _fits(bits):
+    """Whether fp16 was wide enough: nothing overflowed, and steps of int8 are far above what is below its range."""
+    return (bits < 0x7C00) & (bits >= 0x2C00)  # 2^-4
+
+
+@_jit
+def _shift(lows, highs, TILES: tl.constexpr):
+    """The power of two that puts the largest value of a row between 64 and 128.
+
+    At most 2^100: the scale of a row of zeros, and of all below quantize.FLOOR, is a number.
+    """
+    for i in tl.static_range(TILES):
+        a = tl.maximum(tl.abs(lows[i]), tl.abs(highs[i]), propagate_nan=tl.PropagateNan.ALL)
+        largest = a if i == 0 else tl.maximum(largest, a, propagate_nan=tl.PropagateNan.ALL)  # noqa: F821
+    exponent = (tl.max(tl.reshape(largest, [largest.numel]), 0).to(tl.int32, bitcast=True) >> 23) & 255
+    return (tl.minimum(tl.maximum(260 - exponent, 1), 227) << 23).to(tl.float32, bitcast=True)
+
+
+@_jit
+def _store_packed(words, bits, shift, row, q_ptr, scale_ptr, K, TILES: tl.constexpr, BLOCKS: tl.constexpr):
+    """Scales, rounds and stores one row of rotated words, whole tiles each; `q_ptr` is of int32.
+
+    A NaN or an infinity anywhere makes the row's scale NaN.
+    """
+    amax = tl.maximum(bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), 0.0625)
     inverse = (127.0 / amax).to(tl.float16)
     # Of the rounded inverse, so that q x scale is right whatever it lost; 16 is the rotation's norm.
     scale = 1.0 / (inverse.to(tl.float32) * 16.0) / shift

@@ -140,8 +140,12 @@ if triton is not None:
 
     @triton.jit
     def _turned(x, y, h_first, h_second):
-        """[x, y] H on tensor cores: H is exact in fp16, and x and y keep 11 bits, three more than int8 will."""
-        return tl.dot(y.to(tl.float16), h_second, tl.dot(x.to(tl.float16), h_first)) * 0.08838834764831845
+        """[x, y] H on tensor cores, not normalized: H is exact in fp16, and x and y keep 11 bits, three more than int8 will."""
+        return tl.dot(y.to(tl.float16), h_second, tl.dot(x.to(tl.float16), h_first))
+
+    @triton.jit
+    def _scale(amax):
+        return tl.div_rn(tl.maximum(amax * 0.08838834764831845, 8.881784197001252e-16), 127.0)
 
     @triton.jit
     def _round_int8(x):
@@ -179,9 +183,9 @@ if triton is not None:
             )  # fmt: skip
             if QUANTIZE:
                 q = _turned(x, y, h_first, h_second)
-                scale = tl.div_rn(tl.maximum(tl.max(tl.abs(q), 1), 8.881784197001252e-16), 127.0)
+                scale = _scale(tl.max(tl.abs(q), 1))
                 tl.store(q_scale_ptr + head * S + rows, scale, mask=rows < S)
-                q = _round_int8(q * tl.div_rn(1.0, scale)[:, None])
+                q = _round_int8(q * tl.div_rn(0.08838834764831845, scale)[:, None])
                 tl.store(q_ptr + to + head * out_head + c[None, :], q, mask=mask)
             else:
                 tl.store(q_ptr + to + head * out_head + first[None, :], x.to(q_ptr.dtype.element_ty), mask=mask)
@@ -195,10 +199,10 @@ if triton is not None:
                 k = _turned(x, y, h_first, h_second)
                 groups: tl.constexpr = BLOCK // KEYS
                 amax = tl.max(tl.reshape(tl.max(tl.abs(k), 1), [groups, KEYS]), 1)
-                scale = tl.div_rn(tl.maximum(amax, 8.881784197001252e-16), 127.0)
+                scale = _scale(amax)
                 at_scale = head * (tl.num_programs(1) * groups) + block * groups
                 tl.store(k_scale_ptr + at_scale + tl.arange(0, groups), scale)
-                factor = tl.reshape(tl.broadcast_to(tl.div_rn(1.0, scale)[:, None], [groups, KEYS]), [BLOCK])
+                factor = tl.reshape(tl.broadcast_to(tl.div_rn(0.08838834764831845, scale)[:, None], [groups, KEYS]), [BLOCK])
                 tl.store(k_ptr + to + head * out_head + c[None, :], _round_int8(k * factor[:, None]), mask=mask)
             else:
                 tl.store(k_ptr + to + head * out_head + first[None, :], x.to(k_ptr.dtype.element_ty), mask=mask)
@@ -319,7 +323,8 @@ def launch(
         q, k = qkv[..., :HEAD_DIM], qkv[..., HEAD_DIM : 2 * HEAD_DIM]
     else:
         q, k = (torch.empty(tokens, heads, HEAD_DIM, **like) for _ in range(2))
-    blocks = key_groups(tokens, TOKENS) if quantize else -(-tokens // TOKENS)
+    block = plan.get("tokens", TOKENS)
+    blocks = key_groups(tokens, block) if quantize else -(-tokens // block)
     q_scale = k_scale = mean = None
     if quantize:
         q_scale = torch.empty(heads, tokens, device=qkv.device)
@@ -333,7 +338,8 @@ def launch(
     _qk_norm_rope_kernel[(heads // together, blocks)](
         qkv, q, k, q_scale, k_scale, mean, q_weight, k_weight, cos, sin, _walsh(qkv.device) if quantize else None,
         tokens, qkv.stride(0), qkv.stride(1), q.stride(0), q.stride(1), eps, HEADS=together, QUANTIZE=quantize,
-        KEYS=key_group, BLOCK=TOKENS, STAGES=plan["stages"], num_warps=plan["warps"],
+        KEYS=key_group, BLOCK=block, STAGES=plan["stages"], num_warps=plan["warps"],
+        **({"maxnreg": plan["maxnreg"]} if plan.get("maxnreg") else {}),
     )  # fmt: skip
     return q, k, q_scale, k_scale
 
