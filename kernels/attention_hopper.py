@@ -547,7 +547,7 @@ SCHEDULES = {
     "bf16-exact": Schedule(2, 128, 2, 240, in_turn=True, q_in_registers=True),
     "bf16": Schedule(3, 64, 4, 160, refresh=32),
     "int8-exact": Schedule(2, 128, 2, 240, in_turn=True),
-    "int8": Schedule(2, 128, 2, 240, in_turn=True, refresh=16),
+    "int8": Schedule(2, 128, 3, 240, in_turn=True, refresh=64),
     "int8-fp8-exact": Schedule(3, 128, 4, 160),
     "int8-fp8": Schedule(3, 128, 4, 160, refresh=16),
 }

@@ -1,9 +1,10 @@
 """The end of a row's pass to int8 with groups of 256 rotated, two fp16 values a register; the maths is in quantize.py.
 
 The rotation is eight additions a value, and in fp32 they, not memory, set the pace of a pass on an H200. Here pairs of
-channels share a register and an instruction. fp16 has 11 bits; the row is first multiplied by the power of two that
-puts its largest value between 64 and 128, so that eight stages end below 2^15, and what they round away is far below
-the steps of int8 (relative error after LayerNorm 9.50e-3 in place of 9.47e-3).
+channels share a register and an instruction. fp16 has 11 bits, and what eight stages round away is far below the steps
+of int8 (relative error after LayerNorm 9.50e-3 in place of 9.47e-3). Its range is enough for rows with rotated values
+between 2^-4 and 2^16, before they are normalized by a sixteenth. Any other row is seen by its largest one and taken
+again, multiplied by the power of two that puts its largest value between 64 and 128.
 
 Inline assembly: of fp16 tensors, the compiler would spend as much on taking pairs apart as the halved additions save.
 No interpreter runs that; the CPU has the fp32 form in quantize.py.

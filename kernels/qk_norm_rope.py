@@ -40,13 +40,14 @@ SAMPLES = 256
 """Tokens that k's mean is estimated from."""
 
 
-def plan_for(quantize: bool, capability: int) -> dict[str, int]:
-    """Heads of a program, stages of its loop, and warps; on sm_90 the fastest of 16 on an H200. Three stages take
-    116 KiB of shared memory, which only sm_90 and sm_100 have."""
+def plan_for(quantize: bool, capability: int, tokens: int) -> dict[str, int]:
+    """Heads of a program, stages of its loop, and warps; on sm_90 the fastest of 30 on an H200. Three stages take
+    116 KiB of shared memory, which only sm_90 and sm_100 have. Many heads of few tokens would leave some of the card
+    without work."""
     if not quantize:
         return {"heads": 1, "stages": 1, "warps": 4}
     if 90 <= capability < 120:
-        return {"heads": 6, "stages": 3, "warps": 4}
+        return {"heads": 24 if tokens >= 16_384 else 6, "stages": 3, "warps": 4}
     return {"heads": 1, "stages": 1, "warps": 8}
 
 
@@ -140,7 +141,8 @@ if triton is not None:
 
     @triton.jit
     def _turned(x, y, h_first, h_second):
-        """[x, y] H on tensor cores, not normalized: H is exact in fp16, and x and y keep 11 bits, three more than int8 will."""
+        """[x, y] H on tensor cores, 128^0.5 too large: H is exact in fp16, and x and y keep 11 bits, three more than
+        int8 will."""
         return tl.dot(y.to(tl.float16), h_second, tl.dot(x.to(tl.float16), h_first))
 
     @triton.jit
@@ -202,7 +204,8 @@ if triton is not None:
                 scale = _scale(amax)
                 at_scale = head * (tl.num_programs(1) * groups) + block * groups
                 tl.store(k_scale_ptr + at_scale + tl.arange(0, groups), scale)
-                factor = tl.reshape(tl.broadcast_to(tl.div_rn(0.08838834764831845, scale)[:, None], [groups, KEYS]), [BLOCK])
+                inverse = tl.div_rn(0.08838834764831845, scale)[:, None]
+                factor = tl.reshape(tl.broadcast_to(inverse, [groups, KEYS]), [BLOCK])
                 tl.store(k_ptr + to + head * out_head + c[None, :], _round_int8(k * factor[:, None]), mask=mask)
             else:
                 tl.store(k_ptr + to + head * out_head + first[None, :], x.to(k_ptr.dtype.element_ty), mask=mask)
@@ -317,14 +320,13 @@ def launch(
     tokens, heads, _ = qkv.shape
     if plan is None:
         major, minor = torch.cuda.get_device_capability(qkv.device) if qkv.is_cuda else (9, 0)
-        plan = plan_for(quantize, 10 * major + minor)
+        plan = plan_for(quantize, 10 * major + minor, tokens)
     like: dict[str, Any] = {"device": qkv.device, "dtype": torch.int8 if quantize else qkv.dtype}
     if overwrite and not quantize:
         q, k = qkv[..., :HEAD_DIM], qkv[..., HEAD_DIM : 2 * HEAD_DIM]
     else:
         q, k = (torch.empty(tokens, heads, HEAD_DIM, **like) for _ in range(2))
-    block = plan.get("tokens", TOKENS)
-    blocks = key_groups(tokens, block) if quantize else -(-tokens // block)
+    blocks = key_groups(tokens, TOKENS) if quantize else -(-tokens // TOKENS)
     q_scale = k_scale = mean = None
     if quantize:
         q_scale = torch.empty(heads, tokens, device=qkv.device)
@@ -334,12 +336,11 @@ def launch(
         _k_mean_kernel[(heads,)](
             qkv, mean, k_weight, cos, sin, step, count, qkv.stride(0), qkv.stride(1), eps, BLOCK=32, num_warps=4
         )
-    together = next(n for n in (plan["heads"], 4, 3, 2, 1) if heads % n == 0)
+    together = next(n for n in (plan["heads"], 6, 4, 3, 2, 1) if heads % n == 0)
     _qk_norm_rope_kernel[(heads // together, blocks)](
         qkv, q, k, q_scale, k_scale, mean, q_weight, k_weight, cos, sin, _walsh(qkv.device) if quantize else None,
         tokens, qkv.stride(0), qkv.stride(1), q.stride(0), q.stride(1), eps, HEADS=together, QUANTIZE=quantize,
-        KEYS=key_group, BLOCK=block, STAGES=plan["stages"], num_warps=plan["warps"],
-        **({"maxnreg": plan["maxnreg"]} if plan.get("maxnreg") else {}),
+        KEYS=key_group, BLOCK=TOKENS, STAGES=plan["stages"], num_warps=plan["warps"],
     )  # fmt: skip
     return q, k, q_scale, k_scale
 

@@ -242,18 +242,18 @@ def _plan(channels: int, group: int) -> dict[str, int]:
     return {"TILES": tiles, "BLOCKS": blocks, "num_warps": warps, "LOOP": int(warps == 16)}
 
 
-def _programs(rows: int, each: int, x: Tensor) -> int:
-    """Programs to start: one a row, or those that stay, so many on each multiprocessor."""
-    if not each:
+def _programs(rows: int, loop: int, x: Tensor) -> int:
+    """Programs to start: one a row, or those that stay."""
+    if not loop or not x.is_cuda:
         return rows
-    return min(rows, each * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2)
+    return min(rows, 2 * torch.cuda.get_device_properties(x.device).multi_processor_count)
 
 
 def _launch(x: Tensor, q: Tensor, scale: Tensor, group: int) -> None:
     """`x` and `q` [M, K] with contiguous channels, q without gaps between rows; `scale` [M]."""
     rows, channels = x.shape
     plan = _plan(channels, group)
-    _quantize_rows_kernel[(_programs(rows, 2 * plan["LOOP"], x),)](
+    _quantize_rows_kernel[(_programs(rows, plan["LOOP"], x),)](
         x, q, scale, rows, channels, x.stride(0), BITS=group.bit_length() - 1, NORM=group**-0.5, QMAX=QMAX[q.dtype],
         FLOOR=FLOOR, EVEN=plan["TILES"] * plan["BLOCKS"] * BLOCK == channels, enable_fp_fusion=False, **plan,
     )  # fmt: skip
