@@ -86,10 +86,10 @@ def key_groups(keys: int, key_group: int = KEY_GROUP) -> int:
 
 
 def groups_of_tile(k_scale: Tensor, keys: int) -> int:
-    """Scales of 128 keys, 1 to 4, from the shape of ``k_scale [H, groups]``; 0 if it is none for these keys."""
+    """Scales of 128 keys, 1 to 8, from the shape of ``k_scale [H, groups]``; 0 if it is none for these keys."""
     tiles = -(-keys // 128)
     groups = k_scale.shape[-1] // tiles
-    return groups if groups in (1, 2, 4) and k_scale.shape[-1] == tiles * groups else 0
+    return groups if groups in (1, 2, 4, 8) and k_scale.shape[-1] == tiles * groups else 0
 
 
 def scales_of(k_scale: Tensor | None, keys: int) -> int:
@@ -272,7 +272,7 @@ def qk_norm_rope(
         cos, sin: tables of the rotary embedding, contiguous ``[S, 128]``; both channels of a pair turn by one angle:
             the kernel reads the first one's.
         quantize: int8 q and k with their scales, rotated and k less its mean; else both in the type of ``qkv``.
-        key_group: keys that share a scale, 32 or 64.
+        key_group: keys that share a scale, 16, 32 or 64.
         overwrite: puts q and k into the place of those in ``qkv``, if they are not quantized.
 
     Returns:
@@ -291,8 +291,8 @@ def qk_norm_rope(
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight.shape != (HEAD_DIM,):
             raise ValueError(f"{name} has to be [128], not {list(weight.shape)}")
-    if key_group not in (32, 64):
-        raise ValueError(f"key_group has to be 32 or 64, not {key_group}")
+    if key_group not in (16, 32, 64):
+        raise ValueError(f"key_group has to be 16, 32 or 64, not {key_group}")
     if not qkv.is_cuda or triton is None:
         q, k, *scales = _on_cpu(qkv, q_weight, k_weight, cos, sin, quantize, eps, key_group)
         if overwrite and not quantize:
