@@ -259,15 +259,15 @@ MEMORY = _object(
 DRIFT = _object(
     {},
     {
-        "blocks": _object({"names": _list(text), "error": _rows, "samples": _list(_map(anything))}),
-        "operators": _map(_rows),
-        "teacher": _object({"sigmas": _list(number), "error": _rows}, {"cosine": _list(_list(number))}),
-        "free": _object(
-            {"sigmas": _list(number), "error": _rows}, {"diverged_at": _list(_or_null(whole))}
+        "blocks": _or_null(_object({"names": _list(text), "error": _rows, "samples": _list(_map(anything))})),
+        "operators": _or_null(_map(_rows)),
+        "teacher": _or_null(
+            _object({"sigmas": _list(number), "error": _rows}, {"cosine": _list(_list(_or_null(number)))})
         ),
-        "video": _object({}, {name: _list(_or_null(number)) for name in VIDEO}),
+        "free": _or_null(_object({"sigmas": _list(number), "error": _rows}, {"diverged_at": _list(_or_null(whole))})),
+        "video": _or_null(_object({}, {name: _or_null(_list(_or_null(number))) for name in VIDEO})),
     },
-)  # fmt: skip
+)
 RESULT = _object(
     {
         "id": _plainly("16 hexadecimal digits", lambda v: isinstance(v, str) and bool(re.fullmatch("[0-9a-f]{16}", v))),
@@ -284,7 +284,8 @@ RESULT = _object(
 
 def _check_lengths(values: Mapping[str, Any]) -> None:
     """That what is kept for each pair, step, block or sample is there for each of them."""
-    pairs, drift = len(values.get("pairs", [])), values.get("drift") or {}
+    pairs = len(values.get("pairs", []))
+    drift = {k: v for k, v in (values.get("drift") or {}).items() if v is not None}
 
     def same(key: str, found: Sequence[Any], wanted: int, of: str) -> None:
         if len(found) != wanted:
@@ -296,8 +297,9 @@ def _check_lengths(values: Mapping[str, Any]) -> None:
                 same(f"{level}.{name}", drift[level].get(name, range(pairs)), pairs, "pair")
             for i, row in enumerate(drift[level]["error"]):
                 same(f"{level}.error[{i}]", row, len(drift[level]["sigmas"]), "sigma")
-    for name, found in drift.get("video", {}).items():
-        if name in VIDEO:
+    for name in VIDEO:
+        found = drift.get("video", {}).get(name)
+        if found is not None:
             same(f"video.{name}", found, pairs, "pair")
     blocks = drift.get("blocks")
     if blocks is not None:
