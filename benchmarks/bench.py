@@ -12,6 +12,7 @@ process of its own and one JSON file; what is finished is not measured again.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import re
 import statistics
@@ -29,17 +30,19 @@ from solostep.engine.progress import duration
 
 if TYPE_CHECKING:
     from solostep.benchmarks.matrix import Matrix, Options
+    from solostep.benchmarks.results import Result
     from solostep.benchmarks.runner import Outcome
 
 FOLDER = Path("bench-results")
 QUICK: dict[str, Any] = {"steps": ["3"], "n": 2, "seeds": "1", "precision": ["int8,fp8"], "device": "cpu"}
 """What --quick fills in where nothing is given."""
-COSTS = """Costs. The unit is one video of --steps steps: the reference takes one for each prompt and seed, a mode and \
-each of the two floors two of them (a free run, and one step by step along the reference), and a few steps for the \
-single blocks. On one H200, 204 frames at 544x992 take about 20 minutes for 50 steps in int8, so a mode with 4 pairs \
-takes a night; 17 frames and 10 steps (--frames 17 --steps 10) take minutes, as does --levels speed with few --steps. \
-A 24 GB card keeps what does not fit in host memory: plan with 64 GB, and see `solostep plan`. References stay in \
-DIR/cache (--dry-run says how much disk they take) and may be deleted afterwards. On a CPU the demo model is what is \
+COSTS = """Costs. The unit is one video: the reference takes one for each prompt and seed, each mode and each of the \
+two floors two of them (a run left to itself, and one step by step along the reference) and a few steps for the \
+single blocks. On one H200 a step of 204 frames at 544x992 takes 38 s in the official bf16 and 24 s in fp8 with int8 \
+attention: with 50 steps and 4 pairs, two hours for the reference and three for each mode. Shorter (--frames 17 \
+--steps 10) it is minutes, and so is --levels speed with few --steps. On a smaller card what does not fit waits in \
+host memory or on disk: see `solostep plan`, and give it --vram to compare budgets. References stay in DIR/cache \
+(--dry-run says how much disk they take) and may be deleted afterwards. On a CPU the demo model is what is \
 practical: --quick."""
 _T = TypeVar("_T")
 
@@ -67,7 +70,9 @@ def bench(
     attention: Annotated[
         list[str] | None, _many("official, bf16, int8, int8-fp8. Default: the engine's choice for each precision.")
     ] = None,
-    attention_backend: Annotated[list[str] | None, _many("What computes it. Default: the fastest that is right.")] = None,
+    attention_backend: Annotated[
+        list[str] | None, _many("What computes it. Default: the fastest that is right here.")
+    ] = None,
     vram: Annotated[
         list[str] | None,
         _many("Budgets of card memory, such as 12GB,24GB,none. Each mode is measured in each of them."),
@@ -279,8 +284,8 @@ def _list(matrix: Matrix, there: dict[str, Path], as_json: bool) -> None:
     Console(emoji=False).print(table)
     videos = sum(p.runs for p in matrix.planned if p.id not in there)
     print(
-        f"{len(matrix.planned)} cells on {matrix.device}, {len(there)} there already; about {videos:.3g} videos to make; "
-        f"references take {matrix.reference_bytes / 1e9:.3g} GB of disk"
+        f"{len(matrix.planned)} cells on {matrix.device}, {len(there)} there already; about {videos:.3g} videos to "
+        f"make; references take {matrix.reference_bytes / 1e9:.3g} GB of disk"
     )
 
 
@@ -318,12 +323,24 @@ def write_report(results: Sequence[Path], page: Path) -> Path | None:
     return page
 
 
-def _median(rows: Sequence[Sequence[float]] | Sequence[float | None] | None, last: bool = False) -> float | None:
-    """Of everything that is kept for pairs and steps; with ``last``, of each pair's last step."""
-    values: list[float] = []
-    for row in rows or ():
-        values += [math.inf if row is None else row] if not isinstance(row, list) else row[-1:] if last else row
-    return statistics.median(values) if values else None
+def _median(values: Iterable[float]) -> float | None:
+    """None of nothing."""
+    found = list(values)
+    return statistics.median(found) if found else None
+
+
+def _measured(result: Result) -> list[str]:
+    """A row of the table: medians over steps and pairs of what was measured, and nothing of what was not."""
+    speed, memory, drift = result.speed or {}, result.memory or {}, result.drift or {}
+    teacher, free, video = (drift.get(level) or {} for level in ("teacher", "free", "video"))
+    psnr = _median(math.inf if value is None else value for value in video.get("psnr") or ())
+    return [
+        _number(_median(speed.get("step_seconds") or ())), _number(speed.get("video_seconds")),
+        _number(memory.get("gpu_peak_bytes"), 1e-9), _number(memory.get("host_peak_bytes"), 1e-9),
+        _number(_median(itertools.chain(*teacher.get("error", ()))), 100),
+        _number(_median(row[-1] for row in free.get("error", ()) if row), 100),
+        "equal" if psnr == math.inf else _number(psnr),
+    ]  # fmt: skip
 
 
 def result_table(outcomes: Sequence[Outcome]) -> Any:
@@ -338,16 +355,8 @@ def result_table(outcomes: Sequence[Outcome]) -> Any:
         if outcome.status == "failed":
             table.add_row(label, cell.clip, *[""] * 7, "failed")
             continue
-        found = read_result(outcome.path)
-        speed, memory, drift = found.speed or {}, found.memory or {}, found.drift or {}
-        teacher, free, video = (drift.get(level) or {} for level in ("teacher", "free", "video"))
-        psnr = _median(video.get("psnr"))
-        table.add_row(
-            label, cell.clip, _number(_median(speed.get("step_seconds"))), _number(speed.get("video_seconds")),
-            _number(memory.get("gpu_peak_bytes"), 1e-9), _number(memory.get("host_peak_bytes"), 1e-9),
-            _number(_median(teacher.get("error")), 100), _number(_median(free.get("error"), last=True), 100),
-            "equal" if psnr == math.inf else _number(psnr), "there" if outcome.status == "skipped" else "",
-        )  # fmt: skip
+        there = "there" if outcome.status == "skipped" else ""
+        table.add_row(label, cell.clip, *_measured(read_result(outcome.path)), there)
     table.caption = "velocity: one step from the reference's latents; latents: at the end of a free run; medians"
     return table
 

@@ -70,11 +70,11 @@ class Runner:
     """One run of a matrix into a folder."""
 
     def __init__(
-        self, matrix: Matrix, folder: Path, show: Show, overwrite: bool = False, command: Sequence[str] = CELL,
+        self, matrix: Matrix, folder: Path, show: Show, overwrite: bool = False, command: Sequence[str] | None = None,
         called: str | None = None,
     ) -> None:  # fmt: skip
         self.matrix, self.folder, self.show, self.overwrite = matrix, folder, show, overwrite
-        self.command, self.called = tuple(command), called
+        self.command, self.called = tuple(command or CELL), called
         self.spent = self.worked = 0.0
 
     # --- before ---------------------------------------------------------------------------------------------------
