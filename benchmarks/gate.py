@@ -4,8 +4,8 @@
     python -m solostep.benchmarks.gate --report   # with the table of all values
     python -m solostep.benchmarks.gate --update   # measures the baseline anew: do this with a change that is meant
 
-Two held-out prompts of the demo, 17 frames of 64x64, three steps, one seed. Of each mode, relative L2 errors against the
-network in fp32: what each block adds to its input, on the reference's own inputs in the middle of the trajectory; the
+Two held-out prompts of the demo, 17 frames of 64x64, three steps, one seed. Of each mode, relative L2 errors to the
+fp32 network: what each block adds to its input, on the reference's own inputs in the middle of the trajectory; the
 guided velocity of each step on the reference's latents; the latents at the end of a free run.
 
 Noise. Number formats are measured with everything else in fp32, where their error stands alone: another BLAS moves it
