@@ -362,7 +362,9 @@ def result_table(outcomes: Sequence[Outcome]) -> Any:
 
 
 def _number(value: float | None, times: float = 1.0) -> str:
-    return "" if value is None else f"{value * times:.3g}"
+    if value is None:
+        return ""
+    return f"{value * times:.3g}" if abs(value * times) < 1000 else f"{value * times:.0f}"
 
 
 def main() -> None:

@@ -95,7 +95,8 @@ class Runner:
         """Raises UsageError where the references would not fit the disk."""
         place = next(p for p in (self.folder, *self.folder.resolve().parents) if p.is_dir())
         free, needed = shutil.disk_usage(place).free, self.matrix.reference_bytes
-        if needed > 0.95 * free:
+        kept = sum(p.stat().st_size for p in (self.folder / WORK).rglob("*") if p.is_file())  # of an earlier run
+        if needed - kept > 0.95 * free:
             raise UsageError(
                 f"The reference runs take {needed / 1e9:.1f} GB at {self.folder}, and {free / 1e9:.1f} GB are free; "
                 "choose another -o, or fewer prompts, seeds or --steps."
@@ -156,8 +157,7 @@ class Runner:
         failed = self.folder / f"{planned.name}{FAILED}"
         with tempfile.TemporaryDirectory(prefix=".running-", dir=self.folder) as scratch:
             spec, out = Path(scratch) / "spec.json", Path(scratch) / "result.json"
-            device = str(self.matrix.device)
-            write_json(spec, {"cell": planned.cell.as_dict() | {"device": device}, "id": planned.id})
+            write_json(spec, spec_of(planned, str(self.matrix.device)))
             lines: list[str] = []
             call = [*self.command, str(spec), str(out), "--work", str(self.folder / WORK)]
             code = _watched(call, lines, lambda line: self.show.status(f"{head}: {line}"))
@@ -193,6 +193,14 @@ class Runner:
             frames.replace(place.with_suffix(".frames.npz"))
             values["frames"] = result.frames | {"file": place.with_suffix(".frames.npz").name}
         return write_result(place, values, overwrite=self.overwrite)
+
+
+def spec_of(planned: Planned, device: str) -> dict[str, Any]:
+    """What the cell's process is told. A recipe takes the place of a precision."""
+    cell = planned.cell.as_dict() | {"device": device}
+    if planned.cell.recipe is not None:
+        cell["precision"] = None
+    return {"cell": cell, "id": planned.id}
 
 
 def _watched(call: Sequence[str], lines: list[str], said: Callable[[str], None]) -> int:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from solostep.benchmarks import bench, runner
 from solostep.benchmarks.matrix import Matrix, Options, build
 from solostep.benchmarks.results import FAILED, read_result, read_results
-from solostep.benchmarks.runner import Outcome, Runner
+from solostep.benchmarks.runner import Outcome, Runner, spec_of
 from solostep.engine.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("fast")
@@ -128,6 +128,15 @@ def test_every_cell_gets_its_file(bed: Bed):
     assert any("2 videos" in note or "4 videos" in note for note in bed.said.notes)
     assert any("left in all" in note for note in bed.said.notes)  # from the second cell on
     assert any(line.endswith("stage 1/2") for line in bed.said.lines)
+
+
+def test_a_recipe_takes_the_place_of_a_precision(tmp_path: Path, bed: Bed):
+    planned = build(Options(device="cpu", recipe=("auto:0.02",), n=1, roles=("mode",))).planned
+    assert [p.label for p in planned] == ["recipe auto:0.02"]
+    told = spec_of(planned[0], "cpu")
+    assert told["cell"]["recipe"] == "auto:0.02" and told["cell"]["precision"] is None and told["id"] == planned[0].id
+    told = spec_of(bed.matrix.planned[1], "cuda:1")
+    assert told["cell"]["precision"] == "int8" and told["cell"]["device"] == "cuda:1"
 
 
 def test_what_is_finished_is_passed_over(bed: Bed, monkeypatch: pytest.MonkeyPatch):
