@@ -349,14 +349,15 @@ def result_table(outcomes: Sequence[Outcome]) -> Any:
 
     from solostep.benchmarks.results import read_result
 
-    table = Table("mode", "clip", "s / step", "video s", "card GB", "host GB", "velocity %", "latents %", "PSNR dB", "")
+    clips = {outcome.planned.cell.clip for outcome in outcomes}
+    several = len(clips) > 1  # else it stands above the table, which has to fit 80 columns
+    columns = ["s / step", "video s", "card GB", "host GB", "velo- city %", "latents %", "PSNR dB", ""]
+    table = Table("mode", *(["clip"] if several else []), *columns, title=None if several else "".join(clips))
     for outcome in outcomes:
-        cell, label = outcome.planned.cell, outcome.planned.label
-        if outcome.status == "failed":
-            table.add_row(label, cell.clip, *[""] * 7, "failed")
-            continue
-        there = "there" if outcome.status == "skipped" else ""
-        table.add_row(label, cell.clip, *_measured(read_result(outcome.path)), there)
+        cell, failed = outcome.planned.cell, outcome.status == "failed"
+        there = {"failed": "failed", "skipped": "there"}.get(outcome.status, "")
+        measured = [""] * 7 if failed else _measured(read_result(outcome.path))
+        table.add_row(outcome.planned.label, *([cell.clip] if several else []), *measured, there)
     table.caption = "velocity: one step from the reference's latents; latents: at the end of a free run; medians"
     return table
 
