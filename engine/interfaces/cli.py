@@ -22,6 +22,7 @@ from .console import console, guarded, say
 from .doctor import register as register_doctor
 from .outputs import free_name, latents_beside, read_prompts, slug
 from .plan import register as register_plan
+from .plugins import Commands
 from .quantize import register as register_quantize
 from .sensitivity import register as register_sensitivity
 
@@ -36,6 +37,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    cls=Commands,
 )
 Model = Annotated[
     str | None,

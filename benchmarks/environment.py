@@ -1,0 +1,92 @@
+"""What a measurement was made on: card, driver, clocks, processor, memory, versions, commit, command, date.
+
+Clocks and the power limit are those of the moment, the card's memory is all of it. Cost: one call of nvidia-smi, 50 ms.
+Nothing here starts a CUDA context beyond what torch needs to name the card.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from solostep.benchmarks.full_width import commit
+from solostep.engine.machine import host_facts, installed
+
+PACKAGES = (
+    "solostep", "transformers", "safetensors", "sentencepiece", "numpy", "imageio-ffmpeg", "torchao", "bitsandbytes",
+    "flash-attn", "lpips",
+)  # fmt: skip
+"""Beside torch and triton, what a number may depend on; those that are not installed are left out."""
+QUERY = ("driver_version", "clocks.sm", "clocks.mem", "power.limit")
+
+
+def environment(device: torch.device, command: Sequence[str] | str | None = None) -> dict[str, Any]:
+    """The machine and the program, in JSON's types; what cannot be known is None.
+
+    Args:
+        command: what was called, to stand in the result; by default this process's own arguments.
+    """
+    host = host_facts()
+    return {
+        **_card(device),
+        "cpu": host["processor"], "cores": host["cores"],
+        "host_memory_bytes": min(host["ram_bytes"], host["cgroup_limit_bytes"] or host["ram_bytes"]),
+        "os": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
+        "triton": installed("triton"), "versions": {n: v for n in PACKAGES if (v := installed(n)) is not None},
+        "commit": commit(), "command": shown(command),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+def shown(command: Sequence[str] | str | None = None) -> str:
+    """A command as one would type it; a program without the folder it lies in."""
+    if isinstance(command, str):
+        return command
+    program, *rest = command or sys.argv
+    return shlex.join([Path(program).name, *rest])
+
+
+def _card(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"card": None, "cards_memory_bytes": None, "driver": None, "cuda": None, "clocks": None}
+    properties = torch.cuda.get_device_properties(device)
+    told = _nvidia_smi(str(getattr(properties, "uuid", "")))
+    return {
+        "card": properties.name, "cards_memory_bytes": properties.total_memory,
+        "driver": told.get("driver_version"), "cuda": torch.version.cuda,
+        "clocks": {
+            "sm_mhz": _number(told.get("clocks.sm")), "mem_mhz": _number(told.get("clocks.mem")),
+            "power_limit_w": _number(told.get("power.limit")),
+        },
+    }  # fmt: skip
+
+
+def _nvidia_smi(uuid: str) -> dict[str, str]:
+    """The answers of the driver's own program for one card; nothing without it, or where the card has another name
+    in it (a container may hide the uuid: then a single card is the one)."""
+    for which in ([f"--id=GPU-{uuid.removeprefix('GPU-')}"], []):
+        call = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits", *which]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            lines = subprocess.run(call, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+            answers = [part.strip() for part in lines[0].split(",")] if len(lines) == 1 else []
+            if len(answers) == len(QUERY):
+                return dict(zip(QUERY, answers, strict=True))
+    return {}
+
+
+def _number(answer: str | None) -> float | None:
+    """None for what the driver does not tell ("[N/A]")."""
+    with contextlib.suppress(TypeError, ValueError):
+        value = float(answer)  # type: ignore[arg-type]
+        return value if math.isfinite(value) else None
+    return None

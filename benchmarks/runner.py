@@ -1,0 +1,254 @@
+"""Runs planned cells one after the other, each in a process of its own, into a folder of results.
+
+A process of its own: no cell sees the memory, the allocator or the compiled kernels of another, and one that
+crashes takes nothing with it. A result is there once it is whole. Run again, a folder's finished cells are passed over:
+those of the same identity, commit, versions and machine. What failed is kept beside the results and tried again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from solostep.benchmarks.environment import environment
+from solostep.benchmarks.matrix import Matrix, Planned
+from solostep.benchmarks.results import (
+    FAILED,
+    MARK,
+    VERSION,
+    Result,
+    free_place,
+    read_json,
+    same_measurement,
+    write_json,
+    write_result,
+)
+from solostep.engine.errors import OutputError, SolostepError, UsageError
+from solostep.engine.progress import duration
+
+CELL = (sys.executable, "-m", "solostep.benchmarks.cell")
+MEASURED = ("speed", "memory", "plan", "events", "pairs", "drift", "score", "frames")
+"""Keys of a result that the cell's process fills in."""
+WORK = "cache"
+"""Folder below that of the results: references and embeddings, which may be deleted afterwards."""
+GRACE = 15.0
+"""Seconds that a process gets to end by itself after Ctrl-C."""
+TAIL = 30
+"""Last lines of a failed process's output that are kept."""
+
+
+class Show(Protocol):
+    """What is told while cells run."""
+
+    def note(self, text: str) -> None: ...
+
+    def status(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell: done, skipped (it was there), or failed."""
+
+    planned: Planned
+    status: str
+    path: Path
+    seconds: float = 0.0
+    error: str = ""
+
+
+class Runner:
+    """One run of a matrix into a folder."""
+
+    def __init__(
+        self, matrix: Matrix, folder: Path, show: Show, overwrite: bool = False, command: Sequence[str] | None = None,
+        called: str | None = None,
+    ) -> None:  # fmt: skip
+        self.matrix, self.folder, self.show, self.overwrite = matrix, folder, show, overwrite
+        self.command, self.called = tuple(command or CELL), called
+        self.spent = self.worked = 0.0
+
+    # --- before ---------------------------------------------------------------------------------------------------
+
+    def there(self) -> dict[str, Path]:
+        """Finished cells by id: those of this machine, these versions and this commit."""
+        if self.overwrite or not self.folder.is_dir():
+            return {}
+        now = environment(self.matrix.device, self.called)
+        found = {}
+        for planned in self.matrix.planned:
+            for path in sorted(self.folder.glob(f"{planned.name}*.json")):
+                if not path.name.endswith(FAILED) and same_measurement(path, planned.id, now):
+                    found[planned.id] = path
+        return found
+
+    def check_disk(self) -> None:
+        """Raises UsageError where the references would not fit the disk."""
+        place = next(p for p in (self.folder, *self.folder.resolve().parents) if p.is_dir())
+        free, needed = shutil.disk_usage(place).free, self.matrix.reference_bytes
+        kept = sum(p.stat().st_size for p in (self.folder / WORK).rglob("*") if p.is_file())  # of an earlier run
+        if needed - kept > 0.95 * free:
+            raise UsageError(
+                f"The reference runs take {needed / 1e9:.1f} GB at {self.folder}, and {free / 1e9:.1f} GB are free; "
+                "choose another -o, or fewer prompts, seeds or --steps."
+            )
+
+    # --- running --------------------------------------------------------------------------------------------------
+
+    def run(self) -> Iterator[Outcome]:
+        """The outcome of each cell, as soon as it is known.
+
+        Raises:
+            UsageError: another run is busy in the folder.
+            OutputError: the folder cannot be written.
+        """
+        with self._alone(), _terminated_like_interrupted():
+            there, todo = self.there(), sum(p.work for p in self.matrix.planned)
+            todo -= sum(p.work for p in self.matrix.planned if p.id in there)
+            for number, planned in enumerate(self.matrix.planned, 1):
+                head = f"[{number}/{len(self.matrix.planned)}] {planned.label}, {planned.cell.clip}"
+                if planned.id in there:
+                    self.show.note(f"{head}: there already, {there[planned.id].name}")
+                    yield Outcome(planned, "skipped", there[planned.id])
+                    continue
+                left = self._left(todo)
+                self.show.note(f"{head}: {planned.runs:.3g} videos" + (f"; about {left} left in all" if left else ""))
+                outcome = self._cell(planned, head)
+                self.spent, self.worked = self.spent + outcome.seconds, self.worked + planned.work
+                todo -= planned.work
+                said = (
+                    f"done in {duration(outcome.seconds)}" if outcome.status == "done" else f"failed: {outcome.error}"
+                )
+                self.show.note(f"{head}: {said}")
+                yield outcome
+
+    def _left(self, todo: float) -> str:
+        return duration(self.spent / self.worked * todo) if self.worked else ""
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        from filelock import FileLock, Timeout
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / ".lock")
+            with lock.acquire(timeout=0):
+                for left in self.folder.glob(".running-*"):  # nobody else runs here
+                    shutil.rmtree(left, ignore_errors=True)
+                yield
+        except Timeout:
+            raise UsageError(f"Another `solostep bench` is running in {self.folder}; choose another -o.") from None
+        except FileExistsError:
+            raise UsageError(f"-o {self.folder} is a file; give the name of a folder.") from None
+        except PermissionError as error:
+            raise OutputError(f"{self.folder} cannot be written ({error.strerror}); choose another -o.") from None
+
+    def _cell(self, planned: Planned, head: str) -> Outcome:
+        start = time.monotonic()
+        failed = self.folder / f"{planned.name}{FAILED}"
+        with tempfile.TemporaryDirectory(prefix=".running-", dir=self.folder) as scratch:
+            spec, out = Path(scratch) / "spec.json", Path(scratch) / "result.json"
+            write_json(spec, spec_of(planned, str(self.matrix.device)))
+            lines: list[str] = []
+            call = [*self.command, str(spec), str(out), "--work", str(self.folder / WORK)]
+            code = _watched(call, lines, lambda line: self.show.status(f"{head}: {line}"))
+            seconds = time.monotonic() - start
+            here = environment(self.matrix.device, self.called)
+            try:
+                if code:
+                    raise SolostepError(lines[-1] if lines else f"the process ended with {code} and said nothing")
+                path = self._keep(planned, out, here, seconds)
+            except SolostepError as error:
+                about = {"cell": planned.cell.as_dict(), "id": planned.id, "label": planned.label, "environment": here}
+                write_json(failed, about | {"seconds": seconds, "exit_code": code, "error": str(error),
+                                            "output": lines[-TAIL:]})  # fmt: skip
+                return Outcome(planned, "failed", failed, seconds, str(error))
+        failed.unlink(missing_ok=True)
+        return Outcome(planned, "done", path, seconds)
+
+    def _keep(self, planned: Planned, out: Path, here: dict[str, Any], seconds: float) -> Path:
+        """Puts what a process measured in its place, checked."""
+        measured = read_json(out)
+        if not isinstance(measured, dict):
+            raise SolostepError(f"{out.name} of the cell is no object")
+        values = {
+            MARK: VERSION, "id": planned.id, "label": planned.label, "cell": planned.cell.as_dict(), "synthetic": False,
+            "environment": here, "seconds": round(seconds, 3), **{k: measured[k] for k in MEASURED if k in measured},
+        }  # fmt: skip
+        result = Result.from_dict(values, out)
+        place = free_place(self.folder / f"{planned.name}.json", result, self.overwrite)
+        if result.frames is not None:
+            frames = out.parent / result.frames["file"]
+            if not frames.is_file():
+                raise SolostepError(f"the frames {frames.name} are missing")
+            frames.replace(place.with_suffix(".frames.npz"))
+            values["frames"] = result.frames | {"file": place.with_suffix(".frames.npz").name}
+        return write_result(place, values, overwrite=self.overwrite)
+
+
+def spec_of(planned: Planned, device: str) -> dict[str, Any]:
+    """What the cell's process is told. A recipe takes the place of a precision."""
+    cell = planned.cell.as_dict() | {"device": device}
+    if planned.cell.recipe is not None:
+        cell["precision"] = None
+    return {"cell": cell, "id": planned.id}
+
+
+def _watched(call: Sequence[str], lines: list[str], said: Callable[[str], None]) -> int:
+    """Runs a process, collects its output and tells each line; its exit code. It ends when this process is stopped."""
+    with subprocess.Popen(
+        call, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        bufsize=1,
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.strip():
+                    lines.append(line.rstrip())
+                    said(lines[-1])
+                    del lines[: -10 * TAIL]
+            return process.wait()
+        except BaseException:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, as of a batch system, ends a run like Ctrl-C: the process that measures ends with it."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def as_json(outcomes: Sequence[Outcome]) -> str:
+    """For --json: one object a cell."""
+    rows = [
+        {"id": o.planned.id, "label": o.planned.label, "status": o.status, "file": str(o.path),
+         "seconds": round(o.seconds, 1)} | ({"error": o.error} if o.error else {})
+        for o in outcomes
+    ]  # fmt: skip
+    return json.dumps(rows, ensure_ascii=False, indent=1)

@@ -1,0 +1,168 @@
+"""From options to cells: what is run and in which order, what is refused beforehand, and identities that stay."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from solostep.benchmarks import matrix
+from solostep.benchmarks.matrix import Options, build, identity, label
+from solostep.benchmarks.results import Cell
+from solostep.engine.convert import quantize_model
+from solostep.engine.errors import SolostepError, UsageError
+
+TINY = Path(__file__).resolve().parents[1] / "golden" / "tiny-stepvideo-t2v"
+pytestmark = pytest.mark.usefixtures("fast")
+
+
+def of(**options: Any) -> list[tuple[str, str]]:
+    made = build(Options(device="cpu", **options))
+    return [(p.cell.role, p.label) for p in made.planned]
+
+
+def test_what_modes_need_comes_before_them():
+    assert of(precision=("bf16", "int8"), attention=(None, "int8"), vram=(None, "8GB")) == [
+        ("reference", "reference"),
+        ("floor-order", "floor: other order"),
+        ("floor-backend", "floor: other back end"),
+        ("other-seed", "other seeds"),
+        ("mode", "bf16 · official · 8GB"),  # without the budget it is the reference
+        ("mode", "bf16 · int8 attention"),
+        ("mode", "bf16 · int8 attention · 8GB"),
+        ("mode", "int8 · official"),
+        ("mode", "int8 · official · 8GB"),
+        ("mode", "int8 · int8 attention"),
+        ("mode", "int8 · int8 attention · 8GB"),
+    ]
+
+
+def test_every_clip_has_its_reference():
+    made = build(Options(device="cpu", precision=("int8",), frames=(17, 34), size=((64, 96), None), steps=(2, 3)))
+    cells = [p.cell for p in made.planned]
+    clips = [c.clip for c in cells if c.role == "reference"]
+    assert len(clips) == len(set(clips)) == 8 and clips[0] == "17 x 64x96, 2 steps"
+    seen: set[str] = set()
+    for cell in cells:
+        seen |= {cell.clip} if cell.role == "reference" else set()
+        assert cell.clip in seen
+    assert len({p.id for p in made.planned}) == len({p.name for p in made.planned}) == len(cells)
+
+
+def test_roles_and_levels():
+    assert of(precision=("int8",), seeds=(1,)) == [
+        ("reference", "reference"), ("floor-order", "floor: other order"), ("floor-backend", "floor: other back end"),
+        ("mode", "int8 · official"),
+    ]  # fmt: skip
+    assert of(precision=("int8",), levels=("speed",)) == [("reference", "reference"), ("mode", "int8 · official")]
+    assert of(precision=("int8",), roles=("mode",)) == [("mode", "int8 · official")]
+    made = build(Options(device="cpu", precision=("int8",), levels=("score", "free")))
+    assert [p.cell.levels for p in made.planned][1:3] == [("free",), ("free",)]  # a floor's prompts are the reference's
+
+
+def test_sizes_are_rounded_as_the_engine_does():
+    made = build(Options(device="cpu", precision=("int8",), frames=(20,), size=((100, 64),)))
+    assert {(p.cell.num_frames, p.cell.height, p.cell.width) for p in made.planned} == {(17, 96, 64)}
+    assert "num_frames 20 rounded down to 17" in made.notes[0]
+    # Per pair: latents [3, 8, 6, 4] in fp32 before and after each step, and the frames.
+    steps, pairs = made.planned[0].cell.num_inference_steps, 8
+    assert made.reference_bytes == pairs * ((steps + 1) * 3 * 8 * 6 * 4 * 4 + 17 * 96 * 64 * 3)
+
+
+CELL = Cell("demo", "int8", 17, 96, 96, 4, 5.0, 13.0, ("a", "b"), (1, 2), attention="official")
+
+
+def test_identities_stay_and_tell_apart(tmp_path: Path):
+    weights = {"transformer": "abc"}
+    assert identity(CELL, weights, "code") == "c495f3be63699f3f"
+    assert identity(replace(CELL, model="elsewhere"), weights, "code") == identity(CELL, weights, "code")
+    recipe = tmp_path / "mine.json"
+    recipe.write_text("{}")
+    others = [
+        identity(CELL, {"transformer": "abd"}, "code"), identity(CELL, weights, "other code"),
+        identity(replace(CELL, recipe=str(recipe)), weights, "code"),
+        *(identity(replace(CELL, **change), weights, "code") for change in (
+            {"precision": "fp8"}, {"attention": "int8"}, {"vram": "8GB"}, {"seeds": (1,)}, {"prompts": ("a",)},
+            {"num_frames": 34}, {"role": "reference"}, {"levels": ("free",)}, {"text_precision": "int8"},
+        )),
+    ]  # fmt: skip
+    assert len({identity(CELL, weights, "code"), *others}) == len(others) + 1
+    recipe.write_text("[]")
+    assert identity(replace(CELL, recipe=str(recipe)), weights, "code") not in others
+
+
+def test_the_code_is_part_of_an_identity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "kernels" / "a.py").write_text("1")
+    monkeypatch.setattr(matrix, "__file__", str(tmp_path / "benchmarks" / "matrix.py"))
+    compute = matrix.code_identity.__wrapped__
+    before = compute()
+    (tmp_path / "benchmarks" / "report.py").write_text("1")  # no number depends on it
+    assert compute() == before
+    (tmp_path / "kernels" / "a.py").write_text("2")
+    assert compute() != before
+
+
+def test_labels():
+    assert label(replace(CELL, attention="int8-fp8", attention_backend="torch", vram="24GB", host_ram="32GB")) == (
+        "int8 · int8-fp8 attention · torch · 24GB · host 32GB"
+    )
+    assert label(replace(CELL, recipe="some/where/mine.json", text_precision="nf4")) == (
+        "recipe mine · text nf4 · official"
+    )
+    assert label(replace(CELL, recipe="auto:0.02", attention=None)) == "recipe auto:0.02"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"precision": ("int9",)}, "--precision int9 is unknown"),
+        ({"text_precision": ("int9",)}, "--text-precision int9 is unknown"),
+        ({"attention": ("fp8",)}, "--attention fp8 is unknown"),
+        ({"precision": ("int8", "fp32"), "attention": ("int8",)}, "--precision fp32 has official only"),
+        ({"attention": ("int8",), "attention_backend": ("sdpa",)}, "--attention-backend sdpa is unknown for int8"),
+        ({"attention": ("int8",), "attention_backend": ("hopper",)}, "not to be had on cpu"),
+        ({"vram": ("24",)}, "--vram 24 is no size"),
+        ({"host_ram": ("lots",)}, "--host-ram lots is no size"),
+        ({"recipe": ("none.json",)}, "--recipe none.json"),
+        ({"recipe": ("auto:x",)}, "--recipe auto:x"),
+        ({"levels": ("speed", "drift")}, "--levels drift; choose from"),
+        ({"levels": ()}, "--levels names none"),
+        ({"roles": ("judge",)}, "--roles judge"),
+        ({"seeds": ()}, "--seeds"),
+        ({"seeds": (1, 1)}, "a seed is given twice"),
+        ({"prompts": ("a", "a")}, "a prompt is given twice"),
+        ({"prompts": ("a", " ")}, "The prompt is empty"),
+        ({"frames": (0,)}, "num_frames"),
+        ({"steps": (0,)}, "num_inference_steps"),
+        ({"size": ((8, 96),)}, "height"),
+        ({"time_shift": 0.0}, "time_shift"),
+        ({"model": "not/a model"}, "--model"),
+        ({"device": "tpu"}, "--device tpu"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(options: dict[str, Any], words: str):
+    with pytest.raises(UsageError) as refused:
+        build(Options(**{"device": "cpu"} | options))
+    assert words in str(refused.value)
+
+
+def test_a_damaged_model(tmp_path: Path):
+    shutil.copytree(TINY, tmp_path / "model")
+    (tmp_path / "model" / "transformer" / "config.json").unlink()
+    with pytest.raises(SolostepError, match=r"config\.json"):
+        build(Options(device="cpu", model=str(tmp_path / "model")))
+
+
+def test_a_stored_precision_has_no_drift(tmp_path: Path):
+    stored = str(tmp_path / "stored")
+    quantize_model(TINY, stored, "int8", device="cpu", link=True)
+    with pytest.raises(UsageError, match="stored in int8"):
+        of(model=stored)
+    assert of(model=stored, levels=("speed",)) == [("mode", "int8 · official")]
+    with pytest.raises(UsageError, match="--precision fp8"):
+        of(model=stored, levels=("speed",), precision=("fp8",))
