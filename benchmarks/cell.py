@@ -28,18 +28,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from solostep.benchmarks import drift, floors
 from solostep.benchmarks.cell_frames import write_frames
-from solostep.benchmarks.cell_spec import WRITING, Cell, read_spec
+from solostep.benchmarks.cell_spec import DEMO, WRITING, Cell, read_spec
 from solostep.benchmarks.cell_speed import Timed, driver_before, timed_run
 from solostep.benchmarks.reference import Recorder, Recording, References, record_run
+from solostep.engine.activations import drawn_image
+from solostep.engine.checkpoint import open_model
 from solostep.engine.config import FPS, cache_dir
+from solostep.engine.demo import demo_model
+from solostep.engine.demo.captions import TEMPLATES, Attributes, caption, combinations
+from solostep.engine.demo.rules import ASPECTS, Reading, read_clips
 from solostep.engine.errors import OutputError, SolostepError, UsageError
 from solostep.engine.pipeline import StepVideoPipeline
 from solostep.engine.precision import OFFICIAL
 from solostep.engine.progress import Progress
-from solostep.engine.request import Request
+from solostep.engine.request import Request, filled_in
 from solostep.engine.runtime import pick_device, release_memory
 
 Say = Callable[[str, int, int], None]
@@ -80,60 +86,59 @@ class Measurement:
 
     def __init__(self, cell: Cell, work: Path, scratch: Path, say: Say) -> None:
         self.cell, self.work, self.scratch, self.say = cell, work, scratch, say
-        self.pipe = self._pipeline()
-        self.official = self.pipe if cell.role in ("reference", "other-seed") else self._official()
+        self.folder = open_model(demo_model() if cell.model == DEMO else cell.model)
+        self._check_stored()
+        preset, given = self.folder.preset, {k: v for k, v in cell.settings.items() if v is not None}
+        self.settings = filled_in(preset, given, self.folder.is_image_to_video)
+        self.official = self._official()
+        self.pipe = self.official if cell.role in ("reference", "other-seed") else self._mode()
         self.requests = [self._request(**pair) for pair in cell.pairs]
         self.references = References(work, self.official)
         self.asked = self._attributes() if cell.wants("score") else []
         self.notes: list[str] = []
-        stored = self.official.model.components["transformer"].quantization
-        if stored is not None and cell.levels != ("speed",):
+
+    def _check_stored(self) -> None:
+        """Raises UsageError for drift, or a role, of a model that is stored quantized."""
+        stored, cell = self.folder.components["transformer"].quantization, self.cell
+        if stored is None:
+            return
+        if cell.role != "mode":
+            raise UsageError(f"{cell.model} is stored in {stored.precision}; the role {cell.role} needs bf16 weights.")
+        if cell.levels != ("speed",):
             raise UsageError(
                 f"{cell.model} is stored in {stored.precision}, and drift is measured against the original weights; "
                 "give the original model with the precision, or the level speed alone."
             )
-        if stored is not None and cell.role != "mode":
-            raise UsageError(f"{cell.model} is stored in {stored.precision}; the role {cell.role} needs bf16 weights.")
 
     # --- what is run ----------------------------------------------------------------------------------------------
 
-    def _pipeline(self) -> StepVideoPipeline:
-        cell, options = self.cell, dict(self.cell.options)
-        if cell.role in ("reference", "other-seed"):
-            return self._official()
-        if cell.role in ("floor-backend", "floor-order"):
-            settings = self._official().request("a", **cell.settings, **self._image()).settings
-            options = floors.floor_options(cell.role, options, settings, pick_device(options.get("device")))
-        kind = floors.PermutedPipeline if cell.role == "floor-order" else StepVideoPipeline
-        return kind.from_pretrained(self._model, cache=False, **options)
+    def _mode(self) -> StepVideoPipeline:
+        options = dict(self.cell.options)
+        stored = self.folder.components["transformer"].quantization
+        if "recipe" in options or (stored is not None and options.get("precision") == stored.precision):
+            options.pop("precision", None)  # it is the name of the recipe
+        if self.cell.role in ("floor-backend", "floor-order"):
+            device = pick_device(options.get("device"))
+            options = floors.floor_options(self.cell.role, options, self.settings, device)
+        kind = floors.PermutedPipeline if self.cell.role == "floor-order" else StepVideoPipeline
+        return kind(self.folder, cache=False, **options)
 
     def _official(self) -> StepVideoPipeline:
+        """The pipeline of the reference; of a folder that is stored quantized, only what its settings are asked of."""
+        stored = self.folder.components["transformer"].quantization is not None
         kept = {k: v for k, v in self.cell.options.items() if k in ("device", "vram", "host_ram")}
-        stored = None if self._is_stored else "bf16"
-        return StepVideoPipeline.from_pretrained(
-            self._model, stored, text_precision=None, attention=OFFICIAL, cache=False, **kept
-        )
-
-    @property
-    def _model(self) -> str | None:
-        return None if self.cell.model == "demo" else self.cell.model
+        return StepVideoPipeline(
+            self.folder, None if stored else "bf16", attention=OFFICIAL, cache=False, **kept
+        )  # fmt: skip
 
     @cached_property
-    def _is_stored(self) -> bool:
-        """Whether the transformer's files are quantized: then only the speed can be measured."""
-        from solostep.engine.checkpoint import open_model
-        from solostep.engine.demo import demo_model
-
-        return open_model(self._model or demo_model()).components["transformer"].quantization is not None
-
-    def _image(self) -> dict[str, Any]:
-        pipe = getattr(self, "pipe", None) or self._official()
-        preset, given = pipe.model.preset, self.cell.settings
-        image = drift.image_for(pipe, given.get("height", preset.height), given.get("width", preset.width))
-        return {} if image is None else {"image": image}
+    def _image(self) -> Tensor | None:
+        """The first frame that an image-to-video model is given."""
+        made = self.settings
+        return drawn_image(made.height, made.width) if self.folder.is_image_to_video else None
 
     def _request(self, prompt: str, seed: int) -> Request:
-        return self.pipe.request(prompt, seed=seed, **self.cell.settings, **self._image())
+        return self.pipe.request(prompt, image=self._image, seed=seed, **self.cell.settings)
 
     def _progress(self, what: str) -> Progress:
         return lambda stage, done, total: self.say(f"{what}: {stage}", done, total)
@@ -193,8 +198,12 @@ class Measurement:
             for n, i in enumerate(missing):
                 with self.references.making(self.requests[i]) as recorder:
                     progress = self._progress(f"reference {n + 1} of {len(missing)}")
-                    record_run(pipe, self.requests[i], recorder, self.scratch, progress=progress)
+                    record_run(pipe, self.requests[i], recorder, self.scratch, False, progress)
                 found[i] = self.references.find(self.requests[i])
+            if self.cell.wants("video", "score"):
+                for request, reference in zip(self.requests, found, strict=True):
+                    if reference is not None and not reference.is_decoded:
+                        self.references.decode(request, reference, self._progress("references"))
         made = [reference for reference in found if reference is not None]
         if len(made) != len(found):
             raise SolostepError(f"A reference in {self.references.folder} was removed meanwhile; start again.")
@@ -243,7 +252,7 @@ class Measurement:
             "sigmas": drift.sigmas_of(self.requests[0])[1:], "error": errors,
             "diverged_at": [drift.diverged_at(e) for e in errors], "diverged_limit": drift.DIVERGED,
         }  # fmt: skip
-        shown["score"] = self._score(readings) if readings else None
+        shown["score"] = score_of(readings, self.asked) if readings else None
         video = {name: [v[name] for v in videos] for name in videos[0]} if videos else None
         return free, video, shown
 
@@ -304,18 +313,16 @@ class Measurement:
 
     def _of_references(self, references: Sequence[Recording]) -> dict[str, Any]:
         readings = [r for reference in references for r in _read(reference.frames)] if self.asked else []
-        frames = np.array(references[0].frames)
-        return {"score": self._score(readings) if readings else None, "frames": (frames, None)}
+        frames = (np.array(references[0].frames), None) if references[0].is_decoded else None
+        return {"score": score_of(readings, self.asked) if readings else None, "frames": frames}
 
-    def _attributes(self) -> list[Any]:
+    def _attributes(self) -> list[Attributes]:
         """What each prompt asks for.
 
         Raises:
             UsageError: the model or a prompt is not the demo's.
         """
-        from solostep.engine.demo.captions import TEMPLATES, caption, combinations
-
-        if self.official.model.preset.name != "demo":
+        if self.folder.preset.name != "demo":
             raise UsageError(f"The level score reads the demo model's videos, not those of {self.cell.model}.")
         every = [a for test in (True, False) for a in combinations(test)]
         known = {caption(a, t): a for a in every for t in range(TEMPLATES)}
@@ -327,15 +334,15 @@ class Measurement:
                 )
         return [known[pair["prompt"]] for pair in self.cell.pairs]
 
-    def _score(self, readings: Sequence[Any]) -> dict[str, list[int]]:
-        """Right videos and all, by aspect."""
-        marks = [r.right(asked) for r, asked in zip(readings, self.asked, strict=True)]
-        return {name: [sum(m[name] for m in marks), len(marks)] for name in marks[0]}
+
+def score_of(readings: Sequence[Reading], asked: Sequence[Attributes]) -> dict[str, list[int]]:
+    """Right videos and all of them, by aspect; ``all`` is right in every aspect."""
+    marks = [r.right(a) for r, a in zip(readings, asked, strict=True)]
+    found = {name: [sum(m[name] for m in marks), len(marks)] for name in ASPECTS}
+    return found | {"all": [sum(all(m.values()) for m in marks), len(marks)]}
 
 
-def _read(frames: np.ndarray) -> list[Any]:
-    from solostep.engine.demo.rules import read_clips
-
+def _read(frames: np.ndarray) -> list[Reading]:
     return read_clips([torch.from_numpy(np.array(frames))])
 
 

@@ -20,15 +20,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from solostep.benchmarks.reference import Recording, run_once
-from solostep.engine.activations import Blocks, drawn_image, load_shell
+from solostep.engine.activations import Blocks, load_shell
 from solostep.engine.errors import SolostepError
 from solostep.engine.models.fused import FusedBlocks
+from solostep.engine.models.transformer import TransformerBlock
 from solostep.engine.pipeline import StepVideoPipeline
 from solostep.engine.precision import OFFICIAL
 from solostep.engine.probe import cast_floats
@@ -174,7 +175,9 @@ class ComparedBlock(nn.Module):
         with self._watched():
             out = self.official(x, context, modulation, rope)
         if self.fused is not None:
-            made = self.fused(self.index, len(self.errors), self.other, x.clone(), modulation, rope)  # type: ignore
+            stream = x.clone(memory_format=torch.contiguous_format)  # what is computed in place
+            block = cast(TransformerBlock, self.other)
+            made = self.fused(self.index, len(self.errors), block, stream, modulation, rope)
         else:
             made = self.other(*cast_floats((x, context, modulation, rope), self.dtype))
         added = out.double() - x.double()
@@ -326,8 +329,3 @@ def reproduction(
         worst = max(worst, relative(made, references[sample.pair].latents(sample.step + 1)))
         index += branches
     return worst
-
-
-def image_for(pipe: StepVideoPipeline, height: int, width: int) -> Tensor | None:
-    """The first frame that an image-to-video model is given; None for a text-to-video model."""
-    return drawn_image(height, width) if pipe.model.is_image_to_video else None

@@ -5,7 +5,7 @@ operations and roundings. It is made once and found again by the hash of everyth
 texts, settings, seed, code of the official numerics, device and torch. A recording is a folder:
 
     latents/00000.safetensors ... 00050   fp32 [1, f, c, h, w]; 0 is the noise, n what step n gave
-    frames.npy                            uint8 [F, H, W, 3], if the run was decoded
+    frames.npy                            uint8 [F, H, W, 3], once it was decoded
     identity.json                         what it was made from; written last
 
 Disk: 1 GB of latents and 0.33 GB of frames for 204 frames at 544x992 and 50 steps. Host memory: one step's latents.
@@ -33,10 +33,11 @@ from torch import Tensor
 from solostep.engine import image, sampling, scheduler, text
 from solostep.engine.config import GenerationSettings
 from solostep.engine.errors import OutputError
+from solostep.engine.latents import SavedLatents
 from solostep.engine.models import clip, step_llm, transformer, vae
 from solostep.engine.pipeline import OpenSink, StepCallback, StepVideoPipeline
 from solostep.engine.progress import Progress
-from solostep.engine.request import Request, tensor_hash
+from solostep.engine.request import Request, settings_dict, tensor_hash
 from solostep.engine.sampling import initial_noise
 
 log = logging.getLogger("solostep")
@@ -61,6 +62,10 @@ class Recording:
         return load_file(_latents_file(self.folder, step))["latents"]
 
     @property
+    def is_decoded(self) -> bool:
+        return (self.folder / "frames.npy").exists()
+
+    @property
     def frames(self) -> np.ndarray:
         """uint8 ``[F, H, W, 3]``, mapped from the file."""
         return np.load(self.folder / "frames.npy", mmap_mode="r", allow_pickle=False)
@@ -77,7 +82,7 @@ class Recording:
             for step in (0, steps):
                 found.latents(step)
             missing = [n for n in range(steps) if not _latents_file(folder, n).exists()]
-            if missing or found.frames.ndim != 4:
+            if missing or (found.is_decoded and found.frames.ndim != 4):
                 raise ValueError("a part is missing")
         except Exception as error:  # of safetensors, numpy, JSON, the file system
             log.warning("The reference in %s cannot be used (%s); it is made again.", folder, error)
@@ -98,8 +103,7 @@ class Recorder:
     def __init__(self, folder: Path, settings: GenerationSettings) -> None:
         self.folder, self.settings = folder, settings
         self.step_seconds = self.frame_seconds = 0.0
-        self._frames: Any = None
-        self._written = 0
+        self._frames: FrameFile | None = None
         with _writing(folder):
             shutil.rmtree(folder, ignore_errors=True)
             (folder / "latents").mkdir(parents=True)
@@ -113,25 +117,40 @@ class Recorder:
 
     def write(self, frames: np.ndarray) -> None:
         start = time.perf_counter()
-        with _writing(self.folder):
-            if self._frames is None:
-                shape = (self.settings.num_frames, *frames.shape[1:])
-                self._frames = np.lib.format.open_memmap(
-                    self.folder / "frames.npy", mode="w+", dtype=np.uint8, shape=shape
-                )
-            self._frames[self._written : self._written + len(frames)] = frames
-        self._written += len(frames)
+        if self._frames is None:
+            self._frames = FrameFile(self.folder / "frames.npy", self.settings)
+        self._frames.write(frames)
         self.frame_seconds += time.perf_counter() - start
 
     def finished(self, identity: Mapping[str, Any] | None = None) -> Recording:
         """Closes the files; ``identity`` makes it one that can be found again."""
         with _writing(self.folder):
             if self._frames is not None:
-                self._frames.flush()
+                self._frames.close()
                 self._frames = None
             if identity is not None:
                 (self.folder / "identity.json").write_text(json.dumps(identity, ensure_ascii=False), encoding="utf-8")
         return Recording(self.folder, self.settings.num_inference_steps)
+
+
+class FrameFile:
+    """A sink that writes frames to a .npy file as they come; whole when it is closed."""
+
+    def __init__(self, path: Path, settings: GenerationSettings) -> None:
+        self.path, self.written = path, 0
+        shape = (settings.num_frames, settings.height, settings.width, 3)
+        with _writing(path):
+            self._frames: Any = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+
+    def write(self, frames: np.ndarray) -> None:
+        with _writing(self.path):
+            self._frames[self.written : self.written + len(frames)] = frames
+        self.written += len(frames)
+
+    def close(self) -> None:
+        with _writing(self.path):
+            self._frames.flush()
+        self._frames = None
 
 
 @contextlib.contextmanager
@@ -250,6 +269,22 @@ class References:
                 recorder.folder.rename(place)
         finally:
             shutil.rmtree(recorder.folder, ignore_errors=True)
+
+    def decode(self, request: Request, reference: Recording, progress: Progress | None = None) -> None:
+        """Makes the frames of a reference that was not decoded, from its final latents, as the pipeline makes them."""
+        settings, path = request.settings, reference.folder / f".frames.{os.getpid()}"
+        info = {"settings": settings_dict(settings)}
+        saved = SavedLatents(
+            reference.latents(reference.steps), reference.steps, reference.steps, request.seed or 0, True, {}, info
+        )
+        try:
+            sink = FrameFile(path, settings)
+            self.pipe.decode(saved, lambda *_: contextlib.nullcontext(sink), progress)
+            sink.close()
+            with _writing(path):
+                path.replace(reference.folder / "frames.npy")
+        finally:
+            path.unlink(missing_ok=True)
 
     def _place(self, identity: Mapping[str, Any]) -> Path:
         key = json.dumps(identity, sort_keys=True, ensure_ascii=False)
