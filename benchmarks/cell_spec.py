@@ -64,9 +64,9 @@ class Cell:
         if self.role in ("reference", "other-seed"):
             fixed = {"precision": "bf16", "text_precision": "bf16", "attention": OFFICIAL}
         elif self.role == "floor-order":
-            fixed = {"precision": "bf16", "attention": OFFICIAL}
+            fixed = {"precision": "bf16", "text_precision": "bf16", "attention": OFFICIAL}
         elif self.role == "floor-backend":
-            fixed = {"precision": "bf16", "attention": "bf16"}
+            fixed = {"precision": "bf16", "text_precision": "bf16", "attention": "bf16"}
         if fixed and "recipe" in self.options:
             raise UsageError(f"cell: the role {self.role} has no recipe; leave it out.")
         for name, value in fixed.items():
