@@ -92,9 +92,13 @@ class Measurement:
         self.settings = filled_in(preset, given, self.folder.is_image_to_video)
         self.official = self._official()
         self.pipe = self.official if cell.role in ("reference", "other-seed") else self._mode()
+        if "attention_backend" in cell.options:
+            self.pipe._attention_backend(self.settings)  # says now if it is not to be had
         self.requests = [self._request(**pair) for pair in cell.pairs]
         self.references = References(work, self.official)
         self.asked = self._attributes() if cell.wants("score") else []
+        if cell.wants("video"):
+            from solostep.benchmarks import video_metrics  # noqa: F401  # what it lacks shows now
         self.notes: list[str] = []
 
     def _check_stored(self) -> None:

@@ -122,6 +122,15 @@ def test_floors_read_little(work: Path, role: str) -> None:
         assert min(blocks) > 0
 
 
+def test_image_to_video(work: Path) -> None:
+    """The condition is made again for the blocks too."""
+    ti2v = {"model": str(TINY.with_name("tiny-stepvideo-ti2v")), "prompts": ["a red panda"], "seeds": [1]}
+    result = measured(work, ["blocks", "teacher"], role="mode", precision="bf16", **ti2v)
+    assert result["drift"]["teacher"]["error"] == [[0.0] * STEPS]
+    assert max(e for block in result["drift"]["blocks"]["error"] for e in block) == 0
+    assert result["events"] == []
+
+
 def test_another_seed_is_far(work: Path, runs: list[str]) -> None:
     drift = measured(work, ["free"], role="other-seed")["drift"]
     assert not runs

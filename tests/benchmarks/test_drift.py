@@ -12,6 +12,7 @@ from solostep.benchmarks.floors import PermutedLinear, permute
 from solostep.engine.config import GenerationSettings
 from solostep.engine.errors import SolostepError
 from solostep.engine.models.transformer import TransformerBlock, rope_table
+from solostep.offload.streamer import BlockStreamer
 
 CPU = torch.device("cpu")
 
@@ -74,6 +75,20 @@ def test_another_order_changes_bits_and_nothing_else() -> None:
     wide, inputs, rope = block_and_input(torch.float64)
     plain = wide(*inputs, rope)
     assert 0 < drift.relative(permute(wide)(*inputs, rope), plain) < 1e-13
+
+
+@torch.no_grad()
+def test_blocks_that_stream_can_be_permuted() -> None:
+    blocks, (_, inputs, rope) = [block_and_input(torch.bfloat16)[0] for _ in range(2)], block_and_input(torch.bfloat16)
+    plain = blocks[0](*inputs, rope)
+    streamer = BlockStreamer(blocks, CPU, resident=0, slots=1)
+    for block in blocks:
+        permute(block)
+    outputs = [block(*inputs, rope) for block in streamer]
+    streamer.close()
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], permute(block_and_input(torch.bfloat16)[0])(*inputs, rope))
+    assert not torch.equal(outputs[0], plain)
 
 
 def test_the_permutation_is_one() -> None:
