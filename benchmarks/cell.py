@@ -354,8 +354,8 @@ def _compared(frames: np.ndarray, reference: np.ndarray) -> dict[str, float | No
     from solostep.benchmarks import video_metrics
 
     found = video_metrics.compare(np.array(frames), np.array(reference), fps=FPS)
-    # JSON has no infinity: for PSNR, which is infinite between equal videos, null stands for it.
-    return {k: None if k == "psnr" and v is not None and math.isinf(v) else v for k, v in found.items()}
+    # JSON has no infinity: for what is infinite between equal videos, null stands for it.
+    return {k: None if k in ("psnr", "xpsnr") and v is not None and math.isinf(v) else v for k, v in found.items()}
 
 
 def _plain(value: Any, where: str = "") -> Any:

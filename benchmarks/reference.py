@@ -32,7 +32,7 @@ from torch import Tensor
 
 from solostep.engine import image, sampling, scheduler, text
 from solostep.engine.config import GenerationSettings
-from solostep.engine.errors import OutputError
+from solostep.engine.errors import OutputError, SolostepError
 from solostep.engine.latents import SavedLatents
 from solostep.engine.models import clip, step_llm, transformer, vae
 from solostep.engine.pipeline import OpenSink, StepCallback, StepVideoPipeline
@@ -148,9 +148,12 @@ class FrameFile:
         self.written += len(frames)
 
     def close(self) -> None:
+        """Raises SolostepError if frames are missing."""
         with _writing(self.path):
             self._frames.flush()
-        self._frames = None
+        wanted, self._frames = len(self._frames), None
+        if self.written != wanted:
+            raise SolostepError(f"{self.path} was to hold {wanted} frames, and {self.written} were made.")
 
 
 @contextlib.contextmanager

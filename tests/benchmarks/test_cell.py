@@ -141,7 +141,6 @@ def test_another_seed_is_far(work: Path, runs: list[str]) -> None:
 
 def test_speed_and_video(work: Path, runs: list[str], tmp_path: Path) -> None:
     """One prompt and seed: the timed run is the free run too."""
-    pytest.importorskip("solostep.benchmarks.video_metrics")
     spec = {"cell": BASE | {"prompts": ["a red panda"], "seeds": [1], "levels": ["speed", "free", "video"]}}
     spec |= {"frames_dir": str(tmp_path), "id": "0123456789abcdef", "write": "count"}
     spec["cell"] |= {"role": "mode", "precision": "bf16", "attention": "official"}
@@ -157,7 +156,7 @@ def test_speed_and_video(work: Path, runs: list[str], tmp_path: Path) -> None:
     assert memory["gpu_peak_bytes"] is memory["driver_peak_bytes"] is None
     assert memory["host_peak_bytes"] == max(row["host_peak_bytes"] for row in memory["stages"])
     video = result["drift"]["video"]
-    assert video["psnr"] == [None] and video["ssim"] == [1.0] and video["flicker"] == [0.0]
+    assert video["psnr"] == video["xpsnr"] == [None] and video["ssim"] == [1.0] and video["flicker"] == [0.0]
     with np.load(tmp_path / result["frames"]["file"]) as frames:
         assert result["frames"] == {"file": "0123456789abcdef.frames.npz", "index": [0]}
         assert frames["frames"].shape == (1, 32, 32, 3) and frames["clip"].shape == (1, 32, 32, 3)
