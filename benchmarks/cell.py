@@ -42,11 +42,12 @@ from solostep.engine.demo import demo_model
 from solostep.engine.demo.captions import TEMPLATES, Attributes, caption, combinations
 from solostep.engine.demo.rules import ASPECTS, Reading, read_clips
 from solostep.engine.errors import OutputError, SolostepError, UsageError
+from solostep.engine.files import replacing
 from solostep.engine.pipeline import StepVideoPipeline
 from solostep.engine.precision import OFFICIAL
 from solostep.engine.progress import Progress
 from solostep.engine.request import Request, filled_in
-from solostep.engine.runtime import pick_device, release_memory
+from solostep.engine.runtime import pick_device
 
 Say = Callable[[str, int, int], None]
 
@@ -150,14 +151,13 @@ class Measurement:
     @contextlib.contextmanager
     def _kept(self, pipe: StepVideoPipeline) -> Iterator[StepVideoPipeline]:
         """Keeps a pipeline's networks, and the embeddings of prompts, over several videos."""
-        pipe.keep_loaded, pipe.cache = True, self.work / "embeddings"
+        pipe.memory.keep_loaded, pipe.cache = True, self.work / "embeddings"
         try:
             yield pipe
         finally:
-            pipe.keep_loaded = False
+            pipe.memory.keep_loaded = False
             for name in ("transformer", "vae"):
-                pipe._free(name, always=True)
-            release_memory(pipe.device)
+                pipe.memory.free(name)
 
     def run(self, spec: Mapping[str, Any], before: int | None) -> dict[str, Any]:
         cell = self.cell
@@ -384,15 +384,12 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     Raises:
         OutputError: it could not be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
             json.dump(result, stream, ensure_ascii=False, allow_nan=False)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OutputError(f"{path} could not be written ({error.strerror}); give another place.") from error
 
 

@@ -7,7 +7,6 @@ mode `reference_frames` and `reference_clip`.
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from solostep.engine.errors import OutputError
+from solostep.engine.files import replacing
 
 FRAMES = 4
 """Frames of the first pair that a result shows, the first and the last among them."""
@@ -33,14 +33,11 @@ def write_frames(path: Path, made: np.ndarray, reference: np.ndarray | None) -> 
     for prefix, frames in (("", made), ("reference_", reference)):
         if frames is not None:
             arrays |= {f"{prefix}frames": frames[index], f"{prefix}clip": short_clip(frames)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
+        with replacing(path) as temporary, temporary.open("wb") as stream:
             np.savez_compressed(stream, **arrays)
-        os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OutputError(f"{path} could not be written ({error.strerror}); free space there.") from error
     return {"file": path.name, "index": index}
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from solostep.engine.config import GenerationSettings
 from solostep.engine.errors import SolostepError
+from solostep.engine.memory import Memory
 from solostep.engine.pipeline import StepVideoPipeline
 from solostep.engine.progress import Progress
 from solostep.engine.request import Job
@@ -58,14 +59,22 @@ def permute(module: nn.Module) -> nn.Module:
     return module
 
 
-class PermutedPipeline(StepVideoPipeline):
-    """The pipeline, with the linears of the transformer's blocks permuted as soon as they are placed."""
+class PermutedMemory(Memory):
+    """Memory of a pipeline whose transformer's blocks are permuted as soon as they are placed."""
 
-    def _transformer(self, job: Job, say: Progress) -> PlacedTransformer:
-        placed = super()._transformer(job, say)
+    def transformer(self, job: Job, say: Progress) -> PlacedTransformer:
+        placed = super().transformer(job, say)
         for block in placed.network.transformer_blocks:
             permute(block)
         return placed
+
+
+class PermutedPipeline(StepVideoPipeline):
+    """The pipeline, with linears that sum in another order."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.memory.__class__ = PermutedMemory
 
 
 def other_backend(settings: GenerationSettings, device: torch.device) -> str:

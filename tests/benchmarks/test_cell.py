@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from solostep.benchmarks import cell as cell_module
+from solostep.benchmarks import floors
 from solostep.benchmarks import reference as reference_module
 from solostep.benchmarks.cell import main, measure, score_of
 from solostep.benchmarks.cell_frames import short_clip
 from solostep.benchmarks.cell_spec import Cell
 from solostep.benchmarks.cell_speed import Timed
+from solostep.engine.checkpoint import open_model
 from solostep.engine.demo.captions import held_out_prompts
 from solostep.engine.demo.data import draw_clips, to_frames
 from solostep.engine.demo.rules import read_clips
@@ -121,6 +123,14 @@ def test_floors_read_little(work: Path, role: str) -> None:
     assert max(e for row in drift["free"]["error"] for e in row) < 0.2
     if role == "floor-backend":
         assert min(blocks) > 0
+
+
+def test_the_pipeline_of_another_order_permutes_its_blocks(work: Path) -> None:
+    pipe = floors.PermutedPipeline(open_model(TINY), "bf16", "cpu", keep_loaded=True)
+    size = {"num_frames": 1, "height": 32, "width": 32, "num_inference_steps": 1}
+    pipe("a red panda", seed=1, **size, output_type="latent", progress=False)
+    network = pipe.memory.networks["transformer"].network
+    assert sum(isinstance(m, floors.PermutedLinear) for m in network.modules()) == 2 * 7
 
 
 def test_image_to_video(work: Path) -> None:
