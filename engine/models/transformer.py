@@ -334,6 +334,8 @@ class StepVideoTransformer(nn.Module):
         times = [self.adaln_single(t, motion_score) for t in timestep.split(1)]
         conditions = [None] * len(times) if condition_latents is None else condition_latents.split(1)
         embedded = (self.embed_latents(x, c) for x, c in zip(latents.split(1), conditions, strict=True))
+        if fused is not None:  # a single frame's tokens lie with channels apart, as the convolution gives them
+            embedded = (x.contiguous() for x in embedded)
         rows = list(embedded) if parking is None else []
         parked = None if parking is None else parking.park(embedded, len(times))
         for index, block in enumerate(self.transformer_blocks if blocks is None else blocks):

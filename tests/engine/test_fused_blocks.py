@@ -59,6 +59,12 @@ def test_fp32_is_the_official_block(inputs: dict[str, Tensor]) -> None:
     assert relative(found, want) < 1e-5
 
 
+def test_a_single_frame(inputs: dict[str, Tensor]) -> None:
+    """Its tokens come out of the convolution with channels apart."""
+    want, found = both(make(torch.float32), inputs | {"latents": inputs["latents"][:, :1]})
+    assert relative(found, want) < 1e-5
+
+
 def test_bf16_is_as_near_to_fp32_as_the_official_block(inputs: dict[str, Tensor]) -> None:
     exact, _ = both(make(torch.float32), inputs)
     want, found = both(make(torch.bfloat16), inputs)

@@ -1,0 +1,430 @@
+"""Measures one cell of the benchmark in one process: a mode's speed and memory, and its drift from the reference.
+
+    python -m solostep.benchmarks.cell SPEC.json OUT.json --work DIR
+
+The cell says the model, the mode, the clip, prompts x seeds, a role and the levels that are wanted. Everything goes
+through the pipeline that a user calls. What it costs, beside the references (one run a pair, kept in DIR and found
+again by every other mode): ``speed`` the run of the first pair, with cold text encoders and loading in it; ``free``,
+``video`` and ``score`` a run for each other pair; ``teacher`` a run for each pair, not decoded; ``blocks`` half a step
+for each sample. Disk: a reference for each pair, see reference.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from solostep.benchmarks import drift, floors
+from solostep.benchmarks.cell_frames import write_frames
+from solostep.benchmarks.cell_spec import DEMO, WRITING, Cell, read_spec
+from solostep.benchmarks.cell_speed import Timed, driver_before, timed_run
+from solostep.benchmarks.reference import Recorder, Recording, References, record_run
+from solostep.engine.activations import drawn_image
+from solostep.engine.checkpoint import open_model
+from solostep.engine.config import FPS, cache_dir
+from solostep.engine.demo import demo_model
+from solostep.engine.demo.captions import TEMPLATES, Attributes, caption, combinations
+from solostep.engine.demo.rules import ASPECTS, Reading, read_clips
+from solostep.engine.errors import OutputError, SolostepError, UsageError
+from solostep.engine.files import replacing
+from solostep.engine.pipeline import StepVideoPipeline
+from solostep.engine.precision import OFFICIAL
+from solostep.engine.progress import Progress
+from solostep.engine.request import Request, filled_in
+from solostep.engine.runtime import pick_device
+
+Say = Callable[[str, int, int], None]
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def measure(spec: dict[str, Any], work: Path, say: Say) -> dict[str, Any]:
+    """Measures a cell and gives the measured keys of a result; what is not asked for is None.
+
+    Args:
+        spec: ``{"cell": {...}}``, and perhaps ``"id"``, by which the file of frames is named; ``"frames_dir"``, where
+            it goes (by default ``work``); ``"write"``, how the timed video is written: mp4, or only counted.
+        work: where references and prompt embeddings are kept.
+        say: gets (what, done, total).
+
+    Raises:
+        UsageError: a wrong specification, before anything is run.
+        SolostepError: it cannot be measured here; the message says why.
+    """
+    before = driver_before()
+    cell = Cell.read(spec)
+    if spec.get("write", WRITING[0]) not in WRITING:
+        raise UsageError(f"write has to be one of {', '.join(WRITING)}, not {spec['write']!r}.")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix="running-", dir=work)
+    except OSError as error:
+        raise OutputError(f"{work} cannot be written ({error.strerror}); give another --work.") from error
+    with scratch as folder:
+        measurement = Measurement(cell, work, Path(folder), say)
+        return _plain(measurement.run(spec, before))
+
+
+class Measurement:
+    """The run of one cell. Networks stay loaded between the videos of a mode."""
+
+    def __init__(self, cell: Cell, work: Path, scratch: Path, say: Say) -> None:
+        self.cell, self.work, self.scratch, self.say = cell, work, scratch, say
+        self.folder = open_model(demo_model() if cell.model == DEMO else cell.model)
+        self._check_stored()
+        preset, given = self.folder.preset, {k: v for k, v in cell.settings.items() if v is not None}
+        self.settings = filled_in(preset, given, self.folder.is_image_to_video)
+        self.official = self._official()
+        self.pipe = self.official if cell.role in ("reference", "other-seed") else self._mode()
+        if "attention_backend" in cell.options:
+            self.pipe._attention_backend(self.settings)  # says now if it is not to be had
+        self.requests = [self._request(**pair) for pair in cell.pairs]
+        self.references = References(work, self.official)
+        self.asked = self._attributes() if cell.wants("score") else []
+        if cell.wants("video"):
+            from solostep.benchmarks import video_metrics  # noqa: F401  # what it lacks shows now
+        self.notes: list[str] = []
+
+    def _check_stored(self) -> None:
+        """Raises UsageError for drift, or a role, of a model that is stored quantized."""
+        stored, cell = self.folder.components["transformer"].quantization, self.cell
+        if stored is None:
+            return
+        if cell.role != "mode":
+            raise UsageError(f"{cell.model} is stored in {stored.precision}; the role {cell.role} needs bf16 weights.")
+        if cell.levels != ("speed",):
+            raise UsageError(
+                f"{cell.model} is stored in {stored.precision}, and drift is measured against the original weights; "
+                "give the original model with the precision, or the level speed alone."
+            )
+
+    # --- what is run ----------------------------------------------------------------------------------------------
+
+    def _mode(self) -> StepVideoPipeline:
+        options = dict(self.cell.options)
+        stored = self.folder.components["transformer"].quantization
+        if "recipe" in options or (stored is not None and options.get("precision") == stored.precision):
+            options.pop("precision", None)  # it is the name of the recipe
+        if self.cell.role in ("floor-backend", "floor-order"):
+            device = pick_device(options.get("device"))
+            options = floors.floor_options(self.cell.role, options, self.settings, device)
+        kind = floors.PermutedPipeline if self.cell.role == "floor-order" else StepVideoPipeline
+        return kind(self.folder, cache=False, **options)
+
+    def _official(self) -> StepVideoPipeline:
+        """The pipeline of the reference; of a folder that is stored quantized, only what its settings are asked of."""
+        stored = self.folder.components["transformer"].quantization is not None
+        kept = {k: v for k, v in self.cell.options.items() if k in ("device", "vram", "host_ram")}
+        return StepVideoPipeline(
+            self.folder, None if stored else "bf16", attention=OFFICIAL, cache=False, **kept
+        )  # fmt: skip
+
+    @cached_property
+    def _image(self) -> Tensor | None:
+        """The first frame that an image-to-video model is given."""
+        made = self.settings
+        return drawn_image(made.height, made.width) if self.folder.is_image_to_video else None
+
+    def _request(self, prompt: str, seed: int) -> Request:
+        return self.pipe.request(prompt, image=self._image, seed=seed, **self.cell.settings)
+
+    def _progress(self, what: str) -> Progress:
+        return lambda stage, done, total: self.say(f"{what}: {stage}", done, total)
+
+    @contextlib.contextmanager
+    def _kept(self, pipe: StepVideoPipeline) -> Iterator[StepVideoPipeline]:
+        """Keeps a pipeline's networks, and the embeddings of prompts, over several videos."""
+        pipe.memory.keep_loaded, pipe.cache = True, self.work / "embeddings"
+        try:
+            yield pipe
+        finally:
+            pipe.memory.keep_loaded = False
+            for name in ("transformer", "vae"):
+                pipe.memory.free(name)
+
+    def run(self, spec: Mapping[str, Any], before: int | None) -> dict[str, Any]:
+        cell = self.cell
+        result: dict[str, Any] = {
+            "speed": None, "memory": None, "plan": None, "events": [], "pairs": cell.pairs, "drift": None,
+            "score": None, "frames": None,
+        }  # fmt: skip
+        first: Recording | None = None
+        if cell.wants("speed"):
+            timed, first = self._speed(before, spec.get("write", WRITING[0]) == "mp4")
+            result |= timed.result()
+        if cell.levels != ("speed",):
+            references = self._make_references()
+            if cell.role == "reference":
+                shown = self._of_references(references)
+            elif cell.role == "other-seed":
+                result["drift"], shown = self._among(references), {}
+            else:
+                result["drift"], shown = self._drift(references, first)
+            result["score"] = shown.get("score")
+            if shown.get("frames"):
+                result["frames"] = write_frames(self._frames_file(spec), *shown["frames"])
+        result["events"] = [*result["events"], *self.notes]
+        return result
+
+    def _speed(self, before: int | None, film: bool) -> tuple[Timed, Recording | None]:
+        """The first pair as a user's one video: texts encoded, networks loaded and freed again. It is recorded, so
+        that drift needs no second run of it."""
+        request, kind = self.requests[0], self.cell.role
+        progress = self._progress("speed")
+        if kind == "reference" and self.references.find(request) is None:
+            with self.references.making(request) as recorder:
+                return timed_run(self.pipe, request, self.scratch, recorder, before, film, progress), None
+        recorder = Recorder(self.scratch / "first", request.settings)
+        timed = timed_run(self.pipe, request, self.scratch, recorder, before, film, progress)
+        return timed, recorder.finished()
+
+    def _make_references(self) -> list[Recording]:
+        found = [self.references.find(request) for request in self.requests]
+        missing = [i for i, reference in enumerate(found) if reference is None]
+        with self._kept(self.official) as pipe:
+            for n, i in enumerate(missing):
+                with self.references.making(self.requests[i]) as recorder:
+                    progress = self._progress(f"reference {n + 1} of {len(missing)}")
+                    record_run(pipe, self.requests[i], recorder, self.scratch, False, progress)
+                found[i] = self.references.find(self.requests[i])
+            if self.cell.wants("video", "score"):
+                for request, reference in zip(self.requests, found, strict=True):
+                    if reference is not None and not reference.is_decoded:
+                        self.references.decode(request, reference, self._progress("references"))
+        made = [reference for reference in found if reference is not None]
+        if len(made) != len(found):
+            raise SolostepError(f"A reference in {self.references.folder} was removed meanwhile; start again.")
+        return made
+
+    # --- drift ----------------------------------------------------------------------------------------------------
+
+    def _drift(self, references: Sequence[Recording], first: Recording | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        cell = self.cell
+        found: dict[str, Any] = dict.fromkeys(("blocks", "operators", "teacher", "free", "video"))
+        shown: dict[str, Any] = {}
+        with self._kept(self.pipe):
+            if cell.wants("free", "video", "score"):
+                found["free"], found["video"], shown = self._free(references, first)
+            if cell.wants("teacher"):
+                found["teacher"] = self._teacher(references)
+        if cell.wants("blocks"):
+            found |= self._blocks(references)
+        return found, shown
+
+    def _free(
+        self, references: Sequence[Recording], first: Recording | None
+    ) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]:
+        errors, readings, videos = [], [], []
+        shown: dict[str, Any] = {}
+        seen = self.cell.wants("video", "score")
+        for i, (request, reference) in enumerate(zip(self.requests, references, strict=True)):
+            made = first
+            if i or made is None:
+                recorder = Recorder(self.scratch / "free", request.settings)
+                progress = self._progress(f"free run {i + 1} of {len(references)}")
+                record_run(self.pipe, request, recorder, self.scratch, seen, progress)
+                made = recorder.finished()
+            errors.append(drift.free_errors(made, reference))
+            if seen:
+                frames = made.frames
+                if self.cell.wants("video"):
+                    videos.append(_compared(frames, reference.frames))
+                if self.cell.wants("score"):
+                    readings += _read(frames)
+                if not i:
+                    shown["frames"] = (np.array(frames), np.array(reference.frames))
+                del frames
+            shutil.rmtree(made.folder, ignore_errors=True)
+        free = {
+            "sigmas": drift.sigmas_of(self.requests[0])[1:], "error": errors,
+            "diverged_at": [drift.diverged_at(e) for e in errors], "diverged_limit": drift.DIVERGED,
+        }  # fmt: skip
+        shown["score"] = score_of(readings, self.asked) if readings else None
+        video = {name: [v[name] for v in videos] for name in videos[0]} if videos else None
+        return free, video, shown
+
+    def _teacher(self, references: Sequence[Recording]) -> dict[str, Any]:
+        errors, cosines = [], []
+        for i, (request, reference) in enumerate(zip(self.requests, references, strict=True)):
+            progress = self._progress(f"teacher-forced run {i + 1} of {len(references)}")
+            error, cosine = drift.teacher_forced(self.pipe, request, reference, self.scratch, progress)
+            errors.append(error)
+            cosines.append(cosine)
+        return {"sigmas": drift.sigmas_of(self.requests[0])[:-1], "error": errors, "cosine": cosines}
+
+    def _blocks(self, references: Sequence[Recording]) -> dict[str, Any]:
+        pairs = [i * len(self.cell.seeds) for i in range(min(drift.BLOCK_PAIRS, len(self.cell.prompts)))]
+        samples = drift.samples_of(self.requests, references, pairs)
+        backend = self.pipe._attention_backend(self.requests[0].settings)
+        change = floors.permute if self.cell.role == "floor-order" else None
+        self.official.cache = self.work / "embeddings"
+        study = drift.BlockDrift(self.official, self.pipe, backend, change, self._progress("blocks"))
+        found = study.measure(samples, self.requests)
+        off = drift.reproduction(samples, found.pop("velocities"), self.requests, references)
+        if off > 1e-3:
+            raise SolostepError(
+                f"The official blocks make steps that are {off:.2g} from those of the references, so these are not "
+                f"theirs; remove {self.references.folder} and start again."
+            )
+        if off:
+            self.notes.append(
+                f"The blocks' inputs were made again; the reference's steps differ from them by {off:.2g}."
+            )
+        operators = found.pop("operators") or None
+        labels = [{"pair": s.pair, "step": s.step, "branch": s.branch} for s in samples]
+        return {"blocks": found | {"samples": labels}, "operators": operators}
+
+    def _among(self, references: Sequence[Recording]) -> dict[str, Any]:
+        """Distances among the references of one prompt: of each seed from the next one's, in a ring."""
+        seeds = len(self.cell.seeds)
+        errors, videos = [], []
+        for p in range(len(self.cell.prompts)):
+            for s in range(seeds):
+                made, reference = references[p * seeds + (s + 1) % seeds], references[p * seeds + s]
+                steps = range(1, reference.steps + 1)
+                errors.append([drift.relative(made.latents(n), reference.latents(n)) for n in steps])
+                if self.cell.wants("video"):
+                    videos.append(_compared(made.frames, reference.frames))
+        free = {
+            "sigmas": drift.sigmas_of(self.requests[0])[1:], "error": errors,
+            "diverged_at": [drift.diverged_at(e) for e in errors], "diverged_limit": drift.DIVERGED,
+        }  # fmt: skip
+        video = {name: [v[name] for v in videos] for name in videos[0]} if videos else None
+        return {"blocks": None, "operators": None, "teacher": None, "free": free, "video": video}
+
+    def _frames_file(self, spec: Mapping[str, Any]) -> Path:
+        name = spec.get("id") or hashlib.sha256(json.dumps(spec["cell"], sort_keys=True).encode()).hexdigest()[:16]
+        return Path(spec.get("frames_dir") or self.work) / f"{name}.frames.npz"
+
+    # --- what the videos show -------------------------------------------------------------------------------------
+
+    def _of_references(self, references: Sequence[Recording]) -> dict[str, Any]:
+        readings = [r for reference in references for r in _read(reference.frames)] if self.asked else []
+        frames = (np.array(references[0].frames), None) if references[0].is_decoded else None
+        return {"score": score_of(readings, self.asked) if readings else None, "frames": frames}
+
+    def _attributes(self) -> list[Attributes]:
+        """What each prompt asks for.
+
+        Raises:
+            UsageError: the model or a prompt is not the demo's.
+        """
+        if self.folder.preset.name != "demo":
+            raise UsageError(f"The level score reads the demo model's videos, not those of {self.cell.model}.")
+        every = [a for test in (True, False) for a in combinations(test)]
+        known = {caption(a, t): a for a in every for t in range(TEMPLATES)}
+        for prompt in self.cell.prompts:
+            if prompt not in known:
+                raise UsageError(
+                    f"The level score knows what a caption of the demo asks for, and {prompt!r} is none; take prompts "
+                    "of solostep.engine.demo.captions.held_out_prompts(), or leave score out."
+                )
+        return [known[pair["prompt"]] for pair in self.cell.pairs]
+
+
+def score_of(readings: Sequence[Reading], asked: Sequence[Attributes]) -> dict[str, list[int]]:
+    """Right videos and all of them, by aspect; ``all`` is right in every aspect."""
+    marks = [r.right(a) for r, a in zip(readings, asked, strict=True)]
+    found = {name: [sum(m[name] for m in marks), len(marks)] for name in ASPECTS}
+    return found | {"all": [sum(all(m.values()) for m in marks), len(marks)]}
+
+
+def _read(frames: np.ndarray) -> list[Reading]:
+    return read_clips([torch.from_numpy(np.array(frames))])
+
+
+def _compared(frames: np.ndarray, reference: np.ndarray) -> dict[str, float | None]:
+    from solostep.benchmarks import video_metrics
+
+    found = video_metrics.compare(np.array(frames), np.array(reference), fps=FPS)
+    # JSON has no infinity: for what is infinite between equal videos, null stands for it.
+    return {k: None if k in ("psnr", "xpsnr") and v is not None and math.isinf(v) else v for k, v in found.items()}
+
+
+def _plain(value: Any, where: str = "") -> Any:
+    """In JSON's types.
+
+    Raises:
+        SolostepError: a number that is not finite; it is named.
+    """
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, f"{where}.{k}" if where else str(k)) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, (np.floating, np.integer)):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SolostepError(f"{where} is {value}: the result cannot be used.")
+    return value
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Writes JSON to a temporary name, and renames it: what is there is whole.
+
+    Raises:
+        OutputError: it could not be written.
+    """
+    try:
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+            json.dump(result, stream, ensure_ascii=False, allow_nan=False)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise OutputError(f"{path} could not be written ({error.strerror}); give another place.") from error
+
+
+class Lines:
+    """Progress as lines on stderr: where a stage begins and ends, and at most one every two seconds between."""
+
+    def __init__(self) -> None:
+        self.last, self.stage = -math.inf, ""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what != self.stage or done == total or now - self.last >= 2:
+            self.last, self.stage = now, what
+            print(f"{what} {done}/{total}", file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="cell", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("spec", type=Path, help='a JSON file with the key "cell"')
+    parser.add_argument("output", type=Path, help="where the measured keys go; frames beside it")
+    parser.add_argument("--work", type=Path, help="where references are kept (default: in the cache folder)")
+    args = parser.parse_args(arguments)
+    try:
+        spec = read_spec(args.spec)
+        if args.output.exists():
+            raise UsageError(f"{args.output} is there already; move it, or give another name.")
+        if not args.output.parent.is_dir():
+            raise UsageError(f"{args.output.parent} is no folder; make it first.")
+        spec = {"frames_dir": str(args.output.parent)} | spec
+        result = measure(spec, args.work or cache_dir() / "bench", Lines())
+        write_result(args.output, result)
+    except SolostepError as error:
+        print(str(error), file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
