@@ -152,7 +152,9 @@ def band(panel: Axes, width: str, found: Sequence[Interval], text: str, hatch: s
     low, high = ends_of(found)
     if not low > 0:
         return
-    panel.axhspan(low, high, facecolor=MUTED, alpha=0.22, hatch=hatch, edgecolor=MUTED, linewidth=0, zorder=0)
+    panel.axhspan(low, high, facecolor=MUTED, alpha=0.22, linewidth=0, zorder=0)
+    if hatch:  # by itself: the band's transparency would make it vanish
+        panel.axhspan(low, high, facecolor="none", edgecolor=MUTED, hatch=hatch, linewidth=0, zorder=0)
     panel.axhline(low, color=MUTED, linewidth=0.7, zorder=0)
     panel.axhline(high, color=MUTED, linewidth=0.7, zorder=0)
     panel.annotate(
@@ -197,7 +199,7 @@ def name_lines(figure: Figure, panel: Axes, width: str, lines: Sequence[tuple[st
     ]
     if handles:
         panel.legend([h for h, _ in handles], [t for _, t in handles], loc="best", fontsize=9)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     tall = panel.get_window_extent().height
     places = [panel.transAxes.inverted().transform(panel.transData.transform((1, v)))[1] for _, v, _ in lines]
     found = spread(places, 15.5 * figure.dpi / 100 / tall)

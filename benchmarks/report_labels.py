@@ -62,7 +62,7 @@ def free_box(
             y = point[1] + math.sin(angle) * (away + size[1] / 2)
             box = (x - size[0] / 2, y - size[1] / 2, x + size[0] / 2, y + size[1] / 2)
             outside = size[0] * size[1] - covered(box, [frame])
-            cost = covered(box, taken) + 4 * outside + 0.15 * ring * size[1] ** 2
+            cost = covered(box, taken) + 4 * outside + 0.02 * ring * size[1] ** 2
             if cost < least:
                 best, least = box, cost
     assert best is not None
@@ -80,7 +80,7 @@ def place_labels(
 ) -> None:
     """Writes a text beside each point, with a thin line to it where it is not close; ``halo`` are more properties of
     it, and ``lines`` what else it should not lie on."""
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     figure.set_layout_engine("none")
     pixel = figure.dpi / 72

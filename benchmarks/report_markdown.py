@@ -88,9 +88,9 @@ def _method(results: Sequence[Result]) -> list[str]:
 
 def plain(text: str) -> str:
     """A text that Markdown and HTML leave as it is, in one line."""
-    for mark in ("\\", "`", "*", "_", "|", "<", ">", "[", "]"):
+    for mark in ("\\", "`", "*", "_", "|", "<", ">"):
         text = text.replace(mark, {"<": "&lt;", ">": "&gt;"}.get(mark, f"\\{mark}"))
-    return " ".join(text.split())
+    return " ".join(text.replace("](", "]\\(").split())
 
 
 def table(found: Table) -> list[str]:

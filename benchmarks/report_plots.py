@@ -207,9 +207,11 @@ def _step_band(panel: Axes, many: Sequence[Sequence[Interval]], text: str, hatch
     if not ends:
         return
     x, low, high = zip(*ends, strict=True)
-    panel.fill_between(
-        x, low, high, facecolor=MUTED, alpha=0.3, hatch=hatch, edgecolor=MUTED, linewidth=0.6, label=text
-    )
+    panel.fill_between(x, low, high, facecolor=MUTED, alpha=0.3, linewidth=0, label=None if hatch else text)
+    if hatch:
+        panel.fill_between(x, low, high, facecolor="none", edgecolor=MUTED, hatch=hatch, linewidth=0.6, label=text)
+    else:  # an edge: without intervals, one floor is a line
+        panel.plot(x, high, color=MUTED, linewidth=0.7)
 
 
 # --- blocks -------------------------------------------------------------------------------------------------------

@@ -107,8 +107,11 @@ body{font-size:9.5pt}main,header,footer{max-width:none;padding:0}nav,.loop{displ
 .scroll{overflow:visible;border:0}table{font-size:6.6pt}th,td{padding:.12rem .22rem}td,tbody th{white-space:normal}
 td,th{background:var(--paper)}
 tr>:first-child{position:static;box-shadow:none}.mark{border:1px solid currentColor}
-h2{break-before:page}h2:first-of-type{break-before:auto}h3{break-after:avoid}
-figure,tr,.claim,.pictures figure{break-inside:avoid}svg.wide{display:block;max-width:24cm;margin:0 auto}svg.narrow{
+section{break-before:page}section:first-of-type{break-before:auto}caption{break-after:avoid}
+.scroll:has(.sortable),svg.plot{break-inside:avoid}details::details-content{content-visibility:visible;block-size:auto}
+.pictures{grid-template-columns:repeat(3,1fr);gap:.8rem}
+h3{break-after:avoid}
+figure,tr,.claim,.pictures figure{break-inside:avoid}svg.wide{display:block;max-width:17cm}svg.narrow{
 display:none}
 pre{white-space:pre-wrap;overflow-wrap:anywhere}button.sort{text-decoration:none}}
 @media (prefers-reduced-motion:no-preference){html{scroll-behavior:smooth}}
