@@ -8,11 +8,13 @@ their bootstraps. Error: none is added.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from solostep.benchmarks.report_data import Row, model_name, row_of
+from solostep.benchmarks.report_data import Row, model_name, row_of, size_of
 from solostep.benchmarks.report_measures import DRIFT, MISSING, amount, gigabytes, number, span
 from solostep.benchmarks.report_tables import Cell, Table, flat, without_empty
 from solostep.benchmarks.results import Result, read_results
@@ -65,7 +67,7 @@ def compare(a: Path, b: Path) -> Comparison:
         UsageError: one of them holds no result, or they have no cell in common.
     """
     before, after = _by_cell(read_results([a])), _by_cell(read_results([b]))
-    common = [key for key in before if key in after]
+    common = sorted((key for key in before if key in after), key=lambda key: _order(after[key]))
     if not common:
         raise UsageError(
             f"{a} and {b} have no cell in common: none of the same model, clip, settings and mode; their first are "
@@ -88,6 +90,12 @@ def compare(a: Path, b: Path) -> Comparison:
         [_named(after[k]) for k in after if k not in before],
         _differing(list(before.values()), list(after.values())),
     )
+
+
+def _order(result: Result) -> tuple[Any, ...]:
+    """The largest clips first; in each the reference, floors and other seed before the modes, by name."""
+    cell = result.cell
+    return -math.prod(size_of(cell)), model_name(cell), cell.role == "mode", result.label, cell.num_inference_steps
 
 
 def _by_cell(results: Sequence[Result]) -> dict[str, Result]:
@@ -129,29 +137,16 @@ def _facts(results: Sequence[Result]) -> dict[str, str]:
 def table(found: Comparison, margin: float = MARGIN) -> Table:
     """A row a cell that both sets have: before, after, and what is outside of noise."""
     measures = [m for m in SHOWN if any(m in c.before.drift and m in c.after.drift for c in found.changes)]
-    heads = [
-        ("", "mode"),
-        ("", "clip"),
-        ("", "outside of noise"),
-        ("seconds a step", "before"),
-        ("seconds a step", "after"),
-        ("seconds a step", "faster"),
-        ("GPU peak", "before"),
-        ("GPU peak", "after"),
-        ("host peak", "before"),
-        ("host peak", "after"),
-    ]
+    heads = [("", "mode"), ("", "outside of noise"), ("", "clip")]
+    heads += [("seconds a step", "before"), ("seconds a step", "after"), ("seconds a step", "faster")]
+    heads += [(peak, side) for peak in ("GPU peak", "host peak") for side in ("before", "after")]
     for m in measures:
         heads += [(DRIFT[m].label, "before"), (DRIFT[m].label, "after")]
     rows = []
     for change in found.changes:
         a, b = change.before, change.after
         flags = outside(change, margin)
-        row = [
-            Cell(change.label),
-            Cell(change.clip),
-            Cell("; ".join(flags) or "nothing", mark="above" if flags else ""),
-        ]
+        row = [Cell(change.label), Cell("; ".join(flags) or "nothing", mark=_mark(flags)), Cell(change.clip)]
         row += [Cell(number(a.step)), Cell(number(b.step)), Cell(f"{change.speed:.2f}×" if change.speed else MISSING)]
         row += [Cell(gigabytes(v)) for v in (a.gpu, b.gpu, a.host, b.host)]
         for m in measures:
@@ -167,6 +162,12 @@ def table(found: Comparison, margin: float = MARGIN) -> Table:
     return without_empty(
         Table("compare", f"Before: {found.names[0]}; after: {found.names[1]}", heads, rows, footnotes=notes)
     )
+
+
+def _mark(flags: Sequence[str]) -> str:
+    """What is better, worse, or both looks so."""
+    worse = [flag for flag in flags if flag.endswith(("slower", "worse")) or " more " in flag]
+    return "" if not flags else "floor" if not worse else "above" if len(worse) == len(flags) else "open"
 
 
 def outside(change: Change, margin: float = MARGIN) -> list[str]:
@@ -224,8 +225,8 @@ def as_text(found: Comparison) -> str:
     lines = [f"# Results compared: {plain(found.title)}", ""]
     environment = environment_table(found)
     if environment is not None:
-        lines += ["**The environments differ:**", "", *lines_of(environment), ""]
-    lines += [*lines_of(table(found)), ""]
+        lines += ["**The environments differ:**", "", *lines_of(environment, aligned=True), ""]
+    lines += [*lines_of(table(found), aligned=True), ""]
     return "\n".join([*lines, *(f"- {plain(line)}" for line in only_in(found))]).rstrip() + "\n"
 
 

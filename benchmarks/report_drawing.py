@@ -204,23 +204,15 @@ def name_lines(figure: Figure, panel: Axes, width: str, lines: Sequence[tuple[st
     places = [panel.transAxes.inverted().transform(panel.transData.transform((1, v)))[1] for _, v, _ in lines]
     found = spread(places, 15.5 * figure.dpi / 100 / tall)
     right = max(float(max(line.get_xdata())) for line in panel.lines)
-    for (name, value, colour), place in zip(lines, found, strict=True):
-        panel.annotate(
-            name,
-            (right, value),
-            xycoords="data",
-            xytext=(1.03, place),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=9,
-            color=INK,
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "relpos": (0, 0.5),
-                "color": colour,
-                "linewidth": 0.8,
-                "shrinkA": 1,
-                "shrinkB": 4,
-            },
+    start = panel.transAxes.inverted().transform(panel.transData.transform((right, lines[0][1])))[0]
+    for (name, _, colour), own, place in zip(lines, places, found, strict=True):
+        panel.text(1.04, place, name, transform=panel.transAxes, va="center", fontsize=9, color=INK)
+        panel.plot(
+            [start + 0.012, 1.03],
+            [own, place],
+            transform=panel.transAxes,
+            color=colour,
+            linewidth=0.8,
+            clip_on=False,
+            zorder=1,
         )

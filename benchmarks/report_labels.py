@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -40,19 +42,21 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
 Box = tuple[float, float, float, float]
 
 
-def covered(box: Box, others: Sequence[Box]) -> float:
+def covered(box: Box, others: Sequence[Box] | np.ndarray) -> float:
     """The area of ``box`` (left, bottom, right, top) that lies on others."""
-    return sum(
-        max(0.0, min(box[2], o[2]) - max(box[0], o[0])) * max(0.0, min(box[3], o[3]) - max(box[1], o[1]))
-        for o in others
-    )
+    if not len(others):
+        return 0.0
+    left, bottom, right, top = np.asarray(others, dtype=float).T
+    wide = np.minimum(box[2], right) - np.maximum(box[0], left)
+    tall = np.minimum(box[3], top) - np.maximum(box[1], bottom)
+    return float((wide.clip(0) * tall.clip(0)).sum())
 
 
 def free_box(
-    point: tuple[float, float], size: tuple[float, float], frame: Box, taken: Sequence[Box], reach: float
+    point: tuple[float, float], size: tuple[float, float], frame: Box, taken: Sequence[Box] | np.ndarray, reach: float
 ) -> Box:
     """A box of ``size`` near ``point``, within ``frame`` and off what is taken; else the one that covers least."""
-    best, least = None, math.inf
+    best, least, taken = None, math.inf, np.asarray(taken, dtype=float)
     for ring in range(8):
         for turn in range(16):
             angle = turn * math.pi / 8
@@ -65,6 +69,8 @@ def free_box(
             cost = covered(box, taken) + 4 * outside + 0.02 * ring * size[1] ** 2
             if cost < least:
                 best, least = box, cost
+        if least < 0.02 * (ring + 1) * size[1] ** 2:
+            break  # no place further out is better
     assert best is not None
     return best
 

@@ -93,19 +93,22 @@ def plain(text: str) -> str:
     return " ".join(text.replace("](", "]\\(").split())
 
 
-def table(found: Table) -> list[str]:
-    """A table's lines, then its footnotes."""
+def table(found: Table, aligned: bool = False) -> list[str]:
+    """A table's lines, then its footnotes; ``aligned`` pads the cells, for a terminal. Where two headings are the same,
+    their over-headings tell them apart."""
     names = [name for _, name in found.heads]
-    lines = [
-        f"| {' | '.join(plain(name) for name in names)} |",
-        f"| {' | '.join(['---'] + ['---:'] * (len(names) - 1))} |",
-    ]
+    names = [f"{over}: {name}" if over and names.count(name) > 1 else name for over, name in found.heads]
+    lines = [[plain(name) for name in names]]
     marks = found.marks or [""] * len(found.rows)
     for row, mark in zip(found.rows, marks, strict=True):
-        first = Cell(f"*{plain(row[0].text)}*" if mark else plain(row[0].text), row[0].more)
-        texts = [first.text, *(plain(cell.text) for cell in row[1:])]
-        lines.append("| " + " | ".join(_with_more(t, cell) for t, cell in zip(texts, row, strict=True)) + " |")
-    return [*lines, *([""] if found.footnotes else []), *(f"{plain(note)}  " for note in found.footnotes)]
+        first = f"*{plain(row[0].text)}*" if mark else plain(row[0].text)
+        texts = [first, *(plain(cell.text) for cell in row[1:])]
+        lines.append([_with_more(text, cell) for text, cell in zip(texts, row, strict=True)])
+    wide = [max(len(line[i]) for line in lines) if aligned else 0 for i in range(len(names))]
+    lines = [[line[0].ljust(wide[0]), *(t.rjust(w) for t, w in zip(line[1:], wide[1:], strict=True))] for line in lines]
+    rule = ["-" * max(3, wide[0]), *("-" * max(3, w - 1) + ":" for w in wide[1:])]
+    made = [f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:])]
+    return [*made, *([""] if found.footnotes else []), *(f"{plain(note)}  " for note in found.footnotes)]
 
 
 def _with_more(text: str, cell: Cell) -> str:

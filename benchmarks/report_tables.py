@@ -78,6 +78,8 @@ def summary(group: Group) -> Table:
             + ("95 % intervals in brackets. " if group.prompts >= 6 else "too few for intervals. ")
             + f"{MISSING} was not measured."
         )
+    if any(row.score and "all" not in row.score for row in group.rows):
+        notes.append("Prompt following: of what prompts ask for, that which is followed least, by name.")
     return without_empty(Table("summary", f"Modes: {group.title}", heads, rows, marks, notes))
 
 
@@ -117,7 +119,7 @@ def followed(score: Mapping[str, tuple[int, int]]) -> Cell:
         return Cell(MISSING)
     name = "all" if "all" in score else min(score, key=lambda k: score[k][0] / max(score[k][1], 1))
     text, _, interval = share(score[name]).partition(" [")
-    return Cell(text, f"[{interval}" + ("" if name == "all" else f" {name}, the worst"))
+    return Cell(text, f"[{interval}" + ("" if name == "all" else f" {name}"))
 
 
 def scores(group: Group) -> Table | None:

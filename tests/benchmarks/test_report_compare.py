@@ -83,8 +83,11 @@ def test_cells_and_environments_that_differ_are_said(tmp_path: Path):
     done = run("--compare", str(a), str(b), "-o", str(output), "--markdown", str(tmp_path / "c.md"))
     assert done.exit_code == 0, done.output
     assert done.stdout == (tmp_path / "c.md").read_text(encoding="utf-8")
-    assert "| card | Testcard 9000 | Testcard 1 |" in done.stdout and "| torch | 2.13.0 | 2.14.0 |" in done.stdout
-    assert done.stdout.index("environments differ") < done.stdout.index("| mode |")
+    words = " ".join(done.stdout.split())
+    assert "| card | Testcard 9000 | Testcard 1 |" in words and "| torch | 2.13.0 | 2.14.0 |" in words
+    assert words.index("environments differ") < words.index("| mode |")
+    assert "| teacher-forced error: before | teacher-forced error: after |" in words
+    assert len({len(line) for line in done.stdout.splitlines() if line.startswith("| mode") or "int8" in line[:9]}) == 1
     assert "Missing after: nf4" in done.stdout and "New after: int8 · int8 attention · 8GB" in done.stdout
     assert "2026" not in done.stdout  # dates always differ
     page = output.read_text(encoding="utf-8")
