@@ -137,7 +137,9 @@ def card_of(environment: Mapping[str, Any]) -> str:
 def _place(result: Result) -> str:
     """Model, weights, size and card, as a key."""
     cell = result.cell
-    return json.dumps([model_name(cell), result.synthetic, size_of(cell), card_of(result.environment)], sort_keys=True)
+    # Drawn weights are known by their generator: the folder that they lie in, if any, may have any name.
+    name = "" if result.synthetic else model_name(cell)
+    return json.dumps([name, result.synthetic, size_of(cell), card_of(result.environment)], sort_keys=True)
 
 
 def size_of(cell: Cell) -> tuple[int, int, int]:
@@ -261,7 +263,9 @@ def row_of(found: Sequence[Result]) -> Row:
     role = first.role
     name = FLOORS.get(role) or {REFERENCE: "reference: bf16, official", OTHER_SEED: "another seed"}.get(role)
     row = Row(name or first.label, role, first.cell, [r.id for r in found])
-    speed, memory, score = (_first(found, part) for part in ("speed", "memory", "score"))
+    speed, score = _first(found, "speed"), _first(found, "score")
+    # Only what made a video by itself: a run for drift alone holds other things as well.
+    memory = _first([r for r in found if r.speed], "memory")
     _add_speed(row, speed or {})
     memory = memory or {}
     row.gpu, row.driver, row.host = (memory.get(k) for k in ("gpu_peak_bytes", "driver_peak_bytes", "host_peak_bytes"))

@@ -221,6 +221,21 @@ def test_times_join_the_drift_of_the_same_mode(tmp_path: Path):
     assert len(found.table.rows) == 2 and [c.text for c in found.table.rows[0]][2] == "8GB"
 
 
+def test_drawn_weights_are_known_by_their_generator(tmp_path: Path):
+    """Drift measured block by block, and times of a folder with the same weights; memory is the latter's alone."""
+    drawn = {"synthetic": {"generator": "x", "seed": 0}}
+    drift = made.make_result("nf4 · bf16 attention", levels=("teacher",), model="synthetic", **drawn)
+    drift["memory"] = {"gpu_peak_bytes": 77_000_000_000, "host_peak_bytes": 88_000_000_000, "stages": []}
+    made.write_results(tmp_path / "alone", [drift])
+    (row,) = read(tmp_path / "alone")[0].modes
+    assert row.gpu is None and row.host is None
+    timed = made.make_result("nf4 · bf16 attention", levels=("speed",), steps=2, model="a/folder", **drawn)
+    made.write_results(tmp_path / "both", [drift, timed])
+    (group,) = read(tmp_path / "both")
+    (row,) = group.modes
+    assert row.step and row.gpu == timed["memory"]["gpu_peak_bytes"] and "teacher" in row.drift
+
+
 def test_other_seed_joins_with_its_own_seeds(tmp_path: Path):
     modes = [made.make_result("int8 · int8 attention"), made.make_result("floor-order")]
     made.write_results(tmp_path, [*modes, made.make_result("other-seed", pairs=3)])
