@@ -19,7 +19,7 @@ from pathlib import Path
 from solostep.benchmarks.report_data import Group, Row, make_groups, model_name, row_of
 from solostep.benchmarks.report_markdown import table
 from solostep.benchmarks.report_measures import MISSING, cell_text, end_to_end, gigabytes, number
-from solostep.benchmarks.report_tables import Cell, Table, environment_line, gigabytes_of, mode_text, summary
+from solostep.benchmarks.report_tables import DAGGER, Cell, Table, environment_line, gigabytes_of, mode_text, summary
 from solostep.benchmarks.results import Result, read_results
 from solostep.engine.errors import SolostepError, UsageError, first_line
 
@@ -112,7 +112,10 @@ def drift_table(root: Path) -> list[str]:
         ]
         marks = ["" if r.role == "mode" else "floor" for r in group.rows if r.role != "reference" or r.score]
         lines += _titled(
-            group, Table("drift", "", [("", h) for h in heads], rows, marks, summary(group).footnotes[-1:])
+            group,
+            Table(
+                "drift", "", [("", h) for h in heads], rows, marks, [n for n in summary(group).footnotes if n != DAGGER]
+            ),
         )
     return lines
 
@@ -152,7 +155,8 @@ def _marks(group: Group) -> list[str]:
 
 def _titled(group: Group, found: Table) -> list[str]:
     synthetic = ", synthetic weights" if group.synthetic else ""
-    return [*table(found), f"{group.title}{synthetic}; {_about(group.results)}.", ""]
+    where = " and ".join(dict.fromkeys(environment_line(r.environment) for r in group.results))
+    return [*table(found), f"{group.title}{synthetic}: {where}.", ""]
 
 
 def _about(results: Sequence[Result]) -> str:
