@@ -1,0 +1,240 @@
+"""Tables of README.md that are made from the results under benchmarks/results/, never typed.
+
+    python -m solostep.benchmarks.readme_tables            # brings every region up to date
+    python -m solostep.benchmarks.readme_tables --check    # exit code 1 where one is not
+
+A region is what stands between `<!-- table: NAME -->` and `<!-- /table -->`; NAME is one of `modes` (the full size on
+one card), `budgets` (the same, in memory budgets) and `drift` (the demo model). What was not measured is a dash.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from solostep.benchmarks.report_data import Group, Row, make_groups, model_name, row_of
+from solostep.benchmarks.report_markdown import table
+from solostep.benchmarks.report_measures import MISSING, cell_text, end_to_end, gigabytes, number
+from solostep.benchmarks.report_tables import DAGGER, Cell, Table, environment_line, gigabytes_of, mode_text, summary
+from solostep.benchmarks.results import Result, read_results
+from solostep.engine.errors import SolostepError, UsageError, first_line
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path("benchmarks/results")
+FULL, DEMO = "h200", "demo"
+FULL_FRAMES = 204
+REGION = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+OPENING = re.compile(r"<!-- table: ([\w-]+) -->")
+
+
+def results_in(folder: Path) -> list[Result]:
+    """The results of a folder and those below it; none where it does not exist."""
+    if not folder.is_dir():
+        return []
+    found: list[Result] = []
+    for place in [folder, *sorted(p for p in folder.rglob("*") if p.is_dir())]:
+        try:
+            found += read_results([place])
+        except UsageError as error:
+            if "holds no result" not in str(error):
+                raise
+    return found
+
+
+# --- the tables ---------------------------------------------------------------------------------------------------
+
+
+def modes_table(root: Path) -> list[str]:
+    """Modes at the full size: seconds, whole videos, memory, teacher-forced error."""
+    results = [r for r in results_in(root / RESULTS / FULL) if r.cell.num_frames == FULL_FRAMES]
+    if not results:
+        raise UsageError(f"{RESULTS / FULL} has no result of {FULL_FRAMES} frames, which the table modes is made from.")
+    lines: list[str] = []
+    for group in make_groups(results):
+        rows = [
+            [
+                Cell(r.name),
+                Cell(number(r.step)),
+                Cell(end_to_end(r.end_to_end.get("50"))),
+                Cell(end_to_end(r.end_to_end.get("15"))),
+                Cell(gigabytes(r.gpu)),
+                Cell(gigabytes(r.host)),
+                Cell(cell_text("teacher", r.drift)),
+            ]
+            for r in group.rows
+        ]
+        heads = [
+            "mode",
+            "seconds a step",
+            "50 steps",
+            "15 steps (Turbo)",
+            "GPU peak",
+            "host peak",
+            "teacher-forced error",
+        ]
+        lines += _titled(
+            group, Table("modes", "", [("", h) for h in heads], rows, _marks(group), summary(group).footnotes)
+        )
+    return lines
+
+
+def drift_table(root: Path) -> list[str]:
+    """The demo model: drift of every mode beside the floor, and whether it follows its prompts."""
+    results = results_in(root / RESULTS / DEMO)
+    groups = [group for group in make_groups(results) if group.measured] if results else []
+    if not groups:
+        raise UsageError(f"{RESULTS / DEMO} has no result with a drift, which the table drift is made from.")
+    lines: list[str] = []
+    for group in groups:
+        rows = [
+            [
+                Cell(r.name),
+                Cell(cell_text("teacher", r.drift)),
+                Cell(cell_text("free", r.drift)),
+                Cell(cell_text("psnr", r.drift)),
+                Cell(_followed(r)),
+                Cell(_verdict(r)),
+            ]
+            for r in group.rows
+            if r.role != "reference" or r.score
+        ]
+        heads = [
+            "mode",
+            "teacher-forced error",
+            "latents at the end",
+            "PSNR of the video",
+            "prompts followed",
+            "verdict",
+        ]
+        marks = ["" if r.role == "mode" else "floor" for r in group.rows if r.role != "reference" or r.score]
+        lines += _titled(
+            group,
+            Table(
+                "drift", "", [("", h) for h in heads], rows, marks, [n for n in summary(group).footnotes if n != DAGGER]
+            ),
+        )
+    return lines
+
+
+def budgets_table(root: Path) -> list[str]:
+    """The full size in memory budgets and clip lengths."""
+    results = [r for r in results_in(root / RESULTS / FULL) if r.cell.vram is not None and r.speed]
+    if not results:
+        raise UsageError(f"{RESULTS / FULL} has no result with a --vram budget, which the table budgets is made from.")
+    results.sort(key=lambda r: (mode_text(r), -r.cell.num_frames, gigabytes_of(r.cell.vram) or 0.0))
+    rows = []
+    for result in results:
+        row = row_of([result])
+        rows.append(
+            [
+                Cell(mode_text(result)),
+                Cell(str(result.cell.num_frames)),
+                Cell(str(result.cell.vram)),
+                Cell(number(row.step)),
+                Cell(end_to_end(row.end_to_end.get("50"))),
+                Cell(gigabytes(row.gpu)),
+                Cell(gigabytes(row.host)),
+            ]
+        )
+    heads = ["mode", "frames", "`--vram`", "seconds a step", "50 steps", "GPU peak", "host peak"]
+    made = table(Table("budgets", "", [("", h) for h in heads], rows))
+    made[0] = made[0].replace("\\`", "`")
+    return [*made, "", f"{_about(results)}.", *_calculated(rows)]
+
+
+TABLES: dict[str, Callable[[Path], list[str]]] = {"modes": modes_table, "drift": drift_table, "budgets": budgets_table}
+
+
+def _marks(group: Group) -> list[str]:
+    return ["" if row.role == "mode" else "floor" for row in group.rows]
+
+
+def _titled(group: Group, found: Table) -> list[str]:
+    synthetic = ", synthetic weights" if group.synthetic else ""
+    where = " and ".join(dict.fromkeys(environment_line(r.environment) for r in group.results))
+    return [*table(found), f"{group.title}{synthetic}: {where}.", ""]
+
+
+def _about(results: Sequence[Result]) -> str:
+    lines = dict.fromkeys(environment_line(r.environment) for r in results)
+    models = ", ".join(
+        dict.fromkeys(model_name(r.cell) + (" (synthetic weights)" if r.synthetic else "") for r in results)
+    )
+    return f"{models}: {' and '.join(lines)}"
+
+
+def _calculated(rows: Sequence[Sequence[Cell]]) -> list[str]:
+    return ["† calculated from the median step."] if any("†" in cell.text for row in rows for cell in row) else []
+
+
+def _followed(row: Row) -> str:
+    from solostep.benchmarks.report_tables import followed
+
+    cell = followed(row.score)
+    return f"{cell.text} {cell.more}".strip()
+
+
+def _verdict(row: Row) -> str:
+    return row.verdict.text if row.verdict and row.role == "mode" else MISSING
+
+
+# --- README.md ----------------------------------------------------------------------------------------------------
+
+
+def updated(readme: str, root: Path) -> str:
+    """The README with every region made anew.
+
+    Raises:
+        UsageError: a region is of no known table, not closed, or its results are missing.
+    """
+    found = REGION.findall(readme)
+    if len(found) != len(OPENING.findall(readme)) or any(OPENING.search(inside) for _, _, inside, _ in found):
+        raise UsageError(
+            "README.md: a `<!-- table: NAME -->` is not closed by a `<!-- /table -->` before the next one."
+        )
+    for _, name, _, _ in found:
+        if name not in TABLES:
+            raise UsageError(f"README.md: there is no table {name}; there are {', '.join(TABLES)}.")
+    made = {name: "\n".join(TABLES[name](root)).strip() for name in dict.fromkeys(name for _, name, _, _ in found)}
+    return REGION.sub(lambda m: f"{m[1]}\n{made[m[2]]}\n\n{m[4]}", readme)
+
+
+def stale(readme: str, root: Path) -> list[str]:
+    """The names of the regions that are not what the results make."""
+    fresh = updated(readme, root)
+    before, after = REGION.findall(readme), REGION.findall(fresh)
+    return [name for (_, name, old, _), (_, _, new, _) in zip(before, after, strict=True) if old != new]
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(prog="readme_tables", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where a table is stale")
+    args = parser.parse_args(arguments)
+    path = root / "README.md"
+    try:
+        readme = path.read_text(encoding="utf-8")
+        old = stale(readme, root)
+        if args.check:
+            for name in old:
+                print(
+                    f"README.md: the table {name} is stale; run python -m solostep.benchmarks.readme_tables.",
+                    file=sys.stderr,
+                )
+            return int(bool(old))
+        if old:
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            temporary.write_text(updated(readme, root), encoding="utf-8")
+            os.replace(temporary, path)
+            print(f"README.md: {', '.join(old)} brought up to date.")
+    except (SolostepError, OSError) as error:
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,429 @@
+"""Results of `solostep bench` (one JSON file each) as what a report shows: groups of one model and clip, a row a mode.
+
+Rows of different models, sizes, cards or drift settings (steps, guidance, prompts, seeds) never stand in one table:
+what they were compared with is not the same. Times and memory do not depend on the prompts or the number of steps, so a
+result that measured only those joins the group of its model, size and card.
+
+Cost: reading the files and a bootstrap a measure, mode and step. Error: none is added; medians come with a
+95 % interval over prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from solostep.benchmarks.report_measures import DRIFT, number
+from solostep.benchmarks.results import Cell, Result
+from solostep.benchmarks.statistics import Interval, fewest, median_interval, overlaps
+
+REFERENCE, MODE, OTHER_SEED = "reference", "mode", "other-seed"
+FLOORS = {"floor-backend": "noise floor: another back end", "floor-order": "noise floor: another order"}
+END_TO_END = ("50", "15")
+
+
+@dataclass
+class Row:
+    """One mode (or floor, or the reference) of a group. None is: not measured."""
+
+    name: str
+    role: str
+    cell: Cell
+    ids: list[str] = field(default_factory=list)
+    step: float | None = None
+    steps_timed: int = 0
+    first_step: float | None = None
+    end_to_end: dict[str, tuple[float, bool]] = field(default_factory=dict)
+    video_seconds: float | None = None
+    frames_written: int | None = None
+    stages: dict[str, float] = field(default_factory=dict)
+    gpu: int | None = None
+    driver: int | None = None
+    host: int | None = None
+    drift: dict[str, Interval] = field(default_factory=dict)
+    teacher_steps: list[Interval] = field(default_factory=list)
+    free_steps: list[Interval] = field(default_factory=list)
+    sigmas: list[float] = field(default_factory=list)
+    blocks: dict[str, float] = field(default_factory=dict)
+    operators: dict[str, float] = field(default_factory=dict)
+    score: dict[str, tuple[int, int]] = field(default_factory=dict)
+    diverged: list[int | None] = field(default_factory=list)
+    frames: Path | None = None
+    events: list[str] = field(default_factory=list)
+    verdict: Verdict | None = None
+
+    @property
+    def is_floor(self) -> bool:
+        return self.role in FLOORS
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a mode's drift is beside the noise floor: ``kind`` is "floor", "above", "open" (too few prompts
+    for an interval) or "unknown"."""
+
+    kind: str
+    text: str
+    ratio: float | None = None
+
+
+@dataclass
+class Group:
+    """What may be compared: one model, clip size, card and set of drift settings."""
+
+    model: str
+    synthetic: Mapping[str, Any] | None
+    size: tuple[int, int, int]
+    card: str
+    settings: Mapping[str, Any] | None
+    rows: list[Row]
+    results: list[Result]
+    pairs: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        frames, height, width = self.size
+        return f"{self.model}, {frames} frames of {height}x{width}"
+
+    @property
+    def reference(self) -> Row | None:
+        return next((row for row in self.rows if row.role == REFERENCE), None)
+
+    @property
+    def modes(self) -> list[Row]:
+        return [row for row in self.rows if row.role == MODE]
+
+    @property
+    def floors(self) -> list[Row]:
+        return [row for row in self.rows if row.is_floor]
+
+    @property
+    def other_seed(self) -> Row | None:
+        return next((row for row in self.rows if row.role == OTHER_SEED), None)
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts the drift is over."""
+        return max((i.n for row in self.rows for i in row.drift.values()), default=0)
+
+    @property
+    def measured(self) -> bool:
+        """Whether any drift was measured."""
+        return any(row.drift or row.blocks for row in self.rows)
+
+    def ratio(self, row: Row) -> float | None:
+        """How many times as fast as the reference a step is."""
+        reference = self.reference
+        return reference.step / row.step if reference and reference.step and row.step else None
+
+
+# --- groups -------------------------------------------------------------------------------------------------------
+
+
+def model_name(cell: Cell) -> str:
+    """The model's name, or the last part of its path."""
+    return cell.model.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or cell.model
+
+
+def card_of(environment: Mapping[str, Any]) -> str:
+    return str(environment.get("card") or f"CPU ({environment.get('cpu') or 'unknown'})")
+
+
+def _place(result: Result) -> str:
+    """Model, weights, size and card, as a key."""
+    cell = result.cell
+    # Drawn weights are known by their generator: the folder that they lie in, if any, may have any name.
+    name = "" if result.synthetic else model_name(cell)
+    return json.dumps([name, result.synthetic, size_of(cell), card_of(result.environment)], sort_keys=True)
+
+
+def size_of(cell: Cell) -> tuple[int, int, int]:
+    """Frames, height, width."""
+    return cell.num_frames, cell.height, cell.width
+
+
+SETTINGS = ("num_inference_steps", "guidance_scale", "time_shift", "prompts", "seeds")
+
+
+def _settings(result: Result) -> str:
+    return json.dumps([getattr(result.cell, name) for name in SETTINGS])
+
+
+def _yardstick_of(result: Result, settings: str) -> bool:
+    """Whether a result is another seed's for these settings: it needs more seeds than the modes, or fewer prompts."""
+    steps = len(json.dumps([getattr(result.cell, name) for name in SETTINGS[:3]])) - 1
+    return result.role == OTHER_SEED and _settings(result)[:steps] == settings[:steps]
+
+
+def mode_key(cell: Cell, budgets: bool = True) -> tuple[Any, ...]:
+    """What makes a mode: numbers and kernels, and the memory it may use."""
+    names = ["role", "precision", "text_precision", "attention", "attention_backend", "recipe"]
+    return tuple(getattr(cell, name) for name in names + (["vram", "host_ram"] if budgets else []))
+
+
+def make_groups(results: Sequence[Result]) -> list[Group]:
+    """The groups of a page, the largest clips of trained models first."""
+    places: dict[str, list[Result]] = {}
+    for result in results:
+        places.setdefault(_place(result), []).append(result)
+    groups = []
+    for found in places.values():
+        settings = list(dict.fromkeys(_settings(r) for r in found if r.drift and r.role != OTHER_SEED))
+        settings = settings or list(dict.fromkeys(_settings(r) for r in found if r.drift))
+        for own in settings or [None]:
+            members = [r for r in found if own is None or _settings(r) == own or _yardstick_of(r, own)]
+            # Times from other settings: of the same kernels on the same card, so they hold here as well.
+            others = [r for r in found if r not in members and not r.drift]
+            groups.append(_group(members, others, own is not None))
+    return sorted(groups, key=lambda g: (not g.measured, -math.prod(g.size), g.synthetic is not None, g.title))
+
+
+def _group(members: list[Result], others: list[Result], with_drift: bool) -> Group:
+    first = next((r for r in members if r.drift), members[0])
+    cell = first.cell
+    rows: dict[tuple[Any, ...], list[Result]] = {}
+    for result in [*_newest_first(members), *_newest_first(others)]:
+        rows.setdefault(mode_key(result.cell), []).append(result)
+    group = Group(
+        model=model_name(cell),
+        synthetic=first.synthetic if isinstance(first.synthetic, dict) else None,
+        size=size_of(cell),
+        card=card_of(first.environment),
+        settings={name: getattr(cell, name) for name in SETTINGS} if with_drift else None,
+        rows=_without_budgets([row_of(found) for found in rows.values()]),
+        results=[*members, *others],
+        pairs=max((len(r.pairs) for r in members), default=0),
+    )
+    for found in rows.values():
+        _say_repeats(group, found)
+    _order(group)
+    _name_apart(group)
+    _judge(group)
+    return group
+
+
+def _without_budgets(rows: list[Row]) -> list[Row]:
+    """Without rows that are a row again in less memory: drift does not depend on it, and the table of budgets has
+    them."""
+
+    def again(row: Row) -> bool:
+        twins = [r for r in rows if r is not row and mode_key(r.cell, False) == mode_key(row.cell, False)]
+        limited = row.cell.vram is not None or row.cell.host_ram is not None
+        return limited and not row.drift and any(t.drift or t.cell.vram is None for t in twins)
+
+    return [row for row in rows if not again(row)]
+
+
+def _newest_first(results: Sequence[Result]) -> list[Result]:
+    return sorted(results, key=lambda r: str(r.environment.get("date") or ""), reverse=True)
+
+
+def _say_repeats(group: Group, found: Sequence[Result]) -> None:
+    for part in ("speed", "drift"):
+        with_it = [r for r in found if getattr(r, part)]
+        if len(with_it) > 1:
+            group.notes.append(
+                f"{with_it[0].label}: {len(with_it)} results have {part}; the newest, {with_it[0].id}, is shown."
+            )
+
+
+def _order(group: Group) -> None:
+    roles = [REFERENCE, *FLOORS, OTHER_SEED, MODE]
+    group.rows.sort(key=lambda r: (roles.index(r.role), r.step is None, r.step or 0.0, r.name))
+
+
+def _name_apart(group: Group) -> None:
+    """Two rows never have one name: what differs is added, and if nothing visible does, the id."""
+    names = [row.name for row in group.rows]
+    for row in group.rows:
+        if names.count(row.name) > 1:
+            more = [
+                str(getattr(row.cell, k))
+                for k in ("attention_backend", "text_precision", "recipe", "vram")
+                if getattr(row.cell, k)
+            ]
+            row.name = f"{row.name} · {' · '.join(more)}" if more else row.name
+    names = [row.name for row in group.rows]
+    for row in group.rows:
+        if names.count(row.name) > 1:
+            row.name += f" · {row.ids[0][:6]}"
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+def row_of(found: Sequence[Result]) -> Row:
+    """One row of the results of one mode, newest first: what the first has not measured comes from the next."""
+    first = found[0]
+    role = first.role
+    name = FLOORS.get(role) or {REFERENCE: "reference: bf16, official", OTHER_SEED: "another seed"}.get(role)
+    row = Row(name or first.label, role, first.cell, [r.id for r in found])
+    speed, score = _first(found, "speed"), _first(found, "score")
+    # Only what made a video by itself: a run for drift alone holds other things as well.
+    memory = _first([r for r in found if r.speed], "memory")
+    _add_speed(row, speed or {})
+    memory = memory or {}
+    row.gpu, row.driver, row.host = (memory.get(k) for k in ("gpu_peak_bytes", "driver_peak_bytes", "host_peak_bytes"))
+    row.score = {name: (int(hits), int(n)) for name, (hits, n) in (score or {}).items()}
+    row.events = list(dict.fromkeys(str(event) for r in found for event in r.events))
+    for result in found:
+        if result.frames and result.path and row.frames is None:
+            row.frames = result.path.parent / Path(result.frames["file"]).name
+    drifts = [r.drift for r in found if r.drift]
+    prompts = [pair["prompt"] for pair in _first(found, "pairs") or []]
+    _add_drift(row, {part: d[part] for d in reversed(drifts) for part in d if d[part]}, prompts)
+    return row
+
+
+def _first(found: Sequence[Result], part: str) -> Any:
+    return next((getattr(r, part) for r in found if getattr(r, part)), None)
+
+
+def _add_speed(row: Row, speed: Mapping[str, Any]) -> None:
+    steps = [float(s) for s in speed.get("step_seconds") or []]
+    first = speed.get("first_step_seconds")
+    if steps:
+        row.step = sorted(steps)[len(steps) // 2] if len(steps) % 2 else _middle(steps)
+    row.steps_timed, row.first_step = len(steps), first
+    row.video_seconds, row.frames_written = speed.get("video_seconds"), speed.get("frames_written")
+    row.stages = {name: float(s) for name, s in (speed.get("stages") or {}).items() if s is not None}
+    for steps_wanted, found in (speed.get("end_to_end") or {}).items():
+        if found and found.get("seconds") is not None:
+            row.end_to_end[str(steps_wanted)] = (float(found["seconds"]), bool(found.get("extrapolated")))
+
+
+def _middle(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    return (ordered[len(ordered) // 2 - 1] + ordered[len(ordered) // 2]) / 2
+
+
+def _add_drift(row: Row, drift: Mapping[str, Any], prompts: Sequence[str]) -> None:
+    for name in DRIFT:
+        values, pairs = _SAMPLES[name](drift) if name in _SAMPLES else _video_samples(drift, name)
+        if values:
+            row.drift[name] = median_interval(values, clusters=_prompts_of(pairs, prompts))
+    teacher, free = drift.get("teacher") or {}, drift.get("free") or {}
+    row.teacher_steps, row.free_steps = _by_step(teacher.get("error"), prompts), _by_step(free.get("error"), prompts)
+    row.sigmas = [float(s) for s in teacher.get("sigmas") or free.get("sigmas") or []]
+    row.diverged = list(free.get("diverged_at") or [])
+    blocks = drift.get("blocks") or {}
+    for name, errors in zip(blocks.get("names") or [], blocks.get("error") or [], strict=True):
+        if errors:
+            row.blocks[str(name)] = _middle(errors)
+    for name, by_block in (drift.get("operators") or {}).items():
+        values = [float(e) for errors in by_block for e in errors]
+        if values:
+            row.operators[name] = _middle(values)
+
+
+def _prompts_of(pairs: Sequence[int], prompts: Sequence[str]) -> list[str]:
+    """The prompt of each sample: videos of one prompt are alike, and count as one."""
+    return [prompts[pair] if pair < len(prompts) else f"pair {pair}" for pair in pairs]
+
+
+def _by_step(error: Sequence[Sequence[float]] | None, prompts: Sequence[str]) -> list[Interval]:
+    """One interval a step, over the prompts."""
+    if not error:
+        return []
+    clusters = _prompts_of(range(len(error)), prompts)
+    return [median_interval(step, clusters=clusters) for step in zip(*error, strict=True)]
+
+
+Samples = tuple[list[float], list[int]]
+
+
+def _teacher(drift: Mapping[str, Any]) -> Samples:
+    error = (drift.get("teacher") or {}).get("error") or []
+    return [float(e) for pair in error for e in pair], [i for i, pair in enumerate(error) for _ in pair]
+
+
+def _free(drift: Mapping[str, Any]) -> Samples:
+    error = [pair for pair in (drift.get("free") or {}).get("error") or [] if pair]
+    return [float(pair[-1]) for pair in error], list(range(len(error)))
+
+
+def _blocks(drift: Mapping[str, Any]) -> Samples:
+    blocks = drift.get("blocks") or {}
+    pairs = [sample["pair"] for sample in blocks.get("samples") or []]
+    values = [(float(e), i) for errors in blocks.get("error") or [] for e, i in zip(errors, pairs, strict=False)]
+    return [v for v, _ in values], [i for _, i in values]
+
+
+def _video_samples(drift: Mapping[str, Any], name: str) -> Samples:
+    """A measure of the videos. A null is an infinite PSNR, or a measure that this machine could not take: which of the
+    two, PSNR tells, which every machine can take."""
+    video = drift.get("video") or {}
+    identical = [v is None for v in video.get("psnr") or []]
+    values, clusters = [], []
+    for i, value in enumerate(video.get(name) or []):
+        if value is not None:
+            values.append(float(value))
+        elif name in ("psnr", "xpsnr") and i < len(identical) and identical[i]:
+            values.append(math.inf)
+        else:
+            continue
+        clusters.append(i)
+    return values, clusters
+
+
+_SAMPLES: dict[str, Callable[[Mapping[str, Any]], Samples]] = {"teacher": _teacher, "free": _free, "blocks": _blocks}
+
+
+# --- verdicts -----------------------------------------------------------------------------------------------------
+
+
+def _judge(group: Group) -> None:
+    for row in group.modes:
+        row.verdict = judge(row, group.floors)
+    for floor in group.floors:
+        if floor.drift:
+            floor.verdict = Verdict("unknown", "what rounding alone does")
+    if group.reference:
+        group.reference.verdict = Verdict("unknown", "what all others are compared with")
+    else:
+        group.notes.append(
+            "No result of the reference (role reference: precision bf16, attention official) is among these, so no "
+            "mode "
+            "has a ratio to it; run its cell with solostep bench and give that file as well."
+        )
+    if group.other_seed:
+        group.other_seed.verdict = Verdict("unknown", "how far apart two videos of one prompt are")
+    if group.modes and group.measured and not group.floors:
+        group.notes.append(
+            "No noise floor was measured here, so no mode has a verdict; run solostep bench with its floors."
+        )
+
+
+def yardstick(rows: Sequence[Row]) -> str | None:
+    """The measure by which rows are judged: the strictest that any floor among them has."""
+    return next((m for m in ("teacher", "free", "blocks") if any(m in row.drift for row in rows if row.is_floor)), None)
+
+
+def judge(row: Row, floors: Sequence[Row]) -> Verdict | None:
+    """A mode beside the noise floor, by the error of single steps where there is one. None: nothing was measured."""
+    if not row.drift:
+        return None
+    measure = yardstick(floors)
+    if measure is None or measure not in row.drift:
+        return Verdict("unknown", "no floor to judge by")
+    own, limits = row.drift[measure], [f.drift[measure] for f in floors if measure in f.drift]
+    highest = max(limit.median for limit in limits)
+    ratio = own.median / highest if highest > 0 else None
+    by = "" if measure == "teacher" else f" (by {DRIFT[measure].label})"
+    times = f"{number(ratio, 2)} times the floor" if ratio is not None else "a floor of 0"
+    known = [overlaps(own, limit) for limit in limits]
+    # Below the floor is within it: the floors are samples of what rounding does, and neither is its bound.
+    if any(known) or any(_below(own, limit) for limit in limits):
+        return Verdict("floor", f"indistinguishable from the floor{by}", ratio)
+    if any(k is None for k in known):
+        return Verdict("open", f"{times}{by}; {own.n} prompt{'s' * (own.n != 1)}, {fewest()} make an interval", ratio)
+    return Verdict("above", times + by, ratio)
+
+
+def _below(a: Interval, b: Interval) -> bool:
+    return a.high is not None and b.low is not None and a.high < b.low

@@ -1,0 +1,322 @@
+"""A report as one HTML file that needs nothing else: no network, no library, no script to be read.
+
+Everything that comes from a result is escaped. Colours follow the reader's light or dark scheme; wide and narrow pages
+have drawings of their own; in print, wide tables are set small and loops are left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from html import escape
+
+from solostep.benchmarks.report_data import Group, row_of
+from solostep.benchmarks.report_drawing import NARROW, WIDE, Plot
+from solostep.benchmarks.report_measures import DRIFT, OTHER
+from solostep.benchmarks.report_pictures import BUDGET, Gallery, data_url, gallery
+from solostep.benchmarks.report_plots import budgets as budgets_plot
+from solostep.benchmarks.report_plots import group_plots
+from solostep.benchmarks.report_style import CSS, SCRIPT
+from solostep.benchmarks.report_tables import (
+    Budgets,
+    Cell,
+    Claim,
+    Table,
+    blocks,
+    budgets,
+    commands,
+    environment_line,
+    environments,
+    files,
+    headline,
+    operators,
+    scores,
+    stages,
+    summary,
+)
+from solostep.benchmarks.results import Result
+
+LIMITS = (
+    "All distances are to one program's numbers, the official order of operations in bf16; they say how far a mode is "
+    "from it, not whether people like its videos less.",
+    "Running freely, two right programs drift apart as well: read those numbers beside the noise floor and another "
+    "seed's.",
+    "Peaks of memory are those of the process that was measured; a desktop or another program takes its own besides.",
+    "Times are of the card, driver and versions named here; other cards have another order of modes.",
+)
+
+
+def page(title: str, results: Sequence[Result], groups: Sequence[Group]) -> str:
+    """The whole page."""
+    shown = [group for group in groups if not only_budgets(group)]
+    own_budgets = budgets([(r, row_of([r])) for r in results if r.speed])
+    body = [_header(title, results, shown, own_budgets)]
+    share = BUDGET // max(1, sum(any(r.frames for r in g.rows) for g in shown))
+    for i, group in enumerate(shown):
+        body += _group(group, f"group-{i + 1}", share)
+    if own_budgets:
+        body.append('<section id="budgets"><h2>Memory budgets and clip lengths</h2>')
+        for i, each in enumerate(own_budgets):
+            body += _budgets(each, i)
+        body.append("</section>")
+    body += [_method(), _origin(results), "</main>", f"<footer>{_footer(results)}</footer>"]
+    return document(title, "\n".join(body))
+
+
+def only_budgets(group: Group) -> bool:
+    """Whether a group has nothing but speeds in memory budgets, which have their own section."""
+    return not group.measured and all(r.cell.vram or r.cell.host_ram for r in group.rows)
+
+
+def document(title: str, body: str) -> str:
+    """A page around a body: style and script are in it."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n{body}\n<script>{SCRIPT}</script>\n"
+        "</body>\n</html>\n"
+    )
+
+
+def _header(title: str, results: Sequence[Result], groups: Sequence[Group], own_budgets: Sequence[Budgets]) -> str:
+    lines = list(dict.fromkeys(environment_line(r.environment) for r in results))
+    made = f"<h1>{escape(title)}</h1>\n" + "".join(f'<p class="env">{escape(line)}</p>\n' for line in lines[:3])
+    if len(lines) > 3:
+        made += f'<p class="env">and {len(lines) - 3} more environments, <a href="#origin">below</a></p>\n'
+    if len(lines) > 1:
+        made += (
+            f'<p class="warn">These results come from {len(lines)} environments. Times of different cards never stand '
+            "in one table; other differences (driver, versions, commit) are listed at the end.</p>\n"
+        )
+    links = [(f"group-{i + 1}", group.title) for i, group in enumerate(groups)]
+    links += [("budgets", "Budgets and clip lengths")] if own_budgets else []
+    links += [("method", "What was measured"), ("origin", "Environment, commands, files")]
+    nav = "".join(f'<a href="#{to}">{escape(text)}</a>' for to, text in links)
+    return f"<header>\n{made}<nav>{nav}</nav>\n</header>\n<main>"
+
+
+# --- a group ------------------------------------------------------------------------------------------------------
+
+
+def _group(group: Group, name: str, share: int) -> Iterator[str]:
+    """The section of one model and clip size."""
+    plots = group_plots(group, name)
+    yield f'<section id="{name}"><h2>{escape(group.title)} {synthetic_tag(group)}</h2>'
+    yield f'<p class="env">{escape(group.card)}</p>{_settings(group)}'
+    yield "".join(f'<p class="note">{escape(note)}</p>' for note in group.notes)
+    yield _claims(headline(group))
+    yield f"<h3>All modes</h3>{table(summary(group), sortable=True)}"
+    for kind in ("pareto teacher", "pareto blocks", "pareto free"):
+        if kind in plots:
+            yield figure(plots[kind])
+    if "free" in plots or "teacher" in plots:
+        yield "<h3>Drift, step by step</h3>" + "".join(figure(plots[k]) for k in ("teacher", "free") if k in plots)
+    if "blocks" in plots:
+        yield "<h3>Drift, block by block</h3>" + figure(plots["blocks"])
+    yield _details("The numbers of the blocks", blocks(group), operators(group))
+    pictures = gallery(group, share)
+    if pictures:
+        yield _gallery(pictures)
+    yield _details("Prompt following, aspect by aspect", scores(group))
+    yield _details("Seconds of each stage", stages(group))
+    yield "</section>"
+
+
+def synthetic_tag(group: Group) -> str:
+    if not group.synthetic:
+        return ""
+    how = ", ".join(f"{k} {v}" for k, v in group.synthetic.items())
+    return f'<span class="tag" title="{escape(how)}">synthetic weights: nobody trained them</span>'
+
+
+def settings_text(group: Group) -> str:
+    """Steps, guidance, shift and pairs in a line; empty where no drift was measured."""
+    own = group.settings
+    if own is None:
+        return ""
+    return (
+        f"{own['num_inference_steps']} steps, guidance {own['guidance_scale']:g}, time shift {own['time_shift']:g}; "
+        f"{len(own['prompts'])} prompt{'s' * (len(own['prompts']) != 1)} with {len(own['seeds'])} "
+        f"seed{'s' * (len(own['seeds']) != 1)} each"
+    )
+
+
+def _settings(group: Group) -> str:
+    text = settings_text(group)
+    if not text or group.settings is None:
+        return ""
+    prompts = "".join(f"<li>{escape(p)}</li>" for p in group.settings["prompts"])
+    return f'<details class="plain"><summary>{escape(text)}</summary><ul>{prompts}</ul></details>'
+
+
+def _claims(claims: Sequence[Claim]) -> str:
+    if not claims:
+        return ""
+    made = "".join(
+        f'<div class="claim"><p class="what">{escape(c.title)}</p><p class="mode">{escape(c.mode)}</p>'
+        f"<p>{escape(c.text)}</p></div>\n"
+        for c in claims
+    )
+    return f'<div class="claims">\n{made}</div>'
+
+
+def _details(title: str, *tables: Table | None) -> str:
+    there = [t for t in tables if t is not None]
+    if not there:
+        return ""
+    return f"<details><summary>{escape(title)}</summary>{''.join(table(t) for t in there)}</details>"
+
+
+def figure(plot: Plot) -> str:
+    return (
+        f"<figure><h4>{escape(plot.title)}</h4>{plot.svg(WIDE)}{plot.svg(NARROW)}"
+        f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
+    )
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def table(found: Table, sortable: bool = False) -> str:
+    """A table in a frame that scrolls sideways where the page is narrow."""
+    over = [name for name, _ in found.heads]
+    spans: list[list[object]] = []
+    for name in over:
+        if spans and spans[-1][0] == name:
+            spans[-1][1] = int(str(spans[-1][1])) + 1
+        else:
+            spans.append([name, 1])
+    head = ""
+    if any(over):
+        head += (
+            '<tr class="over">' + "".join(f'<th colspan="{n}">{escape(str(name))}</th>' for name, n in spans) + "</tr>"
+        )
+    texts = [i == 0 or not any(_value(row[i]) for row in found.rows) for i in range(len(found.heads))]
+    head += "<tr>" + "".join(
+        f'<th scope="col"{_text(t)}>{escape(name)}</th>' for (_, name), t in zip(found.heads, texts, strict=True)
+    )
+    marks = found.marks or [""] * len(found.rows)
+    body = ""
+    for i, (row, mark) in enumerate(zip(found.rows, marks, strict=True)):
+        last = bool(mark) and (i + 1 == len(marks) or not marks[i + 1])
+        classes = f' class="{mark}{" last" if last else ""}"' if mark else ""
+        cells = "".join(_cell(cell, texts[j], j == 0) for j, cell in enumerate(row))
+        body += f"<tr{classes}>{cells}</tr>\n"
+    notes = "".join(f'<p class="small">{escape(note)}</p>' for note in found.footnotes)
+    kind = ' class="sortable"' if sortable else ""
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(found.caption)}"><table{kind}>'
+        f"<caption>{escape(found.caption)}</caption><thead>{head}</tr></thead><tbody>{body}</tbody></table></div>{notes}"
+    )
+
+
+def _text(is_text: bool) -> str:
+    return ' class="text"' if is_text else ""
+
+
+def _cell(cell: Cell, is_text: bool, is_head: bool) -> str:
+    inside = escape(cell.text)
+    if cell.mark:
+        inside = f'<span class="mark {cell.mark}">{inside}</span>'
+    more = f"<small>{escape(cell.more)}</small>" if cell.more else ""
+    if is_head:
+        return f'<th scope="row">{inside}{more}</th>'
+    value = _value(cell)
+    sort = f' data-value="{value}"' if value else ""
+    return f"<td{_text(is_text)}{sort}>{inside}{more}</td>"
+
+
+def _value(cell: Cell) -> str:
+    """What a cell is sorted by: its first number, in the smaller of the units that it may have."""
+    if cell.text.startswith("∞"):
+        return "1e99"
+    found = re.match(r"([0-9][0-9,]*\.?[0-9]*)( min| h| GB)?", cell.text)
+    if not found or cell.mark:
+        return ""
+    factor = {" min": 60.0, " h": 3600.0, " GB": 1e3}.get(found.group(2) or "", 1.0)
+    return f"{float(found.group(1).replace(',', '')) * factor:g}"
+
+
+# --- pictures and budgets -----------------------------------------------------------------------------------------
+
+
+def _gallery(found: Gallery) -> str:
+    shown = ", ".join(str(i + 1) for i in found.indices)
+    pixel = " pixel" if found.modes[0].size[0] < 500 else ""
+    made = (
+        f"<h3>Frames beside the reference's</h3><p>The first pair of prompt and seed, frames {shown}, one below "
+        f"the other: the reference, the mode, and the absolute difference times {found.factor}, "
+        "the same factor for all modes.</p>"
+        f'<div class="pictures{pixel}">'
+    )
+    for mode in found.modes:
+        alt = f"Frames {shown}: reference, {mode.name}, and their difference times {found.factor}"
+        made += (
+            f'<figure><h4>{escape(mode.name)}</h4><div class="heads"><span>reference</span><span>this mode</span>'
+            f"<span>difference ×{found.factor}</span></div>"
+            f'<img loading="lazy" width="{mode.size[0]}" height="{mode.size[1]}" alt="{escape(alt)}" '
+            f'src="{data_url(mode.still)}"></figure>'
+        )
+    made += "</div>"
+    if any(mode.loop for mode in found.modes):
+        made += (
+            '<details class="loop"><summary>The same as moving pictures</summary>' + f'<div class="pictures{pixel}">'
+        )
+        for mode in found.modes:
+            if mode.loop:
+                alt = f"A loop of the reference's video beside that of {mode.name}"
+                made += (
+                    f'<figure><h4>{escape(mode.name)}</h4><div class="heads two"><span>reference</span>'
+                    f'<span>this mode</span></div><img loading="lazy" width="{mode.loop_size[0]}" '
+                    f'height="{mode.loop_size[1]}" alt="{escape(alt)}" src="{data_url(mode.loop)}"></figure>'
+                )
+        made += "</div></details>"
+    return made
+
+
+def _budgets(found: Budgets, number: int) -> Iterator[str]:
+    yield f"<h3>{escape(found.title)}</h3>"
+    plot = budgets_plot(found.lines, found.unlimited)
+    if plot:
+        yield figure(Plot(f"budgets-{number + 1}", plot.title, plot.alt, plot.caption, plot.draw))
+    yield table(found.table, sortable=True)
+
+
+# --- method and origin --------------------------------------------------------------------------------------------
+
+
+def _method() -> str:
+    terms = "".join(
+        f"<dt>{escape(m.label)}</dt><dd>{escape(m.meaning)} {m.better.capitalize()} is better.</dd>"
+        for m in DRIFT.values()
+    )
+    more = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in OTHER.items())
+    limits = "".join(f"<li>{escape(text)}</li>" for text in LIMITS)
+    return (
+        '<section id="method"><h2>What was measured</h2><p>Every mode makes the same videos as the reference, which '
+        "is the model in bf16 in the official order of operations: the same prompts, the same noise, the same "
+        "settings.</p>"
+        f"<dl>{terms}{more}</dl><h3>What these numbers do not say</h3><ul>{limits}</ul></section>"
+    )
+
+
+def _origin(results: Sequence[Result]) -> str:
+    made = '<section id="origin"><h2>Environment, commands, files</h2>'
+    for facts, own in environments(results):
+        rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts)
+        count = f"{len(own)} result{'s' * (len(own) != 1)}"
+        made += f"<h3>{escape(environment_line(own[0].environment))}: {count}</h3><dl>{rows}</dl>"
+    lines = "\n".join(escape(command) for command in commands(results))
+    made += f"<h3>Commands</h3><pre>{lines or 'not recorded'}</pre>"
+    return made + _details(f"The {len(results)} result files", files(results)) + "</section>"
+
+
+def _footer(results: Sequence[Result]) -> str:
+    dates = sorted(str(r.environment["date"]) for r in results if r.environment.get("date"))
+    when = (
+        f", measured {dates[0][:10]}" + (f" to {dates[-1][:10]}" if dates[0][:10] != dates[-1][:10] else "")
+        if dates
+        else ""
+    )
+    return f"Made by <code>solostep report</code> from {len(results)} result files{escape(when)}."

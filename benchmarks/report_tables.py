@@ -1,0 +1,431 @@
+"""The tables of a report and its headline, as texts: the page and the Markdown show the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from solostep.benchmarks.report_data import Group, Row, card_of, mode_key, model_name, yardstick
+from solostep.benchmarks.report_measures import (
+    DRIFT,
+    MISSING,
+    VIDEO,
+    amount,
+    end_to_end,
+    gigabytes,
+    number,
+    share,
+    span,
+)
+from solostep.benchmarks.results import Result
+
+NEAR = 1.1
+"""Without intervals: a median of at most so many times the floor's counts as near it."""
+DAGGER = (
+    "† calculated, not run to the end: the other stages as measured, and so many times the median step. "
+    "All other times were measured as they stand."
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A text, and what stands under it in small print. ``mark`` is a class: floor, above, open, or none."""
+
+    text: str
+    more: str = ""
+    mark: str = ""
+
+
+@dataclass
+class Table:
+    """``heads`` are (over-heading, heading); ``marks`` a class a row (reference, floor, or none)."""
+
+    name: str
+    caption: str
+    heads: list[tuple[str, str]]
+    rows: list[list[Cell]]
+    marks: list[str] = field(default_factory=list)
+    footnotes: list[str] = field(default_factory=list)
+
+
+def without_empty(table: Table) -> Table:
+    """Without columns in which nothing was measured, the first always stays."""
+    kept = [i for i in range(len(table.heads)) if i == 0 or any(row[i].text not in ("", MISSING) for row in table.rows)]
+    heads, rows = [table.heads[i] for i in kept], [[row[i] for i in kept] for row in table.rows]
+    return Table(table.name, table.caption, heads, rows, table.marks, table.footnotes)
+
+
+# --- summary ------------------------------------------------------------------------------------------------------
+
+
+def summary(group: Group) -> Table:
+    """One row a mode: time, memory, drift, videos, prompts, verdict; floors, reference and other seed set apart."""
+    heads = [("", "mode"), ("", "verdict")]
+    heads += [("time", "seconds a step"), ("time", "50 steps"), ("time", "15 steps")]
+    heads += [("peak memory", "GPU"), ("peak memory", "host")]
+    heads += [("drift", "teacher-forced error"), ("drift", "latents at the end"), ("drift", "of a block")]
+    heads += [("", "prompt following")]
+    heads += [("video beside the reference's", DRIFT[m].label) for m in VIDEO]
+    rows = [_summary_row(group, row) for row in group.rows]
+    marks = ["" if row.role == "mode" else "reference" if row.role == "reference" else "floor" for row in group.rows]
+    notes = []
+    if any(extrapolated for row in group.rows for _, extrapolated in row.end_to_end.values()):
+        notes.append(DAGGER)
+    if group.measured:
+        notes.append(
+            f"Drift: medians over {group.prompts} prompt{'s' * (group.prompts != 1)}, "
+            + ("95 % intervals in brackets. " if group.prompts >= 6 else "too few for intervals. ")
+            + f"{MISSING} was not measured."
+        )
+    if any(row.score and "all" not in row.score for row in group.rows):
+        notes.append("Prompt following: of what prompts ask for, that which is followed least, by name.")
+    return without_empty(Table("summary", f"Modes: {group.title}", heads, rows, marks, notes))
+
+
+def _summary_row(group: Group, row: Row) -> list[Cell]:
+    ratio = group.ratio(row)
+    found = [Cell(row.name), _verdict(row)]
+    found.append(Cell(number(row.step), f"{ratio:.2f}×" if ratio and row.role != "reference" else ""))
+    found += [Cell(end_to_end(row.end_to_end.get(steps))) for steps in ("50", "15")]
+    found += [_gpu(row), Cell(gigabytes(row.host))]
+    for name in ("teacher", "free", "blocks", "", *VIDEO):
+        if not name:
+            found.append(followed(row.score))
+            continue
+        interval = row.drift.get(name)
+        found.append(Cell(amount(name, interval.median if interval else None), span(name, interval)))
+    return found
+
+
+def _gpu(row: Row) -> Cell:
+    """What the allocator held at most, and under it what the driver reported."""
+    return Cell(gigabytes(row.gpu), "" if row.driver is None else f"driver: {gigabytes(row.driver)}")
+
+
+def _verdict(row: Row) -> Cell:
+    verdict = row.verdict
+    if verdict is None:
+        return Cell(MISSING)
+    if verdict.kind == "floor" and verdict.ratio is not None:
+        return Cell(verdict.text, f"{number(verdict.ratio, 2)}× its median", "floor")
+    text, _, more = verdict.text.partition("; ")
+    return Cell(text, more, verdict.kind if verdict.kind in ("above", "open") else "")
+
+
+def followed(score: Mapping[str, tuple[int, int]]) -> Cell:
+    """All four aspects where they were counted, else the worst of them."""
+    if not score:
+        return Cell(MISSING)
+    name = "all" if "all" in score else min(score, key=lambda k: score[k][0] / max(score[k][1], 1))
+    text, _, interval = share(score[name]).partition(" [")
+    return Cell(text, f"[{interval}" + ("" if name == "all" else f" {name}"))
+
+
+def scores(group: Group) -> Table | None:
+    """Prompt following, aspect by aspect."""
+    rows = [row for row in group.rows if row.score]
+    if not rows:
+        return None
+    aspects = list(dict.fromkeys(name for row in rows for name in row.score))
+    cells = [
+        [Cell(row.name), *(Cell(share(row.score[a])) if a in row.score else Cell(MISSING) for a in aspects)]
+        for row in rows
+    ]
+    return Table("score", "Prompt following, aspect by aspect", [("", "mode"), *(("", a) for a in aspects)], cells)
+
+
+def stages(group: Group) -> Table | None:
+    """Where the seconds of one video went, as it was run."""
+    rows = [row for row in group.rows if row.stages]
+    if not rows:
+        return None
+    names = list(dict.fromkeys(name for row in rows for name in row.stages))
+    cells = [
+        [
+            Cell(r.name),
+            *(Cell(number(r.stages.get(n))) for n in names),
+            Cell(number(r.first_step)),
+            Cell(str(r.steps_timed)),
+            Cell(number(r.video_seconds)),
+            Cell(MISSING if r.frames_written is None else str(r.frames_written)),
+        ]
+        for r in rows
+    ]
+    more = ["first step", "steps timed", "one video as run", "frames written"]
+    heads = [("", "mode"), *(("seconds of a stage", n) for n in names), *(("", m) for m in more)]
+    return Table("stages", "Seconds of each stage of one video, as it was run", heads, cells)
+
+
+def blocks(group: Group) -> Table | None:
+    """The numbers of the heat map."""
+    rows = [row for row in [*group.floors, *group.modes] if row.blocks]
+    if not rows:
+        return None
+    names = list(dict.fromkeys(name for row in rows for name in row.blocks))
+    cells = [
+        [Cell(n), *(Cell(amount("blocks", r.blocks[n], unit=False)) if n in r.blocks else Cell(MISSING) for r in rows)]
+        for n in names
+    ]
+    heads = [("", "block"), *(("", r.name) for r in rows)]
+    return Table("blocks", "Error of each block, per cent of what it adds; medians", heads, cells)
+
+
+def operators(group: Group) -> Table | None:
+    rows = [row for row in group.rows if row.operators]
+    if not rows:
+        return None
+    names = list(dict.fromkeys(name for row in rows for name in row.operators))
+    cells = [
+        [Cell(r.name), *(Cell(amount("blocks", r.operators[n])) if n in r.operators else Cell(MISSING) for n in names)]
+        for r in rows
+    ]
+    heads = [("", "mode"), *(("", n) for n in names)]
+    return Table(
+        "operators", "Error of each operator, on the reference's input; medians over blocks and samples", heads, cells
+    )
+
+
+# --- budgets ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Budgets:
+    """Speed in memory budgets and clip lengths, of one model and card."""
+
+    title: str
+    table: Table
+    lines: dict[str, list[tuple[float, float]]]
+    unlimited: dict[str, float]
+
+
+def budgets(rows: Sequence[tuple[Result, Row]]) -> list[Budgets]:
+    """Every result with a speed, where a model and card has more than one budget or clip length of a mode."""
+    places: dict[tuple[Any, ...], list[tuple[Result, Row]]] = {}
+    for result, row in rows:
+        if row.step is not None and result.role == "mode":
+            place = (model_name(result.cell), card_of(result.environment), bool(result.synthetic))
+            places.setdefault(place, []).append((result, row))
+    found = []
+    for (model, card, synthetic), own in places.items():
+        if len({(r.cell.vram, r.cell.host_ram, r.cell.num_frames) for r, _ in own}) < 2:
+            continue
+        title = f"{model} on {card}" + (", synthetic weights" if synthetic else "")
+        found.append(_budgets(title, own))
+    return found
+
+
+def _budgets(title: str, rows: list[tuple[Result, Row]]) -> Budgets:
+    heads = [
+        ("", "mode"),
+        ("", "clip"),
+        ("", "GPU budget"),
+        ("", "host budget"),
+        ("", "seconds a step"),
+        ("", "50 steps"),
+        ("", "15 steps"),
+        ("", "GPU peak"),
+        ("", "host peak"),
+        ("", "events"),
+    ]
+    cells, lines, unlimited = [], {}, {}
+    several = len({mode_key(r.cell, False) for r, _ in rows}) > 1
+    for result, row in sorted(rows, key=_budget_order):
+        cell = result.cell
+        mode = mode_text(result)
+        cells.append(
+            [
+                Cell(mode),
+                Cell(f"{cell.num_frames} × {cell.height}x{cell.width}"),
+                Cell(cell.vram or "none"),
+                Cell(cell.host_ram or "none"),
+                Cell(number(row.step)),
+                Cell(end_to_end(row.end_to_end.get("50"))),
+                Cell(end_to_end(row.end_to_end.get("15"))),
+                _gpu(row),
+                Cell(gigabytes(row.host)),
+                Cell("; ".join(row.events)),
+            ]
+        )
+        line = f"{mode}, {cell.num_frames} frames" if several else f"{cell.num_frames} frames"
+        if cell.vram is None:
+            unlimited[line] = row.step or 0.0
+        elif gigabytes_of(cell.vram) is not None and cell.host_ram is None:
+            lines.setdefault(line, []).append((gigabytes_of(cell.vram) or 0.0, row.step or 0.0))
+    lines = {name: points for name, points in lines.items() if len(points) > 1}
+    unlimited = {name: value for name, value in unlimited.items() if name in lines}
+    return Budgets(
+        title,
+        without_empty(Table("budgets", f"Memory budgets and clip lengths: {title}", heads, cells, footnotes=[DAGGER])),
+        lines,
+        unlimited,
+    )
+
+
+def mode_text(result: Result) -> str:
+    """The mode's label, without its budget."""
+    cell, parts = result.cell, result.label.split(" · ")
+    budget = {str(v).replace(" ", "").lower() for v in (cell.vram, cell.host_ram) if v}
+    return " · ".join(p for p in parts if p.replace(" ", "").lower() not in budget) or result.label
+
+
+def _budget_order(item: tuple[Result, Row]) -> tuple[Any, ...]:
+    cell = item[0].cell
+    return mode_text(item[0]), -cell.num_frames, gigabytes_of(cell.vram) or 1e9, gigabytes_of(cell.host_ram) or 1e9
+
+
+def gigabytes_of(text: str | None) -> float | None:
+    """A budget as GB; None: there is none, or it is not written as a size."""
+    from solostep.engine.plan import parse_size
+
+    if text is None:
+        return None
+    try:
+        return parse_size(text, "--vram") / 1e9
+    except ValueError:
+        return None
+
+
+# --- headline -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What to use and why: the answer in a few words, then the numbers it rests on."""
+
+    title: str
+    mode: str
+    text: str
+
+
+def headline(group: Group) -> list[Claim]:
+    """Which mode to use, from the numbers alone; an empty list where no mode was measured."""
+    claims = [_choice(group)] if group.measured and group.modes else []
+    timed = sorted((r for r in group.modes if r.step), key=lambda r: r.step or 0.0)
+    fastest = timed[0] if timed else None
+    if fastest and (not claims or claims[0].mode != fastest.name):
+        claims.append(Claim("Fastest", fastest.name, _numbers(group, fastest)))
+    small = min((r for r in group.modes if r.gpu), key=lambda r: r.gpu or 0, default=None)
+    if small and all(c.mode != small.name for c in claims):
+        claims.append(Claim("Least GPU memory", small.name, _numbers(group, small)))
+    return claims
+
+
+def _choice(group: Group) -> Claim:
+    def cost(row: Row) -> tuple[float, float]:
+        return row.step or float("inf"), row.gpu or float("inf")
+
+    within = sorted((r for r in group.modes if r.verdict and r.verdict.kind == "floor"), key=cost)
+    if within:
+        best = within[0]
+        fast = "The fastest" if best.step else "A"
+        return Claim("Use", best.name, f"{fast} mode that cannot be told from rounding noise: {_numbers(group, best)}")
+    ratios = [r for r in group.modes if r.verdict and r.verdict.ratio is not None]
+    if not ratios:
+        return Claim("No verdict", "", "No noise floor was measured, so these numbers do not say which drift is noise.")
+    near = sorted((r for r in ratios if r.verdict and r.verdict.kind == "open" and _ratio(r) <= NEAR), key=cost)
+    if near:
+        text = (
+            f"The fastest mode whose median error is at most {NEAR} times the floor's; {group.prompts} prompt"
+            f"{'s are' if group.prompts != 1 else ' is'} too few for an interval: {_numbers(group, near[0])}"
+        )
+        return Claim("Use, by the medians", near[0].name, text)
+    best = min(ratios, key=_ratio)
+    return Claim("Nearest to the floor", best.name, f"No mode here is within the noise floor; {_numbers(group, best)}")
+
+
+def _ratio(row: Row) -> float:
+    return row.verdict.ratio if row.verdict and row.verdict.ratio is not None else float("inf")
+
+
+def _numbers(group: Group, row: Row) -> str:
+    """The numbers of a mode in a line, each beside what it is compared with."""
+    parts, reference = [], group.reference
+    ratio = group.ratio(row)
+    if row.step:
+        parts.append(
+            f"{number(row.step)} s a step" + (f" ({ratio:.2f} times as fast as the reference)" if ratio else "")
+        )
+    if row.end_to_end.get("50"):
+        parts.append(f"{end_to_end(row.end_to_end['50'])} for 50 steps")
+    if row.gpu:
+        beside = f" (reference: {gigabytes(reference.gpu)})" if reference and reference.gpu else ""
+        parts.append(f"{gigabytes(row.gpu)} of GPU memory{beside}")
+    measure = yardstick(group.rows) or next((m for m in ("teacher", "free", "blocks") if m in row.drift), None)
+    if measure and measure in row.drift:
+        own = row.drift[measure]
+        floors = [f.drift[measure].median for f in group.floors if measure in f.drift]
+        beside = f" (floor: {amount(measure, max(floors))})" if floors else ""
+        parts.append(f"{DRIFT[measure].label} {amount(measure, own.median)} {span(measure, own)}".rstrip() + beside)
+    if row.verdict and row.verdict.kind in ("above", "open"):
+        parts.append(row.verdict.text.partition(";")[0])
+    return ", ".join(parts) + "."
+
+
+# --- environment and files ----------------------------------------------------------------------------------------
+
+
+def environment_line(environment: Mapping[str, Any]) -> str:
+    """Card, versions and commit in a line."""
+    found = [card_of(environment)]
+    power = (environment.get("clocks") or {}).get("power_limit_w")
+    found += [f"{number(power)} W"] if isinstance(power, (int, float)) and power else []
+    for name in ("driver", "cuda", "torch", "triton", "commit"):
+        if environment.get(name):
+            found.append(f"{name} {environment[name]}")
+    return ", ".join(found)
+
+
+def flat(environment: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Every entry as a name and a text; sizes in GB."""
+    found: list[tuple[str, str]] = []
+    for name, value in environment.items():
+        if isinstance(value, Mapping):
+            found += flat(value, f"{prefix}{name} ")
+        elif value is None or value == "":
+            continue
+        elif name.endswith("_bytes"):
+            sizes = value if isinstance(value, list) else [value]
+            text = ", ".join(gigabytes(v) if isinstance(v, (int, float)) else str(v) for v in sizes)
+            found.append((prefix + name.removesuffix("_bytes").replace("_", " "), text))
+        else:
+            found.append(
+                (prefix + name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+            )
+    return found
+
+
+def environments(results: Sequence[Result]) -> list[tuple[list[tuple[str, str]], list[Result]]]:
+    """Each environment once, with the results from it; what differs from run to run (date, command) is left to
+    files."""
+    found: dict[str, tuple[list[tuple[str, str]], list[Result]]] = {}
+    for result in results:
+        steady = flat({k: v for k, v in result.environment.items() if k not in ("date", "command", "clocks")})
+        clocks = flat({"clocks": result.environment.get("clocks")})
+        key = str(steady)
+        found.setdefault(key, (steady + clocks, []))[1].append(result)
+    return list(found.values())
+
+
+def files(results: Sequence[Result]) -> Table:
+    heads = [("", h) for h in ("file", "id", "label", "clip", "date", "commit", "measured")]
+    rows = []
+    for result in results:
+        parts = [p for p in ("speed", "memory", "drift", "score") if getattr(result, p)]
+        clip = f"{model_name(result.cell)}, {result.cell.clip}"
+        rows.append(
+            [
+                Cell(result.path.name if result.path else MISSING),
+                Cell(result.id),
+                Cell(result.label),
+                Cell(clip),
+                Cell(str(result.environment.get("date") or MISSING)),
+                Cell(str(result.environment.get("commit") or MISSING)),
+                Cell(", ".join(parts) or "nothing"),
+            ]
+        )
+    return Table("files", "Result files", heads, rows)
+
+
+def commands(results: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(str(c) for r in results if (c := r.environment.get("command"))))

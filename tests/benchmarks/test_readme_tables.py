@@ -1,0 +1,95 @@
+"""README.md's tables are what the results make them; a region that is not is found."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from solostep.benchmarks.readme_tables import ROOT, TABLES, main, stale, updated
+from solostep.engine.errors import UsageError
+
+_spec = importlib.util.spec_from_file_location("report_fixtures", Path(__file__).with_name("report_fixtures.py"))
+assert _spec is not None and _spec.loader is not None
+made: Any = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(made)
+
+README = "# x\n\nbefore\n\n" + "".join(
+    f"<!-- table: {name} -->\nold\n<!-- /table -->\n\nbetween\n\n" for name in TABLES
+)  # fmt: skip
+
+
+def test_the_readme_is_up_to_date():
+    """Run `python -m solostep.benchmarks.readme_tables` where this fails."""
+    assert stale((ROOT / "README.md").read_text(encoding="utf-8"), ROOT) == []
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A checkout's README with every region, and results for them."""
+    results = tmp_path / "benchmarks" / "results"
+    made.full_size_set(results / "h200")
+    made.demo_set(results / "demo" / "some-card", frames=False)
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    return tmp_path
+
+
+def test_regions_are_made_and_kept(root: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["--check"], root) == 1
+    assert "modes is stale" in capsys.readouterr().err
+    assert (root / "README.md").read_text(encoding="utf-8") == README  # --check changes nothing
+    assert main([], root) == 0
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert text.startswith("# x\n\nbefore\n\n") and text.count("\nbetween\n") == len(TABLES) and "old" not in text
+    assert main(["--check"], root) == 0 and main([], root) == 0
+    assert (root / "README.md").read_text(encoding="utf-8") == text
+
+
+def test_what_the_tables_say(root: Path):
+    text = updated(README, root)
+    modes, drift, budgets = (text.split(f"<!-- table: {name} -->")[1].split("<!-- /table -->")[0] for name in TABLES)
+    heads = ["mode", "seconds a step", "50 steps", "15 steps (Turbo)", "GPU peak", "host peak", "teacher-forced error"]
+    assert f"| {' | '.join(heads)} |" in modes
+    (row,) = [line for line in modes.splitlines() if line.startswith("| int8 · int8 attention |")]
+    assert "†" in row and "33.0 GB" in row and " % |" in row and "[" not in row  # two prompts make no interval
+    assert "stepvideo-t2v, 204 frames of 544x992, synthetic weights" in modes and "Testcard 9000" in modes
+    assert "51 frames" not in modes and "8GB" not in modes
+    (row,) = [line for line in drift.splitlines() if line.startswith("| nf4 · bf16 attention |")]
+    assert "times the floor" in row and " of 192 [" in row and " dB " in row
+    assert "noise floor: another order" in drift and "another seed" in drift
+    rows = [line for line in budgets.splitlines() if line.startswith("| int8 · int8-fp8 attention |")]
+    assert [line.split(" | ")[1:3] for line in rows[:2]] == [["204", "8GB"], ["204", "12GB"]] and len(rows) == 12
+
+
+def test_missing_numbers_are_dashes(root: Path):
+    folder = root / "benchmarks" / "results" / "h200"
+    for path in folder.iterdir():
+        path.unlink()
+    made.write_results(folder, [made.make_result("nf4 · bf16 attention", levels=("teacher",), num_frames=204)])
+    text = updated("<!-- table: modes -->\n<!-- /table -->\n", root)
+    (row,) = [line for line in text.splitlines() if line.startswith("| nf4")]
+    assert row.count("–") == 5 and "%" in row
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("<!-- table: modes -->\n", "not closed"),
+        ("<!-- table: modes -->\n<!-- table: drift -->\n<!-- /table -->\n", "not closed"),
+        ("<!-- table: nothing -->\n<!-- /table -->\n", "no table nothing"),
+    ],
+)
+def test_bad_regions(root: Path, text: str, words: str):
+    with pytest.raises(UsageError, match=words):
+        updated(text, root)
+
+
+def test_results_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in TABLES:
+        (tmp_path / "README.md").write_text(f"<!-- table: {name} -->\n<!-- /table -->\n", encoding="utf-8")
+        assert main(["--check"], tmp_path) == 2
+        assert "benchmarks/results/" in capsys.readouterr().err
+    (tmp_path / "README.md").write_text("no region\n", encoding="utf-8")
+    assert main(["--check"], tmp_path) == 0

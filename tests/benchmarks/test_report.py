@@ -1,0 +1,423 @@
+"""The report: what it says of made-up results, that nothing is mixed or invented, and that its page is whole."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from solostep.benchmarks import report as command
+from solostep.benchmarks.report_data import Group, make_groups, row_of
+from solostep.benchmarks.report_html import page
+from solostep.benchmarks.report_labels import covered, free_box, spread
+from solostep.benchmarks.report_markdown import markdown, plain
+from solostep.benchmarks.report_measures import amount, end_to_end, gigabytes, number, seconds, share
+from solostep.benchmarks.report_pictures import amplification, read_frames
+from solostep.benchmarks.report_plots import budgets as budgets_plot
+from solostep.benchmarks.report_tables import budgets, gigabytes_of, headline, summary
+from solostep.benchmarks.results import read_results
+from solostep.engine.errors import UsageError
+
+_spec = importlib.util.spec_from_file_location("report_fixtures", Path(__file__).with_name("report_fixtures.py"))
+assert _spec is not None and _spec.loader is not None
+made: Any = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(made)
+
+NAMES = ("reference", "floor-backend", "floor-order", "other-seed", "bf16 · bf16 attention", "int8 · int8 attention",
+         "int8 · int8-fp8 attention", "nf4 · bf16 attention")  # fmt: skip
+VOID = {"meta", "img", "br", "hr", "link", "input", "path", "rect", "use", "stop", "line", "circle"}
+
+
+def read(folder: Path) -> list[Group]:
+    return make_groups(read_results([folder]))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    made.demo_set(folder, names=NAMES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("full")
+    made.full_size_set(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo_page(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page through the command line, as a user makes it."""
+    output = tmp_path_factory.mktemp("page") / "r.html"
+    done = run(str(demo), "-o", str(output), "--title", "A <title> & more")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip() == str(output)
+    assert [p.name for p in output.parent.iterdir()] == ["r.html"]  # no temporary file is left
+    return output.read_text(encoding="utf-8")
+
+
+def run(*arguments: str) -> Any:
+    app = typer.Typer()
+    command.register(app)
+    return CliRunner().invoke(app, list(arguments))
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Holds a page against the rules of nesting, and collects what tests ask for."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self.ids += [value for name, value in attrs if name == "id" and value]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self.ids += [value for name, value in attrs if name == "id" and value]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open and self.open[-1] == tag, (tag, self.open[-4:], self.getpos())
+            self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += data + " "
+
+
+def test_page_is_valid_and_needs_nothing_else(demo_page: str):
+    found = Page(demo_page)
+    assert not found.open and len(found.ids) == len(set(found.ids))
+    assert not re.findall(r"https?:|//[a-z]+\.", demo_page) and "@import" not in demo_page
+    for tag, attributes in found.elements:
+        for name in ("href", "src", "srcset", "xlink:href"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("#", "data:image/")), (tag, value)
+        if tag == "img" or (tag == "svg" and "plot" in (attributes.get("class") or "")):
+            assert len(attributes.get("alt") or attributes.get("aria-label") or "") > 20, tag
+    references = re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', demo_page)
+    assert {a or b for a, b in references} <= set(found.ids)
+    assert len(demo_page) < 8_000_000
+    assert all(media in demo_page for media in ("prefers-color-scheme:dark", "@media print", "width=device-width"))
+
+
+def test_page_says_the_numbers(demo: Path, demo_page: str):
+    group = read(demo)[0]
+    text = Page(demo_page).text
+    for row in group.rows:
+        assert row.name in text
+        for name, interval in row.drift.items():
+            assert amount(name, interval.median) in text
+        if row.step:
+            assert number(row.step) in text
+        if row.gpu:
+            assert gigabytes(row.gpu) in text and gigabytes(row.driver) in text
+    assert "indistinguishable from the floor" in text and "times the floor" in text and "†" in text
+    assert "A <title> & more" in text and "<title> & more" not in demo_page
+    assert "test prompt 0 with <b>marks</b> & signs" in text and "<b>marks" not in demo_page
+    assert 'solostep bench <made up> & "test data"' in text
+    assert all(result.id in text for result in group.results)
+    assert "Testcard 9000" in text and "another seed" in text and "nobody trained" not in text
+
+
+def test_plots_keep_texts_and_follow_the_scheme(demo_page: str):
+    plots = re.findall(r'<svg class="plot.*?</svg>', demo_page, re.DOTALL)
+    assert len(plots) == 2 * 5  # pareto of both measures, both kinds of steps, blocks: wide and narrow
+    for plot in plots:
+        assert "<text" in plot and "var(--ink)" in plot and "#010203" not in plot
+    assert "noise floor" in plots[0] and "reference" in plots[0] and "nf4 · bf16 attention" in plots[0]
+    dashes = set(re.findall(r"stroke-dasharray: ([\d., ]+)", "".join(plots[4:8])))
+    assert len(dashes) >= 3  # lines are told apart by more than colour
+
+
+def test_pictures_are_small_webp_with_a_loop(demo_page: str):
+    pictures = re.findall(r'src="data:image/webp;base64,([^"]+)"', demo_page)
+    assert len(pictures) == 2 * 6  # two floors, four modes; the other seed has none
+    kinds = [getattr(Image.open(io.BytesIO(base64.b64decode(p))), "n_frames", 1) for p in pictures]
+    assert sorted(kinds) == [1] * 6 + [17] * 6
+    still = Image.open(io.BytesIO(base64.b64decode(pictures[0]))).convert("RGB")
+    assert still.size == (3 * 96 + 2 * 4, 3 * 96 + 2 * 4)
+    reference = np.asarray(still)[:96, :96]
+    assert np.array_equal(reference, made.disc(17, 96, 0.0)[0])  # small frames are kept to the bit
+    assert "×" in demo_page and "difference times" in demo_page
+
+
+def test_synthetic_weights_and_budgets(full: Path):
+    results = read_results([full])
+    groups = make_groups(results)
+    lines, _ = markdown("t", results, groups)
+    assert lines.count("Synthetic weights: nobody trained them") == 1
+    assert "Memory budgets and clip lengths: stepvideo-t2v on Testcard 9000, synthetic weights" in lines
+    assert "2 prompts, 6 make an interval" in lines and "indistinguishable" not in lines.split("## What was")[0]
+    assert "synthetic weights: nobody trained them" in page("t", results[:1], make_groups(results[:1]))
+    (found,) = budgets([(r, row_of([r])) for r in results if r.speed])
+    plot = budgets_plot(found.lines, found.unlimited)
+    assert plot is not None and "in 8.00 GB" in plot.alt
+    assert Image.open(io.BytesIO(plot.png())).width > 600
+
+
+# --- groups and rows ----------------------------------------------------------------------------------------------
+
+
+def test_sizes_models_cards_and_settings_are_not_mixed(tmp_path: Path):
+    one = made.make_result("int8 · int8 attention")
+    others = [
+        made.make_result("int8 · int8 attention", height=64),
+        made.make_result("int8 · int8 attention", model="some/folder/other"),
+        made.make_result("int8 · int8 attention", env=made.environment("Another card")),
+        made.make_result("int8 · int8 attention", steps=24),
+        made.make_result("int8 · int8 attention", synthetic={"generator": "x", "seed": 0}),
+    ]
+    made.write_results(tmp_path, [one])
+    for i, other in enumerate(others):
+        made.write_results(tmp_path / str(i), [other])
+    results = read_results([tmp_path, *(tmp_path / str(i) for i in range(len(others)))])
+    groups = make_groups(results)
+    assert [len(g.rows) for g in groups] == [1] * 6
+    assert {g.model for g in groups} == {"demo", "other"}
+
+
+def test_times_join_the_drift_of_the_same_mode(tmp_path: Path):
+    """Speed measured at other settings is the same mode's; a budget's is in the table of budgets alone."""
+    mode = "int8 · int8 attention"
+    made.write_results(tmp_path, [
+        made.make_result(mode, levels=("teacher",)), made.make_result("floor-order", levels=("teacher",)),
+        made.make_result(mode, levels=("speed",), steps=3, pairs=1),
+        made.make_result(mode, levels=("speed",), steps=3, pairs=1, vram="8GB", step=9.0),
+        made.make_result("reference", levels=("speed",), steps=3, pairs=1),
+    ])  # fmt: skip
+    groups = read(tmp_path)
+    assert len(groups) == 1
+    (row,) = groups[0].modes
+    assert row.step == pytest.approx(1.2, rel=0.05) and "teacher" in row.drift and len(row.ids) == 2
+    assert groups[0].ratio(row) == pytest.approx(1 / 0.6, rel=0.05)
+    results = read_results([tmp_path])
+    (found,) = budgets([(r, row_of([r])) for r in results if r.speed])
+    assert len(found.table.rows) == 2 and [c.text for c in found.table.rows[0]][2] == "8GB"
+
+
+def test_drawn_weights_are_known_by_their_generator(tmp_path: Path):
+    """Drift measured block by block, and times of a folder with the same weights; memory is the latter's alone."""
+    drawn = {"synthetic": {"generator": "x", "seed": 0}}
+    drift = made.make_result("nf4 · bf16 attention", levels=("teacher",), model="synthetic", **drawn)
+    drift["memory"] = {"gpu_peak_bytes": 77_000_000_000, "host_peak_bytes": 88_000_000_000, "stages": []}
+    made.write_results(tmp_path / "alone", [drift])
+    (row,) = read(tmp_path / "alone")[0].modes
+    assert row.gpu is None and row.host is None
+    timed = made.make_result("nf4 · bf16 attention", levels=("speed",), steps=2, model="a/folder", **drawn)
+    made.write_results(tmp_path / "both", [drift, timed])
+    (group,) = read(tmp_path / "both")
+    (row,) = group.modes
+    assert row.step and row.gpu == timed["memory"]["gpu_peak_bytes"] and "teacher" in row.drift
+
+
+def test_other_seed_joins_with_its_own_seeds(tmp_path: Path):
+    modes = [made.make_result("int8 · int8 attention"), made.make_result("floor-order")]
+    made.write_results(tmp_path, [*modes, made.make_result("other-seed", pairs=3)])
+    (group,) = read(tmp_path)
+    assert group.other_seed is not None and len(group.modes) == 1
+
+
+def test_verdicts(demo: Path):
+    rows = {row.name: row for row in read(demo)[0].rows}
+    kinds = {name: row.verdict.kind for name, row in rows.items() if row.verdict}
+    assert kinds["int8 · int8 attention"] == "floor" and kinds["bf16 · bf16 attention"] == "floor"
+    assert kinds["nf4 · bf16 attention"] == "above" and kinds["int8 · int8-fp8 attention"] == "above"
+    floor = max(r.drift["teacher"].median for r in rows.values() if r.is_floor)
+    nf4 = rows["nf4 · bf16 attention"]
+    assert nf4.verdict and nf4.verdict.ratio == pytest.approx(nf4.drift["teacher"].median / floor)
+
+
+def test_verdict_needs_prompts_and_a_floor(tmp_path: Path):
+    few = [made.make_result(n, pairs=5) for n in ("int8 · int8 attention", "floor-order", "reference")]
+    made.write_results(tmp_path / "few", few)
+    (group,) = read(tmp_path / "few")
+    assert group.modes[0].verdict and group.modes[0].verdict.kind == "open"
+    assert "5 prompts are too few" in headline(group)[0].text
+    made.write_results(tmp_path / "none", [made.make_result("int8 · int8 attention")])
+    (group,) = read(tmp_path / "none")
+    assert group.modes[0].verdict and group.modes[0].verdict.kind == "unknown"
+    assert headline(group)[0].title == "No verdict"
+    assert any("No noise floor" in note for note in group.notes)
+    assert any("No result of the reference" in note for note in group.notes)
+
+
+def test_headline_is_the_fastest_within_the_floor(demo: Path):
+    group = read(demo)[0]
+    claims = headline(group)
+    assert [c.mode for c in claims] == ["int8 · int8 attention", "int8 · int8-fp8 attention", "nf4 · bf16 attention"]
+    row = next(r for r in group.modes if r.name == claims[0].mode)
+    assert number(row.step) in claims[0].text and gigabytes(row.gpu) in claims[0].text
+
+
+def test_seeds_of_one_prompt_count_once(tmp_path: Path):
+    result = made.make_result("int8 · int8 attention", pairs=8)
+    for i, pair in enumerate(result["pairs"]):
+        pair |= {"prompt": f"p{i // 2}", "seed": i % 2}
+    made.write_results(tmp_path, [result])
+    interval = read(tmp_path)[0].modes[0].drift["teacher"]
+    assert interval.n == 4 and interval.low is None
+
+
+def test_what_was_not_measured_is_a_dash(tmp_path: Path):
+    made.write_results(tmp_path, [made.make_result("reference", levels=("speed",)),
+                                  made.make_result("nf4 · bf16 attention", levels=("teacher",))])  # fmt: skip
+    (group,) = read(tmp_path)
+    table = summary(group)
+    column = [name for _, name in table.heads].index("seconds a step")
+    texts = {row[0].text: row[column].text for row in table.rows}
+    assert texts["nf4 · bf16 attention"] == "–" and texts["reference: bf16, official"] != "–"
+    assert "LPIPS" not in [name for _, name in table.heads]  # nobody measured it
+
+
+def test_identical_videos_and_missing_metrics(tmp_path: Path):
+    """A null PSNR is an infinite one; a null of another metric is one that could not be taken."""
+    result = made.make_result("int8 · int8 attention")
+    video = result["drift"]["video"]
+    video["psnr"] = [None] * 7 + [40.0]
+    video["xpsnr"] = [None] * 8
+    video["lpips"] = [None] * 8
+    made.write_results(tmp_path, [result])
+    (row,) = read(tmp_path)[0].modes
+    assert math.isinf(row.drift["psnr"].median) and amount("psnr", row.drift["psnr"].median) == "∞ dB"
+    assert row.drift["xpsnr"].n == 7 and math.isinf(row.drift["xpsnr"].median)
+    assert "lpips" not in row.drift
+
+
+def test_newest_of_two_results_is_shown_and_said(tmp_path: Path):
+    old, new = (
+        made.make_result("int8 · int8 attention", seed=s, env=made.environment(date=f"2026-01-0{s + 1}"), step=2.0 + s)
+        for s in (0, 1)
+    )
+    made.write_results(tmp_path, [new, old | {"id": "0" * 16}])
+    (group,) = read(tmp_path)
+    assert len(group.rows) == 1 and group.rows[0].step == pytest.approx(3.0 * 0.6, rel=0.05)
+    assert any(new["id"] in note for note in group.notes)
+
+
+# --- numbers and places -------------------------------------------------------------------------------------------
+
+
+def test_numbers():
+    assert [number(v) for v in (None, 0, 1.0449, 12345.6, 0.000123, math.inf)] == [
+        "–", "0", "1.04", "12,346", "0.000123", "∞"
+    ]  # fmt: skip
+    assert [seconds(v) for v in (3.14159, 119, 1916, 72000)] == ["3.14 s", "119 s", "31.9 min", "20.0 h"]
+    assert end_to_end((50.0, True)).endswith("†") and not end_to_end((50.0, False)).endswith("†")
+    assert gigabytes(33.04e9) == "33.0 GB" and gigabytes(5.2e8) == "520 MB" and gigabytes(None) == "–"
+    assert amount("teacher", 0.0123) == "1.23 %" and amount("psnr", 51.53) == "51.5 dB"
+    assert share((192, 192)) == "192 of 192 [0.98, 1.00]"
+    assert gigabytes_of("24GB") == 24 and gigabytes_of("none") is None and gigabytes_of(None) is None
+    assert plain("a|b <i>*x*") == "a\\|b &lt;i&gt;\\*x\\*" and "](" not in plain("[a](b)")
+
+
+def test_labels_do_not_lie_on_each_other():
+    places = [0.5, 0.5, 0.51, 0.1, 0.9, 0.52]
+    found = spread(places, 0.05)
+    ordered = sorted(found)
+    assert all(b - a >= 0.05 - 1e-9 for a, b in zip(ordered, ordered[1:], strict=False))
+    assert found[3] == 0.1 and found[4] == 0.9 and found[0] <= found[2] <= found[5]
+    taken, frame = [(40.0, 40.0, 60.0, 60.0)], (0.0, 0.0, 200.0, 200.0)
+    for _ in range(6):
+        box = free_box((50, 50), (40, 12), frame, taken, 12)
+        assert covered(box, taken) == 0 and covered(box, [frame]) == pytest.approx(40 * 12)
+        taken.append(box)
+
+
+def test_amplification_fits_the_median_mode():
+    black = np.zeros((1, 8, 8, 3), np.uint8)
+    assert amplification([(black + 2, black)]) == 100
+    assert amplification([(black + 2, black), (black + 24, black), (black + 200, black)]) == 10
+    assert amplification([(black, black)]) == 100
+
+
+# --- the command's files and what it refuses ----------------------------------------------------------------------
+
+
+def test_markdown_folder_with_plots(tmp_path: Path):
+    demo = tmp_path / "results"
+    made.write_results(demo, [made.make_result(n, levels=("speed", "teacher")) for n in NAMES if n != "other-seed"])
+    done = run(str(demo), "--markdown", str(tmp_path / "out"))
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"!\[.+\]\((.+)\)", text)
+    assert len(pictures) == 2  # seconds against drift, and drift by step
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*pictures, "report.md"])
+    rows = [line for line in text.splitlines() if line.startswith("| int8 · int8 attention |")]
+    assert "indistinguishable from the floor" in rows[0]
+    again = run(str(demo), "--markdown", str(tmp_path / "out"))
+    assert again.exit_code == 2 and "--overwrite" in again.output
+    only = run(str(demo), "--markdown", str(tmp_path / "only.md"))
+    assert only.exit_code == 0 and "![" not in (tmp_path / "only.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("case", ["nothing", "gone", "empty", "other", "old", "broken", "there", "folder", "frames"])
+def test_refusals(case: str, tmp_path: Path):
+    folder, output = tmp_path / "results", tmp_path / "r.html"
+    result = made.make_result("int8 · int8 attention", levels=("teacher",))
+    (path,) = made.write_results(folder, [result])
+    arguments, words = [str(path), "-o", str(output)], ""
+    if case == "nothing":
+        arguments, words = ["-o", str(output)], "No results"
+    elif case == "gone":
+        arguments, words = [str(tmp_path / "gone.json"), "-o", str(output)], "gone.json"
+    elif case == "empty":
+        (tmp_path / "empty").mkdir()
+        arguments, words = [str(tmp_path / "empty"), "-o", str(output)], "no result"
+    elif case == "other":
+        path.write_text('{"name": "something else"}', encoding="utf-8")
+        words = path.name
+    elif case == "old":
+        path.write_text(json.dumps(result | {"solostep_bench": 0}), encoding="utf-8")
+        words = "solostep_bench"
+    elif case == "broken":
+        path.write_text("{", encoding="utf-8")
+        words = "JSON"
+    elif case == "there":
+        output.write_text("mine", encoding="utf-8")
+        words = "--overwrite"
+    elif case == "folder":
+        arguments, words = [str(path), "-o", str(tmp_path / "no" / "r.html")], "does not exist"
+    elif case == "frames":
+        path.write_text(json.dumps(result | {"frames": {"file": "f.npz", "index": [0]}}), encoding="utf-8")
+        (folder / "f.npz").write_bytes(b"no frames")
+        words = "f.npz"
+    before = sorted(p for p in tmp_path.rglob("*"))
+    done = run(*arguments)
+    assert done.exit_code == 2 and words in " ".join(done.output.split()), done.output
+    assert sorted(p for p in tmp_path.rglob("*")) == before
+    if case == "there":
+        assert output.read_text(encoding="utf-8") == "mine"
+
+
+def test_frames_are_checked(tmp_path: Path):
+    np.savez(tmp_path / "a.npz", frames=np.zeros((2, 4, 4), np.uint8))
+    with pytest.raises(UsageError, match="holds no frames"):
+        read_frames(tmp_path / "a.npz")
+    np.savez(tmp_path / "b.npz", frames=np.zeros((2, 4, 4, 3), np.uint8), index=np.array([3, 9]))
+    assert read_frames(tmp_path / "b.npz")["index"].tolist() == [3, 9]
