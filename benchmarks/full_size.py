@@ -28,10 +28,11 @@ from typing import Any
 import torch
 
 from solostep.benchmarks.environment import environment
-from solostep.benchmarks.lockstep import FLOORS, Drift, Lockstep, Mode
+from solostep.benchmarks.lockstep import FLOORS, Lockstep, Mode
 from solostep.benchmarks.matrix import code_identity
 from solostep.benchmarks.results import read_json, same_measurement, write_json, write_result
-from solostep.benchmarks.synthetic import GENERATOR, SyntheticSamples, marker
+from solostep.benchmarks.synthetic import GENERATOR, marked, marker
+from solostep.benchmarks.synthetic_samples import SyntheticSamples
 from solostep.engine.activations import TransformerSamples, conditions_for
 from solostep.engine.checkpoint import open_model
 from solostep.engine.config import GenerationSettings, TransformerConfig
@@ -87,7 +88,7 @@ def synthetic_subject(args: argparse.Namespace, device: torch.device) -> Subject
     }  # fmt: skip
     return Subject(
         SYNTHETIC, settings, tuple(f"drawn text {p + 1}" for p in range(prompts)), (args.seed,) * prompts, identity,
-        {"generator": GENERATOR, "seed": args.seed},
+        marked(args.seed),
         lambda: SyntheticSamples(config, settings, args.seed, device, prompts, args.times),
     )  # fmt: skip
 
@@ -326,8 +327,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--heads", type=int, help="of drawn weights: default 48, 128 channels each")
     sub.add_argument("--layers", type=int, help="of drawn weights: default 48")
     sub.add_argument("--blocks", type=int, help="only so many blocks, for trials")
-    sub.add_argument("--what", choices=["both", "blocks", "own"], default="both",
-                     help="errors of blocks on the reference's input, of own streams through all blocks, or both")  # fmt: skip
+    what = "errors of blocks on the reference's input, of own streams through all blocks, or both"
+    sub.add_argument("--what", choices=["both", "blocks", "own"], default="both", help=what)
     sub.add_argument("--parked", action=argparse.BooleanOptionalAction, help="streams wait in host memory, or never")
     sub.add_argument("--device")
     sub.add_argument("-o", "--output", type=Path, required=True, help="folder of the results")

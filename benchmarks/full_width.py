@@ -47,7 +47,6 @@ from solostep.quant.formats import quantize, stored
 from solostep.quant.recipe import Recipe, default_recipe
 from solostep.quant.writing import FileWriter
 
-
 Weights = Callable[[Callable[[], nn.Module], torch.device], nn.Module]
 """Builds a network, in bf16 and right on a device, with weights."""
 

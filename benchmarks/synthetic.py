@@ -1,7 +1,6 @@
 """DiT weights that nobody trained, whose activations are distributed as those of trained networks are.
 
-    python -m solostep.benchmarks.synthetic table -o benchmarks/results/activation-statistics.md
-    python -m solostep.benchmarks.synthetic write DIR --precision int8
+    python -m solostep.benchmarks.synthetic DIR --precision int8      # a model folder in the released layout
 
 What a number format does to a network of normal random weights says little about a trained one: nothing stands out
 there. These weights are drawn too, from a seed, but so that the activations have what trained transformers show:
@@ -17,9 +16,9 @@ there. These weights are drawn too, from a seed, but so that the activations hav
 - hidden units of the feed-forward are mostly near zero, and some are large, as is what feeds its second linear;
 - a block adds some tens of percent of the stream's norm, and the stream grows over the depth.
 
-:data:`TARGETS` says these in numbers, a test holds them, and ``table`` measures them beside normal random weights and
-the trained demo model. They are still no trained weights: nothing depends on anything but by chance, and results with
-them are marked (:func:`marker`).
+:data:`TARGETS` says these in numbers, a test holds them, and synthetic_table.py measures them beside normal random
+weights and the trained demo model. They are still no trained weights: nothing depends on anything but by chance, and
+results with them are marked (:func:`marker`).
 
 Every tensor has a generator of its own, by seed and name, so block i can be drawn alone: 1.2 GB in bf16 at full width,
 and 0.2 GB beside it while it is drawn. Vectors are drawn on the CPU and are the same everywhere. Matrices are drawn on
@@ -33,27 +32,19 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from solostep.benchmarks.activation_statistics import record, summary
-from solostep.benchmarks.full_width import commit
 from solostep.benchmarks.whole_pipeline import RELEASED, Sizes, make
-from solostep.engine.activations import TransformerSamples, conditions_for
-from solostep.engine.checkpoint import open_model
-from solostep.engine.config import CLIP_TOKENS, LLM_TOKENS, GenerationSettings, TransformerConfig
-from solostep.engine.demo import demo_model
+from solostep.engine.config import TransformerConfig
 from solostep.engine.errors import SolostepError, UsageError
 from solostep.engine.models.transformer import StepVideoTransformer, TransformerBlock
-from solostep.engine.rates import random_weights
-from solostep.engine.runtime import numerics, pick_device
-from solostep.engine.sampling import initial_noise
-from solostep.engine.scheduler import make_sigmas
+from solostep.engine.precision import check_precision
+from solostep.engine.runtime import pick_device
 
 GENERATOR = "solostep synthetic DiT 1"
 """A name that changes with what is drawn."""
@@ -72,6 +63,16 @@ GROWTH = math.sqrt(1 + sum(p * p for p in ADDED))
 """Of the stream by one block."""
 LARGE_GAINS = (3, 2.5, 5.0)
 """Channels of the QK-norms with large gains, and the range of these."""
+FEW = 4
+"""Channels of a normed stream above this are outliers."""
+TAIL = 0.35
+"""Width of the log-normal factor of every weight."""
+QK_GAIN = 1.7
+"""Of the QK-norms' ordinary channels: with it the entropy of attention is 0.5 to 0.9 of a uniform one's."""
+HIDDEN, HIDDEN_MEAN = 0.6, 0.2
+"""Of the feed-forward's hidden layer after GELU: root mean square and mean."""
+MODULATION = 0.9
+"""Gain of the linear that makes the six modulation vectors from SiLU of the timestep's embedding."""
 
 TARGETS: dict[tuple[str, str], tuple[float, float]] = {
     ("stream", "outliers"): (0.004, 0.03),
@@ -228,8 +229,11 @@ class Drawn:
     def _gain(self, name: str) -> Tensor:
         """Outliers of the stream go on through the norm a little smaller; 0.3 % of the channels get a large gain."""
         gain = self.spread(name, self.dim, 0.2) / self.normed.clamp_min(1) ** 0.2
-        large = self.uniform(name + " large", self.dim) < 0.003
-        return torch.where(large, gain * 6, gain) / self._rms()
+        return torch.where(self._few(name), gain * 6, gain) / self._rms()
+
+    def _few(self, name: str) -> Tensor:
+        """0.3 % of the channels, none of which is an outlier of the stream already."""
+        return (self.uniform(name + " large", self.dim) < 0.003) & (self.normed < FEW)
 
     def _rms(self) -> float:
         """Root mean square of a normed stream's ordinary channel: outliers take most of the norm."""
@@ -261,7 +265,7 @@ class Drawn:
         """Shift, scale and gate, twice."""
         d, rows = self.dim, self.normal(name, 6, self.dim)
         shift, scale = 0.15 * rows[[0, 3]], 0.25 * rows[[1, 4]]
-        scale = torch.where(self.uniform(name + " large", 2, d) < 0.003, 3.0, scale)
+        scale = torch.where(torch.stack([self._few(f"{name} {n}") for n in range(2)]), 3.0, scale)
         gate = torch.stack([self.spread(f"{name} gate {n}", d, 0.4) for n in range(2)])
         return torch.stack([shift[0], scale[0], gate[0], shift[1], scale[1], gate[1]])
 
@@ -287,9 +291,7 @@ class Drawn:
         """The stream's channels that block i is to find."""
         return START * GROWTH**i * self.size
 
-    def _back(
-        self, i: int, name: str, width: int, rms: float, part: float, blind: Tensor | None = None
-    ) -> Tensor:
+    def _back(self, i: int, name: str, width: int, rms: float, part: float, blind: Tensor | None = None) -> Tensor:
         """A linear whose output is added to the stream; ``rms`` is that of its input, by experience."""
         jitter = math.exp(0.25 * float(self.normal(name + " jitter", 1)))
         rows = self._planned(i) * part * jitter * self._rows(name, self.dim, 0.2)
@@ -347,14 +349,6 @@ class Drawn:
         raise ValueError(f"{name} is no tensor of the DiT")
 
 
-FEW = 4
-TAIL = 0.35
-QK_GAIN = 1.45
-HIDDEN, HIDDEN_MEAN = 0.6, 0.2
-"""Of the feed-forward's hidden layer after GELU: root mean square and mean."""
-MODULATION = 0.9
-
-
 # ---------------------------------------------------------------- networks
 
 
@@ -406,89 +400,6 @@ class DrawnBlocks:
             yield wrap(i, self.block(i))
 
 
-# ---------------------------------------------------------------- inputs
-
-
-def smooth_video(settings: GenerationSettings, channels: int, seed: int) -> Tensor:
-    """A latent ``[1, f, c, h, w]`` of unit variance that has what those of videos have: neighbours are alike in space
-    and more so in time, channels hang together, and have means. Four random fields from coarse to fine, each a quarter
-    stronger than the next finer one, mixed across channels. fp32, on the CPU."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    f, h, w = settings.latent_frames, settings.latent_height, settings.latent_width
-    total = torch.zeros(1, channels, f, h, w)
-    for octave in range(4):
-        coarse = [max(1, -(-n * 2**octave // 12)) for n in (f // 2, h, w)]
-        field = torch.randn(1, channels, *coarse, generator=generator)
-        total += 1.25**-octave * nn.functional.interpolate(field, (f, h, w), mode="trilinear", align_corners=False)
-    mix = torch.randn(channels, channels, generator=generator) / channels**0.5
-    mixed = torch.einsum("dc,bcfhw->bfdhw", mix + torch.eye(channels), total)
-    mixed -= mixed.mean((1, 3, 4), keepdim=True)
-    mixed /= mixed.std().clamp_min(1e-6)
-    return (mixed + 0.4 * torch.randn(1, 1, channels, 1, 1, generator=generator)) / 1.16**0.5
-
-
-def noisy_video(settings: GenerationSettings, channels: int, sigma: float, seed: int) -> Tensor:
-    """sigma video + (1 - sigma) noise, ``[1, f, c, h, w]`` in fp32: where flow matching is on its way at ``sigma``."""
-    noise, _ = initial_noise(settings, channels, seed)
-    return sigma * smooth_video(settings, channels, seed) + (1 - sigma) * noise
-
-
-def draw_text(drawn: Drawn, name: str, tokens: int) -> tuple[Tensor, Tensor, int]:
-    """Outputs of the two text encoders ``[1, 320, c1]`` and ``[1, 77, c2]``, and how many tokens are seen. Texts have
-    a part in common, as prompt and negative prompt do; each token is half its own."""
-    made = []
-    for encoder, length, width in zip(("llm", "clip"), (LLM_TOKENS, CLIP_TOKENS), drawn.config.caption_channels,
-                                      strict=True):  # fmt: skip
-        size = drawn.spread(f"text {encoder} sizes", width, 0.5)
-        common = drawn.normal(f"text {encoder} common", 1, 1, width)
-        own = drawn.normal(f"text {encoder} {name}", 1, 1, width)
-        token = drawn.normal(f"text {encoder} {name} tokens", 1, length, width)
-        made.append((0.6 * common + 0.4 * own + 0.7 * token) * size)
-    return made[0], made[1], CLIP_TOKENS + min(tokens, LLM_TOKENS)
-
-
-class SyntheticSamples(TransformerSamples):
-    """Samples of a drawn DiT: prompts x times x guidance branches, as engine.activations makes them of a real one.
-
-    The latents are no trajectory's: they are noise mixed with a smooth field (:func:`noisy_video`).
-
-    Args:
-        times: noise levels, spread evenly over the steps as engine.activations spreads them.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, settings: GenerationSettings, seed: int, device: torch.device, prompts: int = 1,
-        times: int = 4, make: Callable[[Drawn, int], nn.Module] = draw_block,
-        shell: Callable[[Drawn], StepVideoTransformer] = draw_shell,
-    ) -> None:  # fmt: skip
-        drawn = Drawn(config, seed, device)
-        self.device, self.settings, self.condition = device, settings, None
-        self.shell: Any = shell(drawn)
-        self.dtype = self.shell.dtype
-        self.blocks: Any = DrawnBlocks(drawn, make)
-        steps = settings.num_inference_steps
-        sigmas = make_sigmas(steps, settings.time_shift)
-        looked_at = [round(i * (steps - 1) / max(times - 1, 1)) for i in range(times)]
-        branches = [("text", 180), ("unconditional", 60)][: 1 + settings.use_guidance]
-        self.labels, rows = [], []
-        for p in range(prompts):
-            contexts = [self._context(drawn, f"{branch} {p if branch == 'text' else ''}", n) for branch, n in branches]
-            for t, step in enumerate(looked_at):
-                latents = noisy_video(settings, config.in_channels, float(sigmas[step]), seed + p).to(device)
-                for context, (branch, _) in zip(contexts, branches, strict=True):
-                    rows.append((latents, sigmas[step].to(device), context))
-                    self.labels.append(
-                        {"prompt": p, "time": t, "step": step, "sigma": float(sigmas[step]), "branch": branch}
-                    )
-        self._set(rows)
-        tokens = self.latents[0][0, :, 0].numel() // config.patch_size**2
-        self.stream_bytes = tokens * config.inner_dim * self.dtype.itemsize
-
-    def _context(self, drawn: Drawn, name: str, tokens: int) -> Tensor:
-        llm, clip, length = draw_text(drawn, name, tokens)
-        return self.shell.embed_text(llm.to(self.device, self.dtype), clip.to(self.device, self.dtype), [length])[0]
-
-
 # ---------------------------------------------------------------- model folders
 
 
@@ -529,113 +440,22 @@ def write(
     (folder / MARKER).write_text(json.dumps(marked(seed)) + "\n", encoding="utf-8")
 
 
-# ---------------------------------------------------------------- the table
-
-COLUMNS = (
-    ("stream", "outliers", "stream: outlier channels"), ("stream", "channels", "stream: worst channel / median"),
-    ("stream", "kurtosis", "stream: kurtosis"), ("stream", "mean", "stream: energy in means"),
-    ("stream", "added", "a block adds"), ("stream", "growth", "stream's growth"),
-    ("attn1.wqkv", "channels", "into qkv: worst channel / median"), ("attn1.wqkv", "kurtosis", "into qkv: kurtosis"),
-    ("attention", "key mean", "keys: energy in means"), ("attention", "entropy", "attention: entropy"),
-    ("ff.net.0.proj", "channels", "into up: worst channel / median"),
-    ("ff.net.2", "channels", "into down: worst channel / median"), ("ff.net.2", "kurtosis", "into down: kurtosis"),
-    ("ff.net.2", "small", "into down: nearly zero"),
-)  # fmt: skip
-
-
-def normal_block(drawn: Drawn, i: int) -> TransformerBlock:
-    """A block of normal random weights, for comparison."""
-    return random_weights(lambda: TransformerBlock(drawn.dim, drawn.head_dim), drawn.device, drawn.seed + i)
-
-
-def normal_shell(drawn: Drawn) -> StepVideoTransformer:
-    """The rest of a DiT of normal random weights; its blocks, one of which is made and dropped, are on no device."""
-    small = replace(drawn.config, num_layers=1)
-    shell = random_weights(lambda: StepVideoTransformer(small), drawn.device, drawn.seed)
-    shell.transformer_blocks = nn.ModuleList()
-    return shell
-
-
-def measured(config: TransformerConfig, settings: GenerationSettings, device: torch.device, seed: int,
-             normal: bool = False) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Statistics of a drawn DiT's activations, or of one of normal random weights on the same inputs."""
-    ways = (normal_block, normal_shell) if normal else (draw_block, draw_shell)
-    with numerics():
-        return summary(record(SyntheticSamples(config, settings, seed, device, 1, 2, *ways)))
-
-
-def demo_measured(device: torch.device) -> dict[str, dict[str, float]]:
-    """The same of the trained demo model, on its own trajectories."""
-    model = open_model(demo_model())
-    with numerics():
-        conditions = conditions_for(model, times=2)
-        samples = TransformerSamples(model, conditions, device, torch.bfloat16, lambda stage, done, total: None)
-        return summary(record(samples))
-
-
-def table(columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Markdown: a row for each number, a column for each model, and the synthetic weights' target."""
-    lines = ["| | " + " | ".join(columns) + " | target |", "|---" * (len(columns) + 2) + "|"]
-    for place, key, name in COLUMNS:
-        low_high = TARGETS.get((place, key))
-        target = "" if low_high is None else f"{low_high[0]:g} to {low_high[1]:g}"
-        values = " | ".join(f"{found[place][key]:.3g}" for found in columns.values())
-        lines.append(f"| {name} | {values} | {target} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("table", "write"):
-        sub = commands.add_parser(name)
-        sub.add_argument("--seed", type=int, default=0)
-        sub.add_argument("--device")
-        if name == "write":
-            sub.add_argument("folder", type=Path)
-            sub.add_argument("--precision", default="bf16")
-            sub.add_argument("--text-precision", default="int8")
-        else:
-            sub.add_argument("--heads", type=int, default=48)
-            sub.add_argument("--layers", type=int, default=48)
-            sub.add_argument("--frames", type=int, default=17)
-            sub.add_argument("--height", type=int, default=544)
-            sub.add_argument("--width", type=int, default=992)
-            sub.add_argument("-o", "--output", type=Path, help="the table, in Markdown")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--precision", default="bf16", help="of the DiT")
+    parser.add_argument("--text-precision", default="int8", help="of Step-LLM")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device")
     args = parser.parse_args()
     try:
-        device = pick_device(args.device)
-        if args.command == "write":
-            write(args.folder, args.precision, args.text_precision, args.seed, device)
-        else:
-            told(args, device)
+        check_precision(args.precision)
+        check_precision(args.text_precision, "--text-precision")
+        write(args.folder, args.precision, args.text_precision, args.seed, pick_device(args.device))
     except SolostepError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
-
-
-def told(args: argparse.Namespace, device: torch.device) -> None:
-    """Measures the three, and prints or writes the table."""
-    config = TransformerConfig(num_attention_heads=args.heads, num_layers=args.layers)
-    settings = GenerationSettings(num_frames=args.frames, height=args.height, width=args.width)
-    columns = {
-        "synthetic": measured(config, settings, device, args.seed),
-        "normal random": measured(config, settings, device, args.seed, normal=True),
-        "demo, trained": demo_measured(device),
-    }
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-    text = table(columns) + (
-        f"\nMedians over blocks, bf16, on {where}, torch {torch.__version__}, commit {commit()}. Synthetic (seed "
-        f"{args.seed}) and normal: {args.heads} heads, {args.layers} blocks, {settings.num_frames} frames at "
-        f"{settings.height}x{settings.width}. Demo: 2 heads, 6 blocks, its own clip.\n"
-    )
-    if args.output is None:
-        print(text)
-        return
-    temporary = args.output.with_name(f".{args.output.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(args.output)
 
 
 if __name__ == "__main__":
