@@ -107,13 +107,13 @@ def test_latents_are_noise_at_first_and_smooth_at_last() -> None:
 def test_a_folder_says_that_its_weights_were_drawn_and_holds_them(tmp_path: Path) -> None:
     clip = {
         "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64,
-        "vocab_size": 200, "max_position_embeddings": 128, "type_vocab_size": 2, "hidden_act": "gelu",
+        "vocab_size": 1024, "max_position_embeddings": 128, "type_vocab_size": 2, "hidden_act": "gelu",
         "layer_norm_eps": 1e-12, "model_type": "bert", "pad_token_id": 0,
     }  # fmt: skip
     config = TransformerConfig(
         num_attention_heads=1, num_layers=2, in_channels=2, out_channels=2, caption_channels=(48, 32)
     )  # fmt: skip
-    llm = StepLLMConfig(48, 1, 4, 2, 128, 1e-5, 400)
+    llm = StepLLMConfig(48, 1, 4, 2, 128, 1e-5, 1024)
     vae = VAEConfig.from_dict(json.loads((TOKENIZERS / "vae" / "config.json").read_text()))
     folder = tmp_path / "model"
     write(folder, "int8", "bf16", 5, CPU, Sizes(config, llm, vae, clip))
