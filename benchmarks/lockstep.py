@@ -41,7 +41,7 @@ from solostep.quant.formats import FORMATS, UNQUANTIZED
 Say = Callable[[str, int, int], None]
 ROLES = ("mode", "floor-backend", "floor-order")
 WORKING = 17
-"""Streams that a block takes for one row: 11 in the official order, and 4 more where inputs of linears are reordered."""
+"""Streams that a block takes for one row: 11 in the official order, and 4 more where inputs are reordered."""
 CHUNK = 4096
 """Tokens that are compared at a time: 0.1 GB in fp32."""
 

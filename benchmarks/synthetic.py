@@ -150,17 +150,24 @@ class Drawn:
 
     # --- matrices, on the device ------------------------------------------------------------------------------------
 
-    def matrix(self, name: str, rows: Tensor, columns: Tensor, blind: Tensor | None = None) -> Tensor:
+    def matrix(
+        self, name: str, rows: Tensor, columns: Tensor, blind: Tensor | None = None,
+        plus: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """``[N, K]`` of variance ``rows^2 columns^2``: a normal number times a log-normal one, of kurtosis
-        3 exp(4 TAIL^2), 4.9. The rows do not see the direction ``blind [K]``."""
+        3 exp(4 TAIL^2), 4.9. The rows do not see the direction ``blind [K]``; to them comes the outer
+        product ``plus`` of ``[N]`` and ``[K]``, small against the rounding of a weight and large when summed."""
         out = torch.empty(len(rows), len(columns), dtype=torch.bfloat16, device=self.device)
         generator = _generator(self.seed, name, self.device)
         rows, columns = rows.to(self.device), columns.to(self.device)
+        left, right = (None, None) if plus is None else (part.to(self.device) for part in plus)
         step = max(1, (1 << 24) // len(columns))
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             made = self._noise(generator, len(rows[part]), len(columns)).mul_(columns).mul_(rows[part, None])
-            out[part] = made if blind is None else self._without(made, blind)
+            if blind is not None:
+                made = self._without(made, blind)
+            out[part] = made if left is None else made.addr_(left[part], right)
         return out
 
     def _noise(self, generator: torch.Generator, n: int, k: int) -> Tensor:
@@ -291,12 +298,12 @@ class Drawn:
         """The stream's channels that block i is to find."""
         return START * GROWTH**i * self.size
 
-    def _back(self, i: int, name: str, width: int, rms: float, part: float, blind: Tensor | None = None) -> Tensor:
+    def _back(self, i: int, name: str, width: int, rms: float, part: float, **more: Any) -> Tensor:
         """A linear whose output is added to the stream; ``rms`` is that of its input, by experience."""
         jitter = math.exp(0.25 * float(self.normal(name + " jitter", 1)))
         rows = self._planned(i) * part * jitter * self._rows(name, self.dim, 0.2)
         columns = self.spread(name + " columns", width, 0.2) / (rms * width**0.5)
-        return self.matrix(name, rows, columns, blind)
+        return self.matrix(name, rows, columns, **more)
 
     def _up_rows(self, name: str) -> Tensor:
         """Sizes of the hidden units, a hundredth of them large."""
@@ -306,28 +313,26 @@ class Drawn:
     def _up(self, i: int, name: str) -> Tensor:
         d = self.dim
         rows = self._up_rows(name)
-        made = self.matrix(name, rows, self.reading(name + " columns", self._profile()), self._common())
         offset = self._offset(i)
         below = 1.15 + 0.4 * self.normal(name + " below", 4 * d)
-        made.addr_((rows * below).to(made), (offset / offset.square().sum()).to(made), alpha=-1)
-        return made
+        columns = self.reading(name + " columns", self._profile())
+        return self.matrix(name, rows, columns, self._common(), (-rows * below, offset / offset.square().sum()))
 
     def _down(self, i: int, name: str) -> Tensor:
         d = self.dim
         # Their means would be the same for all tokens, block after block, until nothing else is left.
         means = self._up_rows(f"transformer_blocks.{i}.ff.net.0.proj.weight")
-        made = self._back(i, name, 4 * d, HIDDEN, ADDED[2], means)
         # Hidden units are positive on the whole, so a small common part of a row's weights adds to the channel's mean:
         # as much as keeps it growing with the stream.
         mean = self._planned(i) * (GROWTH - 1) * self.sign * self.shared / (4 * d * HIDDEN_MEAN)
-        return made.add_(mean.to(made)[:, None])
+        return self._back(i, name, 4 * d, HIDDEN, ADDED[2], blind=means, plus=(mean, torch.ones(4 * d)))
 
     def _of_shell(self, name: str, shape: Sequence[int]) -> Tensor:
-        d, cpu = self.dim, torch.ones
+        d = self.dim
         n, k = shape[0], math.prod(shape[1:])
         if name == "pos_embed.proj.weight":
             rows = START * self.size * (1 - self.shared.square()).sqrt()
-            return self.matrix(name, rows, cpu(k) / k**0.5).view(*shape)
+            return self.matrix(name, rows, torch.full((k,), k**-0.5)).view(*shape)
         if name == "pos_embed.proj.bias":
             return START * self.size * self.shared * self.sign
         if name == "scale_shift_table":
