@@ -67,7 +67,7 @@ FEW = 4
 """Channels of a normed stream above this are outliers."""
 TAIL = 0.35
 """Width of the log-normal factor of every weight."""
-QK_GAIN = 1.7
+QK_GAIN = 1.5
 """Of the QK-norms' ordinary channels: with it the entropy of attention is 0.5 to 0.9 of a uniform one's."""
 HIDDEN, HIDDEN_MEAN = 0.6, 0.2
 """Of the feed-forward's hidden layer after GELU: root mean square and mean."""
