@@ -47,6 +47,9 @@ from solostep.quant.formats import quantize, stored
 from solostep.quant.recipe import Recipe, default_recipe
 from solostep.quant.writing import FileWriter
 
+Weights = Callable[[Callable[[], nn.Module], torch.device], nn.Module]
+"""Builds a network, in bf16 and right on a device, with weights."""
+
 
 def recipe_of(precision: str, network: str = "transformer") -> Recipe | None:
     """The default recipe of a precision; None for bf16."""
@@ -278,16 +281,17 @@ def write_dit(root: Path, layers: int, device: torch.device, recipe: Recipe | No
 
 def write_network(
     folder: Path, config: dict[str, Any], build: Callable[[], nn.Module], recipe: Recipe | None, device: torch.device,
-    shards: int,
+    shards: int, weights: Weights = random_weights,
 ) -> list[Path]:  # fmt: skip
-    """The folder of a network, which is called as that is, with random weights; quantized if there is a recipe.
+    """The folder of a network, which is called as that is; quantized if there is a recipe. ``weights`` makes what
+    ``build`` describes, by default of random numbers.
 
     The network is drawn on the device, and each shard is written from there by a thread of its own.
     """
     folder.mkdir(exist_ok=True)
     described = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
     (folder / "config.json").write_text(json.dumps(described))
-    model = random_weights(build, device)
+    model = weights(build, device)
     modules = {} if recipe is None else recipe.resolve(linears(model, folder.name))
     if recipe is not None:
         values = {"solostep_quantization": 1, "precision": recipe.name, "recipe": recipe.as_dict(), "source": {}}

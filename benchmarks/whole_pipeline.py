@@ -21,8 +21,8 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from solostep.benchmarks.full_width import recipe_of, record, write_network
+from solostep.benchmarks.full_width import Weights, recipe_of, record, write_network
 from solostep.engine.config import StepLLMConfig, TransformerConfig, VAEConfig
 from solostep.engine.models.clip import HunyuanClip
 from solostep.engine.models.step_llm import StepLLM
@@ -53,28 +53,47 @@ PROMPT = "a red panda walks over a bridge in the morning fog"
 # --- the model ----------------------------------------------------------------------------------------------------
 
 
-def make(root: Path, precision: str, text_precision: str, device: torch.device) -> None:
-    """A model folder in the released layout at the released sizes."""
+@dataclass(frozen=True)
+class Sizes:
+    """Of the networks of a model folder, by default the released ones."""
+
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    step_llm: StepLLMConfig = field(default_factory=StepLLMConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    clip: Mapping[str, Any] = field(default_factory=lambda: CLIP)
+
+
+RELEASED = Sizes()
+
+
+def make(
+    root: Path, precision: str, text_precision: str, device: torch.device, weights: Weights = random_weights,
+    sizes: Sizes = RELEASED,
+) -> None:  # fmt: skip
+    """A model folder in the released layout. ``weights`` are those of the DiT, by default random like all others."""
     root.mkdir(parents=True)
     for part in ("model_index.json", "scheduler", "hunyuan_clip/tokenizer", "step_llm/step1_chat_tokenizer.model"):
         target = root / part
         target.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if (TOKENIZERS / part).is_dir() else shutil.copy)(TOKENIZERS / part, target)
-    config, llm = TransformerConfig(), StepLLMConfig()
+    config, llm = sizes.transformer, sizes.step_llm
     networks: dict[str, tuple[Any, Callable[[], nn.Module], str]] = {
         "transformer": (config, lambda: StepVideoTransformer(config), precision),
         "step_llm": (llm, lambda: StepLLM(llm), text_precision),
     }
     for name, (described, build, kind) in networks.items():
-        write_network(root / name, asdict(described), build, recipe_of(kind, name), device, shards=6)
+        drawn = weights if name == "transformer" else random_weights
+        write_network(root / name, asdict(described), build, recipe_of(kind, name), device, shards=6, weights=drawn)
     (root / "vae").mkdir()
-    vae = random_weights(lambda: VideoAutoencoder(VAEConfig()), device)
+    if sizes.vae != VAEConfig():  # the release has no such file
+        (root / "vae" / "config.json").write_text(json.dumps(asdict(sizes.vae)))
+    vae = random_weights(lambda: VideoAutoencoder(sizes.vae), device)
     save_file({name: p.cpu() for name, p in vae.named_parameters()}, root / "vae" / "vae_v2.safetensors")
     folder = root / "hunyuan_clip" / "clip_text_encoder"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CLIP))
+    (folder / "config.json").write_text(json.dumps(dict(sizes.clip)))
     with device:
-        clip = HunyuanClip(CLIP)
+        clip = HunyuanClip(dict(sizes.clip))
     save_file(
         {name: p.detach().cpu().contiguous() for name, p in clip.named_parameters()}, folder / "model.safetensors"
     )

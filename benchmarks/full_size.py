@@ -1,0 +1,349 @@
+"""Drift at the released size on weights that are drawn as trained ones are distributed, or of any model.
+
+    python -m solostep.benchmarks.full_size drift --frames 204 --times 2 --mode int8/int8 --mode fp8/int8 -o DIR
+    python -m solostep.benchmarks.full_size drift --model demo --mode int8/int8 -o DIR
+    python -m solostep.benchmarks.full_size drift --heads 2 --layers 3 --frames 17 --height 96 --width 96 -o DIR
+
+For each mode, and for two noise floors, DIR gets one result as `solostep bench` writes them: errors of every block on
+the reference's inputs, and of the guided velocity of one step, at some noise levels. Each level is a pass of its own,
+kept in DIR/passes as soon as it is done: stopped or killed, the same command goes on behind it, and a further mode is
+all that is computed when one is added.
+
+Cost on one H200 at 204 frames, both branches: 0.8 s a block in the official order and 0.4 to 0.65 s a mode, twice with
+own streams; times 48 blocks and the noise levels. 51 frames take an eighth. Memory: see lockstep.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from solostep.benchmarks.environment import environment
+from solostep.benchmarks.lockstep import FLOORS, Lockstep, Mode
+from solostep.benchmarks.matrix import code_identity
+from solostep.benchmarks.results import read_json, same_measurement, write_json, write_result
+from solostep.benchmarks.synthetic import GENERATOR, marked, marker
+from solostep.benchmarks.synthetic_samples import SyntheticSamples
+from solostep.engine.activations import TransformerSamples, conditions_for
+from solostep.engine.checkpoint import open_model
+from solostep.engine.config import GenerationSettings, TransformerConfig
+from solostep.engine.demo import demo_model
+from solostep.engine.errors import SolostepError, UsageError
+from solostep.engine.request import describe_device
+from solostep.engine.runtime import host_peak, numerics, pick_device, release_memory
+
+MODES = ("int8/int8", "int8/int8-fp8", "fp8/int8", "int8-weight/bf16", "fp8-weight/bf16", "nf4/bf16")
+SYNTHETIC = "synthetic"
+FIELDS = ("blocks", "velocity", "error", "cosine", "stream")
+"""Of a Drift, what is kept of a pass."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a model or a design of synthetic weights, with its samples' conditions.
+
+    Attributes:
+        name: of the model in results.
+        settings: the clip.
+        prompts, seeds: of each pair.
+        identity: in JSON's types, everything that numbers depend on beside mode and code.
+        synthetic: the marker of results.
+        samples: makes the samples on the device.
+    """
+
+    name: str
+    settings: GenerationSettings
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    identity: dict[str, Any]
+    synthetic: dict[str, Any] | bool
+    samples: Callable[[], TransformerSamples]
+
+
+def synthetic_subject(args: argparse.Namespace, device: torch.device) -> Subject:
+    """The released sizes, or those given, with drawn weights."""
+    given = {"num_attention_heads": args.heads, "num_layers": args.layers}
+    config = TransformerConfig(**{k: v for k, v in given.items() if v is not None})
+    settings = GenerationSettings(
+        num_frames=args.frames or 204, height=args.height or 544, width=args.width or 992,
+        num_inference_steps=args.steps or 50,
+    )  # fmt: skip
+    prompts = args.prompts or 1
+    if not 1 <= args.times <= settings.num_inference_steps:
+        raise UsageError(f"--times has to be from 1 to the {settings.num_inference_steps} steps, not {args.times}.")
+    if prompts < 1:
+        raise UsageError(f"--prompts has to be at least 1, not {prompts}.")
+    identity = {
+        "generator": GENERATOR, "seed": args.seed, "config": asdict(config), "settings": settings.identity(),
+        "times": args.times, "prompts": prompts,
+    }  # fmt: skip
+    return Subject(
+        SYNTHETIC, settings, tuple(f"drawn text {p + 1}" for p in range(prompts)), (args.seed,) * prompts, identity,
+        marked(args.seed),
+        lambda: SyntheticSamples(config, settings, args.seed, device, prompts, args.times),
+    )  # fmt: skip
+
+
+def model_subject(args: argparse.Namespace, device: torch.device, say: Callable[[str, int, int], None]) -> Subject:
+    """A model folder, with latents of its own trajectories."""
+    if args.heads or args.layers:
+        raise UsageError("--heads and --layers are sizes of drawn weights; leave them out with --model.")
+    model = open_model(demo_model() if args.model == "demo" else Path(args.model))
+    if model.components["transformer"].quantization is not None:
+        raise UsageError(f"{args.model} is stored quantized, and drift is measured from bf16; give the original model.")
+    conditions = conditions_for(
+        model, None, None, args.times, num_frames=args.frames, height=args.height, width=args.width,
+        num_inference_steps=args.steps,
+    )  # fmt: skip
+    seeds = tuple(conditions.seed + p for p in range(len(conditions.prompts)))
+    names = ("transformer", "step_llm", "hunyuan_clip")
+    identity = conditions.identity() | {"model": {n: model.components[n].fingerprint for n in names}}
+
+    def samples() -> TransformerSamples:
+        made = TransformerSamples(model, conditions, device, torch.bfloat16, say)
+        for label in made.labels:
+            label["step"] = conditions.looked_at[label["time"]]
+        return made
+
+    name = "demo" if args.model == "demo" else model.root.name
+    return Subject(name, conditions.settings, conditions.prompts, seeds, identity, marker(model.root), samples)
+
+
+# ---------------------------------------------------------------- passes
+
+
+class Told:
+    """Progress on stderr: how far, and an estimate of what is left, about once in five seconds."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.before = ""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if stage != self.before:
+            self.start, self.before = now, stage
+        if now - self.last < 5 and done < total:
+            return
+        self.last = now
+        left = (now - self.start) * (total - done) / done if done else float("nan")
+        estimate = f", about {left:.0f} s left" if 0 < done < total else ""
+        print(f"{stage}: {done} of {total}, {now - self.start:.0f} s{estimate}", file=sys.stderr, flush=True)
+
+
+def pass_file(root: Path, key: str, mode: Mode, time_index: int) -> Path:
+    name = f"{mode.role}-{mode}".replace("/", "-").replace("@", "-")
+    return root / "passes" / f"{key}-{time_index}-{name}.json"
+
+
+def kept(file: Path) -> dict[str, Any] | None:
+    """What a pass left; None where it did not end."""
+    if not file.exists():
+        return None
+    try:
+        values = read_json(file)
+    except UsageError:
+        return None  # it can be made again
+    return values if isinstance(values, dict) and set(FIELDS) <= set(values) else None
+
+
+def run_passes(
+    samples: TransformerSamples, modes: Sequence[Mode], root: Path, key: str, args: argparse.Namespace, say: Told
+) -> None:
+    """Every noise level with the modes that are missing there; each mode's numbers are written when its level ends."""
+    times = sorted({label["time"] for label in samples.labels})
+    for t in times:
+        missing = [m for m in modes if kept(pass_file(root, key, m, t)) is None]
+        if not missing:
+            continue
+        rows = [i for i, label in enumerate(samples.labels) if label["time"] == t]
+        start = time.perf_counter()
+        made = Lockstep(
+            samples, missing, rows, args.what != "own", args.what != "blocks", args.blocks, args.parked,
+            lambda stage, done, total, t=t: say(f"noise level {t + 1} of {len(times)}, {stage}", done, total),
+        )  # fmt: skip
+        if made.parked:
+            print("Residual streams wait in host memory.", file=sys.stderr, flush=True)
+        drifts = made.run()
+        seconds = time.perf_counter() - start
+        for drift in drifts:
+            values = {name: getattr(drift, name) for name in FIELDS} | {"seconds": seconds, "modes": len(missing)}
+            write_json(pass_file(root, key, drift.mode, t), values)
+        del made, drifts
+        release_memory(samples.device)
+
+
+# ---------------------------------------------------------------- results
+
+
+def joined(samples: TransformerSamples, found: Sequence[dict[str, Any]], pairs: int) -> dict[str, Any]:
+    """Drift of one mode in the format of results, from its passes, one for each noise level."""
+    labels = samples.labels
+    times = range(len(found))
+    rows = [[i for i, label in enumerate(labels) if label["time"] == t] for t in times]
+    drift: dict[str, Any] = {}
+    for name, key in (("blocks", "blocks"), ("stream", "stream")):
+        if found[0][key] is not None:
+            drift[name] = {
+                "names": [str(i) for i in range(len(found[0][key]))],
+                "error": [[e for one in found for e in one[key][i]] for i in range(len(found[0][key]))],
+                "samples": [
+                    {"pair": labels[i]["prompt"], "step": labels[i]["step"], "branch": labels[i]["branch"]}
+                    for t in times for i in rows[t]
+                ],
+            }  # fmt: skip
+    if found[0]["error"] is not None:
+        drift["teacher"] = {
+            "sigmas": [labels[rows[t][0]]["sigma"] for t in times],
+            "error": [[found[t]["error"][p] for t in times] for p in range(pairs)],
+            "cosine": [[found[t]["cosine"][p] for t in times] for p in range(pairs)],
+        }
+        drift["branches"] = {"error": [one["velocity"] for one in found]}
+    return drift
+
+
+def result_of(
+    subject: Subject, mode: Mode, drift: dict[str, Any], where: dict[str, Any], identity: str,
+    seconds: float, device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    s = subject.settings
+    names = {"floor-backend": "floor: fused bf16", "floor-order": "floor: other order"}
+    label = names.get(mode.role, f"{mode.precision} · {mode.attention} attention")
+    if mode.backend:
+        label += f" · {mode.backend}"
+    cell = {
+        "model": subject.name, "precision": mode.precision, "text_precision": None, "attention": mode.attention,
+        "attention_backend": mode.backend, "recipe": None, "vram": None, "host_ram": None,
+        "num_frames": s.num_frames, "height": s.height, "width": s.width, "num_inference_steps": s.num_inference_steps,
+        "guidance_scale": s.guidance_scale, "time_shift": s.time_shift, "prompts": list(dict.fromkeys(subject.prompts)),
+        "seeds": sorted(set(subject.seeds)), "role": mode.role,
+        "levels": [name for name in ("blocks", "teacher") if name in drift],
+    }  # fmt: skip
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {
+        "solostep_bench": 1, "id": identity, "cell": cell, "label": label, "synthetic": subject.synthetic,
+        "environment": where, "seconds": seconds, "speed": None,
+        "memory": {"gpu_peak_bytes": peak, "driver_peak_bytes": None, "host_peak_bytes": host_peak(), "stages": []},
+        "plan": None, "events": [], "pairs": [
+            {"prompt": p, "seed": n} for p, n in zip(subject.prompts, subject.seeds, strict=True)
+        ],
+        "drift": drift, "score": None, "frames": None,
+    }  # fmt: skip
+
+
+def drift(args: argparse.Namespace) -> list[Path]:
+    """Measures and writes one result for each mode and floor; returns the files."""
+    device, say = pick_device(args.device), Told()
+    modes = list(dict.fromkeys(map(Mode.parse, args.mode or MODES)))
+    floors = [] if args.no_floors else list(FLOORS)
+    modes = floors + [m for m in modes if m not in floors]
+    root: Path = args.output
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"-o {root} is a file; give a folder.")
+    subject = model_subject(args, device, say) if args.model else synthetic_subject(args, device)
+    everything = subject.identity | {
+        "blocks": args.blocks, "what": args.what, "device": describe_device(device), "code": code_identity()
+    }  # fmt: skip
+    key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
+    where = environment(device)
+    identities = {m: hashlib.sha256(f"{key} {m.role} {m}".encode()).hexdigest()[:16] for m in modes}
+    todo = [m for m in modes if not same_measurement(result_file(root, m, identities[m]), identities[m], where)]
+    for mode in modes:
+        if mode not in todo:
+            print(f"{result_file(root, mode, identities[mode])} is there already.", file=sys.stderr)
+    if not todo:
+        return []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        with numerics():
+            samples = subject.samples()
+            run_passes(samples, todo, root, key, args, say)
+    except torch.OutOfMemoryError as error:
+        raise SolostepError(
+            f"{describe_device(device)} ran out of memory ({str(error).splitlines()[0]}); give --parked, fewer --mode, "
+            "or a shorter clip. Passes that ended are kept."
+        ) from error
+    return [write_mode(subject, samples, m, root, key, identities[m], where, device) for m in todo]
+
+
+def result_file(root: Path, mode: Mode, identity: str) -> Path:
+    role = "" if mode.role == "mode" else f"{mode.role}-"
+    return root / f"{role}{str(mode).replace('/', '-').replace('@', '-')}-{identity[:8]}.json"
+
+
+def write_mode(
+    subject: Subject, samples: TransformerSamples, mode: Mode, root: Path, key: str, identity: str,
+    where: dict[str, Any], device: torch.device,
+) -> Path:  # fmt: skip
+    times = sorted({label["time"] for label in samples.labels})
+    found = [kept(pass_file(root, key, mode, t)) for t in times]
+    whole = [one for one in found if one is not None]
+    if len(whole) != len(found):
+        raise SolostepError(f"{root / 'passes'} lost a file while this ran; run the command again.")
+    seconds = sum(one["seconds"] / one["modes"] for one in whole)
+    values = joined(samples, whole, len(subject.prompts))
+    result = result_of(subject, mode, values, where, identity, seconds, device)
+    return write_result(result_file(root, mode, identity), result)
+
+
+def shown(paths: Sequence[Path]) -> None:
+    """A line for each result: median over blocks, and the velocity's error at each noise level."""
+    for path in paths:
+        values = read_json(path)
+        found = values["drift"]
+        line = f"{values['label']:<34}"
+        if "blocks" in found:
+            errors = sorted(e for block in found["blocks"]["error"] for e in block)
+            line += f" block median {errors[len(errors) // 2]:.2e}, worst {errors[-1]:.2e};"
+        if "teacher" in found:
+            line += " velocity " + ", ".join(f"{e:.2e}" for row in found["teacher"]["error"] for e in row)
+        print(f"{line}  {path}", flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = made.add_subparsers(dest="command", required=True)
+    sub = commands.add_parser("drift", help="errors of modes against bf16 in the official order")
+    sub.add_argument("--model", help="demo, or a model folder; default: weights drawn at the released size")
+    sub.add_argument("--frames", type=int)
+    sub.add_argument("--height", type=int)
+    sub.add_argument("--width", type=int)
+    sub.add_argument("--steps", type=int, help="of the whole run, among which the noise levels are")
+    sub.add_argument("--times", type=int, default=2, help="noise levels, spread over the steps")
+    sub.add_argument("--mode", action="append", help=f"PRECISION/ATTENTION[@BACKEND]; default: {', '.join(MODES)}")
+    sub.add_argument("--no-floors", action="store_true", help="leave out the two noise floors")
+    sub.add_argument("--prompts", type=int, help="drawn texts; default 1")
+    sub.add_argument("--seed", type=int, default=0, help="of drawn weights, texts and latents")
+    sub.add_argument("--heads", type=int, help="of drawn weights: default 48, 128 channels each")
+    sub.add_argument("--layers", type=int, help="of drawn weights: default 48")
+    sub.add_argument("--blocks", type=int, help="only so many blocks, for trials")
+    what = "errors of blocks on the reference's input, of own streams through all blocks, or both"
+    sub.add_argument("--what", choices=["both", "blocks", "own"], default="both", help=what)
+    sub.add_argument("--parked", action=argparse.BooleanOptionalAction, help="streams wait in host memory, or never")
+    sub.add_argument("--device")
+    sub.add_argument("-o", "--output", type=Path, required=True, help="folder of the results")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    try:
+        shown(drift(args))
+    except SolostepError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
