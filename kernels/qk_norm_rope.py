@@ -33,7 +33,7 @@ TOKENS = 64
 """Tokens of one program."""
 KEY_GROUP = 32
 """Keys that share a scale, if nothing else is asked for. The fewer, the smaller the error where keys come in clusters
-of different sizes: 2.6e-2 with 32, 2.5e-2 with 16, whose kernel takes 6 % longer on an H200; that of 64 is no faster."""
+of different sizes: 2.6e-2 with 32, 2.5e-2 with 16, whose kernel takes 6 % longer on an H200; 64 are no faster."""
 FLOOR = 2.0**-50
 """The least amax a scale is made of: the product of two such scales is no zero yet."""
 LARGEST = 127.49
