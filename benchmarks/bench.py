@@ -109,6 +109,12 @@ def bench(
         bool, typer.Option("--quick", help="The demo model on a CPU in about 3 minutes on 2 cores: int8 and fp8.")
     ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: the first CUDA card.")] = None,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Cells at a time, where speed is not measured: small models leave most of a card idle."
+        ),
+    ] = 1,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help=f"Folder of results, a JSON file a cell. Default: {FOLDER}."),
@@ -138,7 +144,7 @@ def bench(
     from solostep.benchmarks.runner import Runner
 
     matrix = build(options)
-    runner = Runner(matrix, folder, Shown(), overwrite, called=shown(_called()))
+    runner = Runner(matrix, folder, Shown(), overwrite, called=shown(_called()), jobs=jobs)
     for note in matrix.notes:
         say(console, "note", note)
     if dry_run:

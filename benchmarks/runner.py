@@ -1,4 +1,5 @@
-"""Runs planned cells one after the other, each in a process of its own, into a folder of results.
+"""Runs planned cells, each in a process of its own, into a folder of results: one after the other, or the references
+first and then several at a time.
 
 A process of its own: no cell sees the memory, the allocator or the compiled kernels of another, and one that
 crashes takes nothing with it. A result is there once it is whole. Run again, a folder's finished cells are passed over:
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +35,7 @@ from solostep.benchmarks.results import (
     write_json,
     write_result,
 )
+from solostep.benchmarks.synthetic import marker
 from solostep.engine.errors import OutputError, SolostepError, UsageError
 from solostep.engine.progress import duration
 
@@ -71,11 +74,15 @@ class Runner:
 
     def __init__(
         self, matrix: Matrix, folder: Path, show: Show, overwrite: bool = False, command: Sequence[str] | None = None,
-        called: str | None = None,
+        called: str | None = None, jobs: int = 1,
     ) -> None:  # fmt: skip
+        if jobs > 1 and any("speed" in planned.cell.levels for planned in matrix.planned):
+            raise UsageError("--jobs goes without level speed, as processes beside one another slow each other.")
         self.matrix, self.folder, self.show, self.overwrite = matrix, folder, show, overwrite
-        self.command, self.called = tuple(command or CELL), called
+        self.command, self.called, self.jobs = tuple(command or CELL), called, jobs
         self.spent = self.worked = 0.0
+        self.processes: set[subprocess.Popen[str]] = set()
+        self.stopped = False
 
     # --- before ---------------------------------------------------------------------------------------------------
 
@@ -114,22 +121,49 @@ class Runner:
         with self._alone(), _terminated_like_interrupted():
             there, todo = self.there(), sum(p.work for p in self.matrix.planned)
             todo -= sum(p.work for p in self.matrix.planned if p.id in there)
-            for number, planned in enumerate(self.matrix.planned, 1):
-                head = f"[{number}/{len(self.matrix.planned)}] {planned.label}, {planned.cell.clip}"
-                if planned.id in there:
-                    self.show.note(f"{head}: there already, {there[planned.id].name}")
-                    yield Outcome(planned, "skipped", there[planned.id])
-                    continue
-                left = self._left(todo)
-                self.show.note(f"{head}: {planned.runs:.3g} videos" + (f"; about {left} left in all" if left else ""))
-                outcome = self._cell(planned, head)
-                self.spent, self.worked = self.spent + outcome.seconds, self.worked + planned.work
-                todo -= planned.work
-                said = (
-                    f"done in {duration(outcome.seconds)}" if outcome.status == "done" else f"failed: {outcome.error}"
-                )
-                self.show.note(f"{head}: {said}")
-                yield outcome
+            start, busy = time.monotonic(), set[Future[Outcome]]()
+            with ThreadPoolExecutor(self.jobs) as pool, self._ended():
+                for number, planned in enumerate(self.matrix.planned, 1):
+                    head = f"[{number}/{len(self.matrix.planned)}] {planned.label}, {planned.cell.clip}"
+                    if planned.id in there:
+                        self.show.note(f"{head}: there already, {there[planned.id].name}")
+                        yield Outcome(planned, "skipped", there[planned.id])
+                        continue
+                    left = self._left(todo - self.worked)
+                    said = f"; about {left} left in all" if left else ""
+                    self.show.note(f"{head}: {planned.runs:.3g} videos{said}")
+                    busy.add(pool.submit(self._cell, planned, head))
+                    # Others wait for what they are compared with.
+                    while busy and (len(busy) >= self.jobs or planned.cell.role == "reference"):
+                        done, busy = wait(busy, return_when=FIRST_COMPLETED)
+                        yield from self._told(done, start)
+                while busy:
+                    done, busy = wait(busy, return_when=FIRST_COMPLETED)
+                    yield from self._told(done, start)
+
+    def _told(self, done: set[Future[Outcome]], start: float) -> Iterator[Outcome]:
+        for future in done:
+            outcome = future.result()
+            self.spent, self.worked = time.monotonic() - start, self.worked + outcome.planned.work
+            ended = f"done in {duration(outcome.seconds)}" if outcome.status == "done" else f"failed: {outcome.error}"
+            self.show.note(f"{outcome.planned.label}, {outcome.planned.cell.clip}: {ended}")
+            yield outcome
+
+    @contextlib.contextmanager
+    def _ended(self) -> Iterator[None]:
+        """Processes that still run when this ends by an exception, or early, are stopped."""
+        try:
+            yield
+        finally:
+            self.stopped = bool(self.processes)
+            for process in list(self.processes):
+                process.send_signal(signal.SIGINT)
+            late = time.monotonic() + GRACE
+            for process in list(self.processes):
+                try:
+                    process.wait(max(0.0, late - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    process.kill()
 
     def _left(self, todo: float) -> str:
         return duration(self.spent / self.worked * todo) if self.worked else ""
@@ -160,8 +194,10 @@ class Runner:
             write_json(spec, spec_of(planned, str(self.matrix.device)))
             lines: list[str] = []
             call = [*self.command, str(spec), str(out), "--work", str(self.folder / WORK)]
-            code = _watched(call, lines, lambda line: self.show.status(f"{head}: {line}"))
+            code = self._watched(call, lines, lambda line: self.show.status(f"{head}: {line}"))
             seconds = time.monotonic() - start
+            if self.stopped:  # not a failure of the cell
+                raise KeyboardInterrupt
             here = environment(self.matrix.device, self.called)
             try:
                 if code:
@@ -175,14 +211,33 @@ class Runner:
         failed.unlink(missing_ok=True)
         return Outcome(planned, "done", path, seconds)
 
+    def _watched(self, call: Sequence[str], lines: list[str], said: Callable[[str], None]) -> int:
+        """Runs a process, collects its output and tells each line; its exit code."""
+        with subprocess.Popen(
+            call, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", bufsize=1,
+        ) as process:  # fmt: skip
+            self.processes.add(process)
+            try:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    if line.strip():
+                        lines.append(line.rstrip())
+                        said(lines[-1])
+                        del lines[: -10 * TAIL]
+                return process.wait()
+            finally:
+                self.processes.discard(process)
+
     def _keep(self, planned: Planned, out: Path, here: dict[str, Any], seconds: float) -> Path:
         """Puts what a process measured in its place, checked."""
         measured = read_json(out)
         if not isinstance(measured, dict):
             raise SolostepError(f"{out.name} of the cell is no object")
         values = {
-            MARK: VERSION, "id": planned.id, "label": planned.label, "cell": planned.cell.as_dict(), "synthetic": False,
-            "environment": here, "seconds": round(seconds, 3), **{k: measured[k] for k in MEASURED if k in measured},
+            MARK: VERSION, "id": planned.id, "label": planned.label, "cell": planned.cell.as_dict(),
+            "synthetic": marker(self.matrix.folder.root), "environment": here, "seconds": round(seconds, 3),
+            **{k: measured[k] for k in MEASURED if k in measured},
         }  # fmt: skip
         result = Result.from_dict(values, out)
         place = free_place(self.folder / f"{planned.name}.json", result, self.overwrite)
@@ -201,29 +256,6 @@ def spec_of(planned: Planned, device: str) -> dict[str, Any]:
     if planned.cell.recipe is not None:
         cell["precision"] = None
     return {"cell": cell, "id": planned.id}
-
-
-def _watched(call: Sequence[str], lines: list[str], said: Callable[[str], None]) -> int:
-    """Runs a process, collects its output and tells each line; its exit code. It ends when this process is stopped."""
-    with subprocess.Popen(
-        call, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        bufsize=1,
-    ) as process:  # fmt: skip
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.strip():
-                    lines.append(line.rstrip())
-                    said(lines[-1])
-                    del lines[: -10 * TAIL]
-            return process.wait()
-        except BaseException:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            raise
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from solostep.benchmarks.whole_pipeline import RELEASED, Sizes, make
+from solostep.benchmarks.whole_pipeline import MARKER, RELEASED, Sizes, make
 from solostep.engine.config import TransformerConfig
 from solostep.engine.errors import SolostepError, UsageError
 from solostep.engine.models.transformer import StepVideoTransformer, TransformerBlock
@@ -48,8 +48,6 @@ from solostep.engine.runtime import pick_device
 
 GENERATOR = "solostep synthetic DiT 1"
 """A name that changes with what is drawn."""
-MARKER = "synthetic.json"
-"""In a model folder: which generator and seed its weights are of."""
 
 OUTLIERS, OUTLIER_SIZES = 0.01, (10.0, 50.0)
 MASSIVE, MASSIVE_SIZE = 5e-4, 80.0

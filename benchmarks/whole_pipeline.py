@@ -41,6 +41,8 @@ from solostep.engine.plan import parse_size
 from solostep.engine.rates import random_weights
 from solostep.engine.runtime import pick_device
 
+MARKER = "synthetic.json"
+"""In a model folder: its weights were drawn, not trained; by which generator and seed."""
 TOKENIZERS = Path(__file__).resolve().parents[1] / "tests" / "golden" / "tiny-stepvideo-t2v"
 CLIP = {
     "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
@@ -72,6 +74,7 @@ def make(
 ) -> None:  # fmt: skip
     """A model folder in the released layout. ``weights`` are those of the DiT, by default random like all others."""
     root.mkdir(parents=True)
+    (root / MARKER).write_text(json.dumps({"generator": "normal, variance 1 / fan-in", "seed": 0}) + "\n")
     for part in ("model_index.json", "scheduler", "hunyuan_clip/tokenizer", "step_llm/step1_chat_tokenizer.model"):
         target = root / part
         target.parent.mkdir(parents=True, exist_ok=True)

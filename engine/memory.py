@@ -16,7 +16,7 @@ import torch
 
 from .checkpoint import ModelFolder
 from .config import GenerationSettings
-from .plan import CONTEXT, Decoding, Plan, Sizes, as_placed, choose_decoding, make_plan, parse_size, sizes_of
+from .plan import CONTEXT, PROGRAM, Decoding, Plan, Sizes, as_placed, choose_decoding, make_plan, parse_size, sizes_of
 from .precision import Mode
 from .progress import Progress, stage_of
 from .request import Job
@@ -131,9 +131,10 @@ class Memory:
             from .rates import known_rates, measured_rates
 
             found = (measured_rates if rated else known_rates)(self.device, mode, attention)
-        host = self.host_ram
-        if host is None:
+        if self.host_ram is None:
             host = host_room() + (0 if held is None else held.host_bytes)
+        else:  # a budget is for the whole process
+            host = max(0, self.host_ram - (PROGRAM if self.device.type == "cuda" else 0))
         itemsize = 4 if self.dtype == torch.float32 else 2
         if room is None:
             room = self.room() + (0 if held is None else held.device_bytes)

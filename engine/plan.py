@@ -44,16 +44,18 @@ from .weights import Component, build_on_meta
 CONTEXT = 850 << 20
 """Of a card's memory, what a process takes outside of torch's allocator: the driver's context and loaded kernels. On
 an H200 0.65 GB at first and 0.81 GB after all kinds of kernels had run."""
+PROGRAM = 1_700 << 20
+"""Of host memory, what a process takes on a card before it holds any weights: libraries, the driver's part, buffers.
+On the machine of an H200 1.6 to 1.7 GB."""
 CLIP_BYTES = 1_410_000_000
 """Hunyuan-CLIP, BERT-large in fp32."""
 PLACES = {
-    (None, 1): 1.0, (4, 1): 1.05, (8, 8): 1.3, (8, 16): 1.35, (4, 8): 1.45, (4, 16): 1.6, (2, 8): 2.6, (2, 16): 2.9,
+    (None, 1): 1.0, (4, 1): 1.05, (8, 8): 3.1, (8, 16): 3.15, (4, 8): 3.15, (4, 16): 3.2, (2, 8): 3.35, (2, 16): 3.45,
     (1, 16): 5.1,
 }  # fmt: skip
 """Ways to decode, from the fastest to the smallest: frames of the widest levels at a time (None: a whole chunk) and
-strips of each; and how many times as long they take at most. Whole, (4, 1) and (1, 16) were timed on an H200. The
-others are bounds: a chunk in strips moves 86 GB each way, divided by the frames at a time, and the bus is taken to
-carry 40 GB/s, both ways together, as it did for (1, 16)."""
+strips of each; and how many times as long they take, timed on an H200 (a whole chunk of 17 frames at 544x992: 0.89 s),
+but for (8, 16) and (2, 16), which lie between their neighbours."""
 STRIPS_ON_HOST = 8600
 """Bytes of host memory a pixel of a frame, at most, that decoding in strips keeps: 4.6 GB at 544x992."""
 FRAME_BYTES = 3800
@@ -283,8 +285,8 @@ def make_plan(
         if error.host:
             raise SolostepError(
                 f"{error.least / 1e9:.3g} GB of host memory are needed at this budget, and there are "
-                f"{error.budget / 1e9:.3g}; give --vram or --host-ram more, or convert the model first "
-                "(`solostep quantize`), so that its blocks can come from files."
+                f"{error.budget / 1e9:.3g} beside the program itself; give --vram or --host-ram more, or convert the "
+                "model first (`solostep quantize`), so that its blocks can come from files."
             ) from None
         raise _too_little("The transformer", budget, error.least, settings, given) from None
     decode, needed = choose_decoding(
@@ -400,12 +402,14 @@ class Asked:
     rated: Rated | None
 
     def plan(self, vram: int, host: int | None = None) -> Plan:
-        """For a card of which the process may take ``vram`` bytes, torch's and the driver's together.
+        """For a card of which the process may take ``vram`` bytes, torch's and the driver's together; ``host`` is
+        likewise for all of the process.
 
         Raises:
             SolostepError: nothing fits.
         """
         itemsize = 4 if self.mode.dtype == torch.float32 else 2
+        host = None if host is None else max(0, host - PROGRAM)
         return make_plan(self.sizes, self.settings, self.attention, vram - CONTEXT, host, self.rated, itemsize)
 
     def smallest(self) -> int:

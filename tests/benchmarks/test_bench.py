@@ -42,6 +42,11 @@ if how == "die":
     os.kill(os.getpid(), 9)
 if how == "wait":
     time.sleep(60)
+if how == "meet":  # goes on once the other mode has begun, too
+    late = time.monotonic() + 30
+    while (work / "runs").read_text().count("mode") < 2:
+        assert time.monotonic() < late
+        time.sleep(0.01)
 pairs = [{"prompt": p, "seed": s} for p in cell["prompts"] for s in cell["seeds"]]
 row = [0.5] * cell["num_inference_steps"]
 (out.parent / (spec["id"] + ".frames.npz")).write_bytes(b"frames of " + cell["precision"].encode())
@@ -128,6 +133,20 @@ def test_every_cell_gets_its_file(bed: Bed):
     assert any("2 videos" in note or "4 videos" in note for note in bed.said.notes)
     assert any("left in all" in note for note in bed.said.notes)  # from the second cell on
     assert any(line.endswith("stage 1/2") for line in bed.said.lines)
+
+
+def test_jobs_run_beside_each_other_behind_the_reference(bed: Bed):
+    with pytest.raises(UsageError, match="--jobs goes without level speed"):
+        Runner(bed.matrix, bed.folder, Said(), jobs=2)
+    bed.matrix = build(
+        Options(
+            device="cpu", precision=("int8", "fp8"), n=1, steps=(2,), roles=("reference", "mode"), levels=("teacher",)
+        )
+    )
+    bed.behave(int8="meet", fp8="meet")
+    outcomes = list(Runner(bed.matrix, bed.folder, Said(), command=bed.command, jobs=2).run())
+    assert status(outcomes) == ["done"] * 3 and outcomes[0].planned.cell.role == "reference"
+    assert bed.runs()[0] == "reference bf16 cpu" and len(read_results([bed.folder])) == 3
 
 
 def test_a_recipe_takes_the_place_of_a_precision(tmp_path: Path, bed: Bed):
