@@ -67,9 +67,15 @@ class _RoundedOnce(TorchFunctionMode):
     """Linears of bf16 on the CPU in fp32, where products of bf16 numbers are exact, rounded at the end."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and not kwargs and args[0].dtype == torch.bfloat16 and args[0].device.type == "cpu":
+        if func is F.linear and not kwargs and all(map(_in_bf16_on_cpu, args)):
             return F.linear(*(None if a is None else a.float() for a in args)).to(torch.bfloat16)
         return func(*args, **(kwargs or {}))
+
+
+def _in_bf16_on_cpu(x: Any) -> bool:
+    """Of a plain tensor, or None in its place: quantized tensors of other packages have products of their own."""
+    plain = type(x) in (torch.Tensor, torch.nn.Parameter)
+    return x is None or (plain and x.dtype == torch.bfloat16 and x.device.type == "cpu")
 
 
 @contextlib.contextmanager

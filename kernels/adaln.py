@@ -255,11 +255,21 @@ def _words(x: Tensor | None) -> bool:
     return x.ndim == 1 or x.stride(0) % 2 == 0
 
 
-def _row_plan(channels: int, group: int, gelu: bool, packed: bool, quantized: bool) -> dict[str, int]:
-    """The layout of quantize._plan(), one row a program; warps and registers as measured at 6,144 and 24,576."""
+def _registers_are_known(x: Tensor) -> bool:
+    """Whether the card is of the kind that limits on registers were measured on; others may have to spill."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
+def _row_plan(
+    channels: int, group: int, gelu: bool, packed: bool, quantized: bool, limited: bool = True
+) -> dict[str, int]:
+    """The layout of quantize._plan(), one row a program; warps, and with ``limited`` registers, as measured at 6,144
+    and 24,576 on an H200."""
     plan = {key: n for key, n in _plan(channels, group).items() if key != "LOOP"}
     if packed and not gelu:  # fewer threads with more of the row each: they wait for one another in the rotation
         plan["num_warps"] = max(1, plan["num_warps"] // 2)
+    elif not limited:
+        return plan
     elif plan["num_warps"] == 16:
         plan["maxnreg"] = 64  # two programs on a multiprocessor
     elif quantized and plan["TILES"] * plan["BLOCKS"] * BLOCK <= 48 * 32 * plan["num_warps"]:
@@ -274,7 +284,9 @@ def _run_rows(
     rows, channels = x.shape
     even = _plan(channels, group)["TILES"] * _plan(channels, group)["BLOCKS"] * BLOCK == channels
     packed = _on_card(x) and even and out.dtype == torch.int8 and group == 256
-    plan = plan or _row_plan(channels, group, shift is None, packed, out.dtype in QMAX)
+    plan = plan or _row_plan(
+        channels, group, shift is None, packed, out.dtype in QMAX, _registers_are_known(x)
+    )  # fmt: skip
     words = even and _words(x)
     vectors = even and _words(shift) and _words(scale)
     _row_kernel[(rows,)](

@@ -112,8 +112,12 @@ def scaled_mm_int8_reference(
         product = (a.double() @ b.double().t()).float()
     elif a.shape[1] == 1:  # on a CPU _int_mm reads past such operands (torch 2.13)
         product = a.float() * b.float().t()
-    else:
+    elif "AVX512" in torch.backends.cpu.get_cpu_capability():
         product = torch._int_mm(a, b.t()).float()
+    elif a.shape[1] <= 1024:  # without such instructions _int_mm takes 50 times as long as floats that are exact, too
+        product = a.float() @ b.float().t()
+    else:
+        product = (a.double() @ b.double().t()).float()
     return _scaled(product, scale_a, scale_b, bias, after, out_dtype)
 
 

@@ -129,6 +129,7 @@ from compiling import compile_for
 from solostep.kernels import adaln, qk_norm_rope, quantize, values
 
 adaln._on_card = values._on_card = lambda x: True  # compile what runs on a card
+adaln._registers_are_known = lambda x: arch == 90
 x, wide = torch.empty(300, 6144, dtype=torch.bfloat16), torch.empty(300, 24_576, dtype=torch.bfloat16)
 vector = torch.empty(6144, dtype=torch.float16)
 qkv, weight, table = torch.empty(300, 6, 384).bfloat16(), torch.empty(128).bfloat16(), torch.empty(300, 128).bfloat16()
