@@ -74,12 +74,12 @@ class Runner:
 
     def __init__(
         self, matrix: Matrix, folder: Path, show: Show, overwrite: bool = False, command: Sequence[str] | None = None,
-        called: str | None = None, jobs: int = 1,
+        called: str | None = None, jobs: int = 1, rates: bool = False,
     ) -> None:  # fmt: skip
         if jobs > 1 and any("speed" in planned.cell.levels for planned in matrix.planned):
             raise UsageError("--jobs goes without level speed, as processes beside one another slow each other.")
         self.matrix, self.folder, self.show, self.overwrite = matrix, folder, show, overwrite
-        self.command, self.called, self.jobs = tuple(command or CELL), called, jobs
+        self.command, self.called, self.jobs, self.rates = tuple(command or CELL), called, jobs, rates
         self.spent = self.worked = 0.0
         self.processes: set[subprocess.Popen[str]] = set()
         self.stopped = False
@@ -191,7 +191,7 @@ class Runner:
         failed = self.folder / f"{planned.name}{FAILED}"
         with tempfile.TemporaryDirectory(prefix=".running-", dir=self.folder) as scratch:
             spec, out = Path(scratch) / "spec.json", Path(scratch) / "result.json"
-            write_json(spec, spec_of(planned, str(self.matrix.device)))
+            write_json(spec, spec_of(planned, str(self.matrix.device), self.rates))
             lines: list[str] = []
             call = [*self.command, str(spec), str(out), "--work", str(self.folder / WORK)]
             code = self._watched(call, lines, lambda line: self.show.status(f"{head}: {line}"))
@@ -250,12 +250,12 @@ class Runner:
         return write_result(place, values, overwrite=self.overwrite)
 
 
-def spec_of(planned: Planned, device: str) -> dict[str, Any]:
+def spec_of(planned: Planned, device: str, rates: bool = False) -> dict[str, Any]:
     """What the cell's process is told. A recipe takes the place of a precision."""
     cell = planned.cell.as_dict() | {"device": device}
     if planned.cell.recipe is not None:
         cell["precision"] = None
-    return {"cell": cell, "id": planned.id}
+    return {"cell": cell, "id": planned.id, "rates": rates}
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from solostep.benchmarks import cell as cell_module
-from solostep.benchmarks import floors
+from solostep.benchmarks import cell_speed, floors, video_metrics
 from solostep.benchmarks import reference as reference_module
 from solostep.benchmarks.cell import main, measure, score_of
 from solostep.benchmarks.cell_frames import short_clip
@@ -168,11 +168,36 @@ def test_speed_and_video(work: Path, runs: list[str], tmp_path: Path) -> None:
     assert memory["host_peak_bytes"] == max(row["host_peak_bytes"] for row in memory["stages"])
     video = result["drift"]["video"]
     assert video["psnr"] == video["xpsnr"] == [None] and video["ssim"] == [1.0]
-    assert video["flicker"] == [None]  # of one frame
+    assert video["flicker"] is None and any("No flicker: it needs 3 frames" in note for note in result["events"])
     with np.load(tmp_path / result["frames"]["file"]) as frames:
         assert result["frames"] == {"file": "0123456789abcdef.frames.npz", "index": [0]}
         assert frames["frames"].shape == (1, 32, 32, 3) and frames["clip"].shape == (1, 32, 32, 3)
         assert np.array_equal(frames["frames"], frames["reference_frames"])
+
+
+def test_what_is_lacking_without_ffmpeg_is_said(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cell is lost for it: PSNR is ours, the video is counted, and the rest is left out as a whole."""
+
+    def none() -> str:
+        raise SolostepError("No ffmpeg starts")
+
+    for module in (video_metrics, cell_speed):
+        monkeypatch.setattr(module, "find_ffmpeg", none)
+    result = measured(work, ["speed", "video"], **ONE, role="mode", precision="fp8", attention="official")
+    assert result["speed"]["written"] == "counted"
+    video = result["drift"]["video"]
+    assert video["psnr"][0] is not None and video["ssim"] is video["vmaf"] is video["xpsnr"] is None
+    assert any("No ssim: No ffmpeg starts" in note for note in result["events"])
+
+
+def test_speed_alone_records_nothing(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("recorded")
+
+    monkeypatch.setattr(reference_module.Recorder, "step", never)
+    result = measured(tmp_path, ["speed"], role="reference", **ONE)
+    assert result["speed"]["frames_written"] == 1 and len(result["speed"]["step_seconds"]) == STEPS - 1
+    assert not list(tmp_path.glob("references/*"))
 
 
 # --- known errors -------------------------------------------------------------------------------------------------
