@@ -167,7 +167,9 @@ def test_speed_and_video(work: Path, runs: list[str], tmp_path: Path) -> None:
     assert memory["gpu_peak_bytes"] is memory["driver_peak_bytes"] is None
     assert memory["host_peak_bytes"] == max(row["host_peak_bytes"] for row in memory["stages"])
     video = result["drift"]["video"]
-    assert video["psnr"] == video["xpsnr"] == [None] and video["ssim"] == [1.0]
+    assert video["psnr"] == [None]
+    if cell_speed.has_ffmpeg():
+        assert video["xpsnr"] == [None] and video["ssim"] == [1.0]
     assert video["flicker"] is None and any("No flicker: it needs 3 frames" in note for note in result["events"])
     with np.load(tmp_path / result["frames"]["file"]) as frames:
         assert result["frames"] == {"file": "0123456789abcdef.frames.npz", "index": [0]}
