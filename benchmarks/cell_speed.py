@@ -156,7 +156,7 @@ def timed_run(
 
     @contextlib.contextmanager
     def open_sink(i: int, request: Request, record: dict[str, Any]) -> Iterator[Tee]:
-        sinks = [count] if recorder is None else [count, recorder]
+        sinks: list[Any] = [count] if recorder is None else [count, recorder]
         if not film:
             yield Tee(*sinks)
             return

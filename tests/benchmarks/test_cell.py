@@ -222,6 +222,18 @@ def test_an_injected_error_of_the_velocity_is_read(work: Path, monkeypatch: pyte
     assert max(e for block in drift["blocks"]["error"] for e in block) == 0  # it is not in a block
 
 
+def test_a_run_that_is_not_finite_is_no_speed(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from solostep.engine import pipeline
+
+    class Broken(pipeline.GuidedVelocity):
+        def __call__(self, latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return super().__call__(latents, sigma) * float("nan")
+
+    monkeypatch.setattr(pipeline, "GuidedVelocity", Broken)
+    with pytest.raises(SolostepError, match="not finite; leave this mode out"):
+        measured(work, ["speed"], precision="bf16", **ONE)
+
+
 def test_an_injected_error_of_a_linear_is_read(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Louder(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
