@@ -241,6 +241,8 @@ class Measurement:
                 found["teacher"] = self._teacher(references)
         if cell.wants("blocks"):
             found |= self._blocks(references)
+        # Which kernels were the fastest here is no part of a cell, and yet decides the last bits.
+        found["attention_backend"] = self.pipe._attention_backend(self.settings)
         return found, shown
 
     def _free(

@@ -26,6 +26,7 @@ from solostep.engine.demo.data import draw_clips, to_frames
 from solostep.engine.demo.rules import read_clips
 from solostep.engine.errors import SolostepError, UsageError
 from solostep.engine.pipeline import StepVideoPipeline
+from solostep.kernels.attention import BACKENDS
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny-stepvideo-t2v"
 STEPS = 3
@@ -109,8 +110,10 @@ def test_a_second_mode_runs_no_reference(work: Path, runs: list[str]) -> None:
 
 
 def test_a_mode_is_measured_with_its_attention(work: Path) -> None:
-    official = measured(work, ["blocks"], precision="int8", **ONE)["drift"]["blocks"]["error"]
-    fused = measured(work, ["blocks"], precision="int8", attention="int8", **ONE)["drift"]["blocks"]["error"]
+    plain = measured(work, ["blocks"], precision="int8", **ONE)["drift"]
+    other = measured(work, ["blocks"], precision="int8", attention="int8", **ONE)["drift"]
+    assert plain["attention_backend"] is None and "int8" in BACKENDS[other["attention_backend"]].modes
+    official, fused = plain["blocks"]["error"], other["blocks"]["error"]
     assert official != fused
     assert all(0.005 < e < 0.05 for block in fused for e in block)
 
