@@ -115,6 +115,10 @@ def bench(
             min=1, help="Cells at a time, where speed is not measured: small models leave most of a card idle."
         ),
     ] = 1,
+    rates: Annotated[
+        bool,
+        typer.Option("--rates", help="On a card, measure first what plans tell seconds by: up to 45 s a precision."),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help=f"Folder of results, a JSON file a cell. Default: {FOLDER}."),
@@ -144,7 +148,7 @@ def bench(
     from solostep.benchmarks.runner import Runner
 
     matrix = build(options)
-    runner = Runner(matrix, folder, Shown(), overwrite, called=shown(_called()), jobs=jobs)
+    runner = Runner(matrix, folder, Shown(), overwrite, called=shown(_called()), jobs=jobs, rates=rates)
     for note in matrix.notes:
         say(console, "note", note)
     if dry_run:

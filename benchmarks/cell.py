@@ -34,20 +34,23 @@ from solostep.benchmarks import drift, floors
 from solostep.benchmarks.cell_frames import write_frames
 from solostep.benchmarks.cell_spec import DEMO, WRITING, Cell, read_spec
 from solostep.benchmarks.cell_speed import Timed, driver_before, timed_run
+from solostep.benchmarks.cell_video import Compared, by_metric
 from solostep.benchmarks.reference import Recorder, Recording, References, record_run
 from solostep.engine.activations import drawn_image
 from solostep.engine.checkpoint import open_model
-from solostep.engine.config import FPS, cache_dir
+from solostep.engine.config import cache_dir
 from solostep.engine.demo import demo_model
 from solostep.engine.demo.captions import TEMPLATES, Attributes, caption, combinations
 from solostep.engine.demo.rules import ASPECTS, Reading, read_clips
 from solostep.engine.errors import OutputError, SolostepError, UsageError
+from solostep.engine.failures import readable_errors
 from solostep.engine.files import replacing
 from solostep.engine.pipeline import StepVideoPipeline
 from solostep.engine.precision import OFFICIAL
 from solostep.engine.progress import Progress
 from solostep.engine.request import Request, filled_in
-from solostep.engine.runtime import pick_device
+from solostep.engine.runtime import numerics, pick_device
+from solostep.engine.text import encode_prompts
 
 Say = Callable[[str, int, int], None]
 
@@ -60,7 +63,8 @@ def measure(spec: dict[str, Any], work: Path, say: Say) -> dict[str, Any]:
 
     Args:
         spec: ``{"cell": {...}}``, and perhaps ``"id"``, by which the file of frames is named; ``"frames_dir"``, where
-            it goes (by default ``work``); ``"write"``, how the timed video is written: mp4, or only counted.
+            it goes (by default ``work``); ``"write"``, how the timed video is written: mp4, or only counted;
+            ``"rates"``, whether the card's rates are measured first, so that plans hold seconds.
         work: where references and prompt embeddings are kept.
         say: gets (what, done, total).
 
@@ -98,9 +102,8 @@ class Measurement:
         self.requests = [self._request(**pair) for pair in cell.pairs]
         self.references = References(work, self.official)
         self.asked = self._attributes() if cell.wants("score") else []
-        if cell.wants("video"):
-            from solostep.benchmarks import video_metrics  # noqa: F401  # what it lacks shows now
         self.notes: list[str] = []
+        self.compared = Compared(self.settings, self.notes) if cell.wants("video") else None
 
     def _check_stored(self) -> None:
         """Raises UsageError for drift, or a role, of a model that is stored quantized."""
@@ -167,7 +170,7 @@ class Measurement:
         }  # fmt: skip
         first: Recording | None = None
         if cell.wants("speed"):
-            timed, first = self._speed(before, spec.get("write", WRITING[0]) == "mp4")
+            timed, first = self._speed(before, spec.get("write", WRITING[0]) == "mp4", bool(spec.get("rates")))
             result |= timed.result()
         if cell.levels != ("speed",):
             references = self._make_references()
@@ -183,22 +186,25 @@ class Measurement:
         result["events"] = [*result["events"], *self.notes]
         return result
 
-    def _speed(self, before: int | None, film: bool) -> tuple[Timed, Recording | None]:
-        """The first pair as a user's one video: texts encoded, networks loaded and freed again. It is recorded, so
-        that drift needs no second run of it."""
-        request, kind = self.requests[0], self.cell.role
+    def _speed(self, before: int | None, film: bool, rates: bool) -> tuple[Timed, Recording | None]:
+        """The first pair as a user's one video: texts encoded, networks loaded and freed again. It is recorded if
+        there is drift to measure, which then needs no second run of it."""
+        request, cell = self.requests[0], self.cell
         progress = self._progress("speed")
-        if kind == "reference" and self.references.find(request) is None:
+        if cell.levels == ("speed",):
+            return timed_run(self.pipe, request, self.scratch, None, before, film, progress, rates), None
+        if cell.role == "reference" and self.references.find(request) is None:
             with self.references.making(request) as recorder:
-                return timed_run(self.pipe, request, self.scratch, recorder, before, film, progress), None
+                return timed_run(self.pipe, request, self.scratch, recorder, before, film, progress, rates), None
         recorder = Recorder(self.scratch / "first", request.settings)
-        timed = timed_run(self.pipe, request, self.scratch, recorder, before, film, progress)
+        timed = timed_run(self.pipe, request, self.scratch, recorder, before, film, progress, rates)
         return timed, recorder.finished()
 
     def _make_references(self) -> list[Recording]:
         found = [self.references.find(request) for request in self.requests]
         missing = [i for i, reference in enumerate(found) if reference is None]
         with self._kept(self.official) as pipe:
+            self._encode(pipe, [self.requests[i] for i in missing])
             for n, i in enumerate(missing):
                 with self.references.making(self.requests[i]) as recorder:
                     progress = self._progress(f"reference {n + 1} of {len(missing)}")
@@ -213,19 +219,30 @@ class Measurement:
             raise SolostepError(f"A reference in {self.references.folder} was removed meanwhile; start again.")
         return made
 
+    @staticmethod
+    def _encode(pipe: StepVideoPipeline, requests: Sequence[Request]) -> None:
+        """Puts the embeddings of all texts into the cache, so that the encoders are loaded once and not for each."""
+        texts = list(dict.fromkeys(text for request in requests for text in request.texts))
+        if texts:
+            with pipe.memory.capped(), readable_errors(pipe.device), numerics():
+                encode_prompts(pipe.model, texts, pipe.device, pipe.dtype, pipe.cache, None, pipe.text_mode)
+
     # --- drift ----------------------------------------------------------------------------------------------------
 
     def _drift(self, references: Sequence[Recording], first: Recording | None) -> tuple[dict[str, Any], dict[str, Any]]:
         cell = self.cell
         found: dict[str, Any] = dict.fromkeys(("blocks", "operators", "teacher", "free", "video"))
         shown: dict[str, Any] = {}
-        with self._kept(self.pipe):
+        with self._kept(self.pipe) as pipe:
+            self._encode(pipe, self.requests)
             if cell.wants("free", "video", "score"):
                 found["free"], found["video"], shown = self._free(references, first)
             if cell.wants("teacher"):
                 found["teacher"] = self._teacher(references)
         if cell.wants("blocks"):
             found |= self._blocks(references)
+        # Which kernels were the fastest here is no part of a cell, and yet decides the last bits.
+        found["attention_backend"] = self.pipe._attention_backend(self.settings)
         return found, shown
 
     def _free(
@@ -244,8 +261,8 @@ class Measurement:
             errors.append(drift.free_errors(made, reference))
             if seen:
                 frames = made.frames
-                if self.cell.wants("video"):
-                    videos.append(_compared(frames, reference.frames))
+                if self.compared is not None:
+                    videos.append(self.compared(frames, reference.frames))
                 if self.cell.wants("score"):
                     readings += _read(frames)
                 if not i:
@@ -257,7 +274,7 @@ class Measurement:
             "diverged_at": [drift.diverged_at(e) for e in errors], "diverged_limit": drift.DIVERGED,
         }  # fmt: skip
         shown["score"] = score_of(readings, self.asked) if readings else None
-        video = {name: [v[name] for v in videos] for name in videos[0]} if videos else None
+        video = by_metric(videos)
         return free, video, shown
 
     def _teacher(self, references: Sequence[Recording]) -> dict[str, Any]:
@@ -283,7 +300,7 @@ class Measurement:
                 f"The official blocks make steps that are {off:.2g} from those of the references, so these are not "
                 f"theirs; remove {self.references.folder} and start again."
             )
-        if off:
+        if off > 1e-6:  # the step itself, in fp32, may round otherwise on another device
             self.notes.append(
                 f"The blocks' inputs were made again; the reference's steps differ from them by {off:.2g}."
             )
@@ -300,13 +317,13 @@ class Measurement:
                 made, reference = references[p * seeds + (s + 1) % seeds], references[p * seeds + s]
                 steps = range(1, reference.steps + 1)
                 errors.append([drift.relative(made.latents(n), reference.latents(n)) for n in steps])
-                if self.cell.wants("video"):
-                    videos.append(_compared(made.frames, reference.frames))
+                if self.compared is not None:
+                    videos.append(self.compared(made.frames, reference.frames))
         free = {
             "sigmas": drift.sigmas_of(self.requests[0])[1:], "error": errors,
             "diverged_at": [drift.diverged_at(e) for e in errors], "diverged_limit": drift.DIVERGED,
         }  # fmt: skip
-        video = {name: [v[name] for v in videos] for name in videos[0]} if videos else None
+        video = by_metric(videos)
         return {"blocks": None, "operators": None, "teacher": None, "free": free, "video": video}
 
     def _frames_file(self, spec: Mapping[str, Any]) -> Path:
@@ -348,14 +365,6 @@ def score_of(readings: Sequence[Reading], asked: Sequence[Attributes]) -> dict[s
 
 def _read(frames: np.ndarray) -> list[Reading]:
     return read_clips([torch.from_numpy(np.array(frames))])
-
-
-def _compared(frames: np.ndarray, reference: np.ndarray) -> dict[str, float | None]:
-    from solostep.benchmarks import video_metrics
-
-    found = video_metrics.compare(np.array(frames), np.array(reference), fps=FPS)
-    # JSON has no infinity: for what is infinite between equal videos, null stands for it.
-    return {k: None if k in ("psnr", "xpsnr") and v is not None and math.isinf(v) else v for k, v in found.items()}
 
 
 def _plain(value: Any, where: str = "") -> Any:

@@ -1,14 +1,14 @@
 """The timed run of a cell: one video as a user makes it, with each step's seconds and every peak of memory.
 
 Steps are timed with the device synchronized after each; recording what drift needs is done between them and taken out
-of the times. The first step, in which kernels are compiled and texts embedded, stands apart. The card's own peak is
+of the times. What is measured once for a card (which attention is the fastest; its rates, where they are asked for) is
+measured before. The first step, in which kernels are compiled and texts embedded, stands apart. The card's own peak is
 what its driver counts, sampled every 20 ms, less what was taken before this process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import statistics
 import subprocess
 import time
@@ -22,10 +22,11 @@ import torch
 
 from solostep.benchmarks.reference import Recorder, noise_of, recording, run_once
 from solostep.benchmarks.whole_pipeline import Frames, driver_bytes, driver_peak
+from solostep.engine.errors import SolostepError
 from solostep.engine.pipeline import StepVideoPipeline
 from solostep.engine.progress import Progress
 from solostep.engine.request import Request
-from solostep.engine.video import VideoWriter
+from solostep.engine.video import VideoWriter, find_ffmpeg
 
 LENGTHS = (50, 15)
 """Steps that the time of a whole video is told for: the released models' and the distilled one's."""
@@ -46,7 +47,7 @@ class Marks:
     """A progress function that notes when each step ends, and what recording had taken by then."""
 
     device: torch.device
-    recorder: Recorder
+    recorder: Recorder | None
     progress: Progress
     times: list[float] = field(default_factory=list)
 
@@ -54,7 +55,8 @@ class Marks:
         if stage == DENOISE:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            self.times.append(time.perf_counter() - self.recorder.step_seconds)
+            recording = 0.0 if self.recorder is None else self.recorder.step_seconds
+            self.times.append(time.perf_counter() - recording)
         self.progress(stage, done, total)
 
     @property
@@ -127,35 +129,54 @@ def _peak(stages: list[dict[str, Any]], name: str) -> int | None:
 
 
 def timed_run(
-    pipe: StepVideoPipeline, request: Request, scratch: Path, recorder: Recorder, before: int | None, film: bool,
-    progress: Progress,
+    pipe: StepVideoPipeline, request: Request, scratch: Path, recorder: Recorder | None, before: int | None,
+    film: bool, progress: Progress, rates: bool = False,
 ) -> Timed:  # fmt: skip
-    """One video: texts encoded, networks loaded, frames written to an mp4 file if ``film`` and ffmpeg is there.
+    """One video: texts encoded, networks loaded, frames written to an mp4 file if ``film`` and ffmpeg starts.
 
-    ``before`` is what the driver counted before this process; without it the card's own peak is not told.
+    Args:
+        recorder: gets the latents and frames, which is taken out of the times; None records nothing.
+        before: what the driver counted before this process; without it the card's own peak is not told.
+        rates: has the card's rates measured first, where they are not known, so that the plan holds seconds: 20 to
+            45 s for the first precision and attention, less for the others.
     """
     settings, device = request.settings, pipe.device
-    film = film and importlib.util.find_spec("imageio_ffmpeg") is not None
-    if device.type == "cuda":
-        asked = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale", "time_shift")
-        pipe.plan(**{name: getattr(settings, name) for name in asked})  # measures the card's rates, once
+    film = film and has_ffmpeg()
+    asked = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale", "time_shift")
+    with pipe.memory.capped():
+        if pipe.memory.is_planned:
+            pipe.memory.refuse_early(settings)  # before a second is spent on what cannot be made
+        pipe._attention_backend(settings)  # measured once for a card, and kept
+    if rates and device.type == "cuda":
+        pipe.plan(**{name: getattr(settings, name) for name in asked})
     marks, count = Marks(device, recorder, progress), Frames()
-    recorder.step(0, noise_of(pipe, request))
-    recorder.step_seconds = 0.0
+    if recorder is not None:
+        recorder.step(0, noise_of(pipe, request))
+        recorder.step_seconds = 0.0
 
     @contextlib.contextmanager
     def open_sink(i: int, request: Request, record: dict[str, Any]) -> Iterator[Tee]:
+        sinks: list[Any] = [count] if recorder is None else [count, recorder]
         if not film:
-            yield Tee(count, recorder)
+            yield Tee(*sinks)
             return
         with VideoWriter(scratch / "video.mp4", settings.width, settings.height) as writer:
-            yield Tee(count, recorder, writer)
+            yield Tee(*sinks, writer)
 
     watched = driver_peak(device, before) if before is not None and device.type == "cuda" else None
     with watched or contextlib.nullcontext({"bytes": None}) as driver:
         start = time.perf_counter()
-        told = run_once(pipe, request, scratch, recording(recorder), open_sink, marks)
+        callback = None if recorder is None else recording(recorder)
+        told = run_once(pipe, request, scratch, callback, open_sink, marks)
         seconds = time.perf_counter() - start
     (scratch / "video.mp4").unlink(missing_ok=True)
-    spent = (recorder.step_seconds, recorder.frame_seconds)
+    spent = (0.0, 0.0) if recorder is None else (recorder.step_seconds, recorder.frame_seconds)
     return Timed(seconds, marks.steps, pipe.memory_report(), spent, count.count, film, driver["bytes"], told)
+
+
+def has_ffmpeg() -> bool:
+    """Whether videos can be written and compared here."""
+    with contextlib.suppress(SolostepError):
+        find_ffmpeg()
+        return True
+    return False

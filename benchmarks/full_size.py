@@ -43,6 +43,8 @@ from solostep.engine.runtime import host_peak, numerics, pick_device, release_me
 
 MODES = ("int8/int8", "int8/int8-fp8", "fp8/int8", "int8-weight/bf16", "fp8-weight/bf16", "nf4/bf16")
 SYNTHETIC = "synthetic"
+MEASURING = ("lockstep.py", "floors.py", "full_size.py", "synthetic*.py")
+"""Of this folder, what the numbers depend on."""
 FIELDS = ("blocks", "velocity", "error", "cosine", "stream")
 """Of a Drift, what is kept of a pass."""
 
@@ -251,7 +253,7 @@ def drift(args: argparse.Namespace) -> list[Path]:
         raise UsageError(f"-o {root} is a file; give a folder.")
     subject = model_subject(args, device, say) if args.model else synthetic_subject(args, device)
     everything = subject.identity | {
-        "blocks": args.blocks, "what": args.what, "device": describe_device(device), "code": code_identity()
+        "blocks": args.blocks, "what": args.what, "device": describe_device(device), "code": code_identity(MEASURING)
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
     where = environment(device)

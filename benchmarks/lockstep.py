@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from solostep.benchmarks.floors import permute
 from solostep.benchmarks.full_width import recipe_of
 from solostep.engine.activations import TransformerSamples
 from solostep.engine.doctor import attention_choice
@@ -108,27 +108,12 @@ class Mode:
 FLOORS = (Mode(UNQUANTIZED, "bf16", role="floor-backend"), Mode(role="floor-order"))
 
 
-class _Reordered(nn.Module):
-    """A linear without bias that sums over its input channels in another order."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        generator = torch.Generator("cpu").manual_seed(linear.in_features)
-        self.order = torch.randperm(linear.in_features, generator=generator).to(linear.weight.device)
-        self.weight = linear.weight[:, self.order]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x[..., self.order], self.weight)
-
-
 def reordered(block: TransformerBlock) -> TransformerBlock:
-    """A block of the same weights whose linears sum in another order."""
+    """A block that shares the weights, and whose linears sum in another order."""
     with torch.device("meta"):
         made = TransformerBlock(len(block.norm1.weight), block.attn1.head_dim)
     made.load_state_dict(block.state_dict(), assign=True)
-    for name, module in list(made.named_modules()):
-        if isinstance(module, nn.Linear):
-            made.set_submodule(name, _Reordered(module))
+    permute(made)
     return made.eval().requires_grad_(False)
 
 

@@ -129,10 +129,10 @@ class Matrix:
 
 
 @functools.cache
-def code_identity() -> str:
-    """Of the code that numbers depend on, and of the packages that compute."""
+def code_identity(measuring: tuple[str, ...] = MEASURING) -> str:
+    """Of the code that numbers depend on (``measuring`` is that of this folder), and of the packages that compute."""
     here = Path(__file__).resolve().parent
-    files = [p for name in MEASURING for p in here.glob(name)]
+    files = [p for name in measuring for p in here.glob(name)]
     for folder in ("kernels", "quant", "offload", "engine", "engine/models"):
         files += (here.parent / folder).glob("*.py")
     digest = hashlib.sha256(f"{torch.__version__} {installed('triton')}".encode())

@@ -178,12 +178,19 @@ def run_once(
 
     The pipeline goes on from what an interrupted run left, and so do two runs of one request with different callbacks:
     a measurement must not, so its latents lie in a folder of its own.
+
+    Raises:
+        SolostepError: the latents are not finite: there is nothing to measure.
     """
     path = scratch / "run.latents.safetensors"
     path.unlink(missing_ok=True)
     made = pipe.generate([replace(request, latents_path=path)], open_sink, callback, progress)
     try:
-        told, _ = next(made)
+        told, latents = next(made)
+        if not bool(torch.isfinite(latents).all()):
+            raise SolostepError(
+                "The latents of a run are not finite; leave this mode out, and report it with its card."
+            )
         list(made)  # to the end: networks that are not kept are freed there
     finally:
         made.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -74,12 +75,14 @@ class Runner:
 
     def __init__(
         self, matrix: Matrix, folder: Path, show: Show, overwrite: bool = False, command: Sequence[str] | None = None,
-        called: str | None = None, jobs: int = 1,
+        called: str | None = None, jobs: int = 1, rates: bool = False,
     ) -> None:  # fmt: skip
         if jobs > 1 and any("speed" in planned.cell.levels for planned in matrix.planned):
-            raise UsageError("--jobs goes without level speed, as processes beside one another slow each other.")
+            raise UsageError(
+                "--jobs: processes beside one another slow each other; leave speed out of --levels, or --jobs out."
+            )
         self.matrix, self.folder, self.show, self.overwrite = matrix, folder, show, overwrite
-        self.command, self.called, self.jobs = tuple(command or CELL), called, jobs
+        self.command, self.called, self.jobs, self.rates = tuple(command or CELL), called, jobs, rates
         self.spent = self.worked = 0.0
         self.processes: set[subprocess.Popen[str]] = set()
         self.stopped = False
@@ -191,7 +194,7 @@ class Runner:
         failed = self.folder / f"{planned.name}{FAILED}"
         with tempfile.TemporaryDirectory(prefix=".running-", dir=self.folder) as scratch:
             spec, out = Path(scratch) / "spec.json", Path(scratch) / "result.json"
-            write_json(spec, spec_of(planned, str(self.matrix.device)))
+            write_json(spec, spec_of(planned, str(self.matrix.device), self.rates))
             lines: list[str] = []
             call = [*self.command, str(spec), str(out), "--work", str(self.folder / WORK)]
             code = self._watched(call, lines, lambda line: self.show.status(f"{head}: {line}"))
@@ -215,7 +218,7 @@ class Runner:
         """Runs a process, collects its output and tells each line; its exit code."""
         with subprocess.Popen(
             call, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace", bufsize=1,
+            errors="replace", bufsize=1, env=self._environment(),
         ) as process:  # fmt: skip
             self.processes.add(process)
             try:
@@ -228,6 +231,13 @@ class Runner:
                 return process.wait()
             finally:
                 self.processes.discard(process)
+
+    def _environment(self) -> dict[str, str] | None:
+        """Of processes beside one another, each takes its part of the cores: torch would take all of them in each."""
+        if self.jobs == 1:
+            return None
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        return {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
 
     def _keep(self, planned: Planned, out: Path, here: dict[str, Any], seconds: float) -> Path:
         """Puts what a process measured in its place, checked."""
@@ -250,12 +260,12 @@ class Runner:
         return write_result(place, values, overwrite=self.overwrite)
 
 
-def spec_of(planned: Planned, device: str) -> dict[str, Any]:
+def spec_of(planned: Planned, device: str, rates: bool = False) -> dict[str, Any]:
     """What the cell's process is told. A recipe takes the place of a precision."""
     cell = planned.cell.as_dict() | {"device": device}
     if planned.cell.recipe is not None:
         cell["precision"] = None
-    return {"cell": cell, "id": planned.id}
+    return {"cell": cell, "id": planned.id, "rates": rates}
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ One more is made only when it is asked for: `ssim_gaussian`, the SSIM of Wang et
 (11x11, sigma 1.5) at every pixel where one fits, the mean over R, G and B. It does not compare with ffmpeg's: with
 noise of PSNR 32.5 dB it was 0.05 lower.
 
-PSNR, SSIM, VMAF and XPSNR come from one run of the ffmpeg that imageio-ffmpeg brings. PSNR and SSIM are taken on gbrp,
-a mere reordering of the given bytes, without the subsampling of chroma; VMAF and XPSNR know only YUV, so they get what
+SSIM, VMAF and XPSNR come from one run of the ffmpeg that imageio-ffmpeg brings. SSIM is taken on gbrp, a mere
+reordering of the given bytes, without the subsampling of chroma; VMAF and XPSNR know only YUV, so they get what
 `solostep.engine.video` would encode, before compression.
 
 VMAF was trained on 1080 lines seen from three times their height. On small frames it is not what an observer would say:
@@ -55,7 +55,7 @@ from solostep.engine.video import TO_YUV, find_ffmpeg
 
 METRICS = ("psnr", "ssim", "vmaf", "xpsnr", "lpips", "flicker", "motion")
 ON_REQUEST = ("ssim_gaussian",)
-_FILTERS = {"psnr": "psnr", "ssim": "ssim", "vmaf": "libvmaf", "xpsnr": "xpsnr"}
+_FILTERS = {"ssim": "ssim", "vmaf": "libvmaf", "xpsnr": "xpsnr"}
 # Under these sides there is no 8x8 window, AlexNet pools to nothing, and libvmaf dies of a segmentation fault (below
 # 17 pixels; the rest is for other builds).
 _SMALLEST = {"ssim": 8, "vmaf": 32, "lpips": 32, "ssim_gaussian": 11}
@@ -157,7 +157,7 @@ def _array(video: Any, what: str) -> np.ndarray:
 def _series(a: np.ndarray, b: np.ndarray, fps: float, names: Sequence[str]) -> dict[str, np.ndarray]:
     """What each metric is of: [F], for XPSNR [F, 3 planes], for flicker and motion one number."""
     found = _ffmpeg_series(a, b, fps, [name for name in names if name in _FILTERS])
-    ours = {"lpips": _lpips, "flicker": _flicker, "motion": _motion, "ssim_gaussian": _gaussian_ssim}
+    ours = {"psnr": _psnr, "lpips": _lpips, "flicker": _flicker, "motion": _motion, "ssim_gaussian": _gaussian_ssim}
     found.update({name: np.asarray(measure(a, b)) for name, measure in ours.items() if name in names})
     for name, values in found.items():
         if np.isnan(values).any() and name != "motion":
@@ -216,7 +216,7 @@ def _command(shape: Sequence[int], fps: float, names: Sequence[str]) -> list[str
     graph += [f"[{video}]split={len(names)}" + "".join(f"[{video}_{name}]" for name in names) for video in "ab"]
     outputs = []
     for name in names:
-        form = "format=gbrp" if name in ("psnr", "ssim") else TO_YUV
+        form = "format=gbrp" if name == "ssim" else TO_YUV
         graph += [f"[{video}_{name}]{form}[{video}_{name}_in]" for video in "ab"]
         measure = f"{_FILTERS[name]},metadata=mode=print:file={name}.txt"
         if name == "vmaf":
@@ -255,7 +255,6 @@ def _run_ffmpeg(command: list[str], a: np.ndarray, b: np.ndarray, folder: Path) 
 
 
 _KEYS = {
-    "psnr": r"lavfi\.psnr\.psnr_avg",
     "ssim": r"lavfi\.ssim\.All",
     "xpsnr": r"lavfi\.xpsnr\.xpsnr\.[yuv]",
 }
@@ -271,7 +270,16 @@ def _read(name: str, folder: Path) -> np.ndarray:
     return values.reshape(-1, 3) if name == "xpsnr" else values
 
 
-# --- SSIM as published --------------------------------------------------------------------------------------------
+# --- PSNR, and SSIM as published --------------------------------------------------------------------------------------
+
+
+def _psnr(a: np.ndarray, b: np.ndarray) -> list[float]:
+    """In dB, infinite for equal frames. The sums are of whole numbers, hence exact."""
+    found = []
+    for x, y in zip(a, b, strict=True):
+        error = int(np.square(x.astype(np.int32) - y).sum(dtype=np.int64))
+        found.append(10 * math.log10(255**2 * x.size / error) if error else math.inf)
+    return found
 
 
 def _smooth(x: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ from ..kernels.attention import BACKENDS, MODES, default_backend, one_line
 from ..kernels.attention_check import Verdict, choose, examine, median_ms, relative_error, sampled_rows
 from .config import cache_dir
 from .errors import SolostepError, UsageError
-from .files import replacing
+from .files import one_at_a_time, replacing
 from .machine import gpu_facts, host_facts, installed, pinned_memory, transfer_rates
 from .progress import Progress
 from .request import versions
@@ -235,16 +235,24 @@ def attention_choice(device: torch.device, mode: str, tokens: int, asked: str | 
         if reason is not None:
             raise UsageError(f"The attention back end {asked} is not to be had on {device}: {reason}.")
         return asked or default_backend(device, mode, tokens)
-    name = f"{mode} {size_class(tokens)}"
-    verdicts = read_choices(device).get(name)
-    if verdicts is None or not _holds(verdicts, device, mode, asked):
-        verdicts = _measure_quickly(device, mode, tokens)
-        write_choices(device, {name: verdicts})
+    verdicts = _kept_verdicts(device, mode, tokens, asked)
+    if verdicts is None:
+        with one_at_a_time(choices_file(device)):  # processes that start together: one measures, the others read
+            verdicts = _kept_verdicts(device, mode, tokens, asked)  # perhaps by now
+            if verdicts is None:
+                verdicts = _measure_quickly(device, mode, tokens)
+                write_choices(device, {f"{mode} {size_class(tokens)}": verdicts})
     try:
         return choose(verdicts, asked)
     except ValueError as error:
         kind = SolostepError if asked is None else UsageError
         raise kind(f"{str(error)[0].upper()}{str(error)[1:]}; `solostep doctor` shows all and measures anew.") from None
+
+
+def _kept_verdicts(device: torch.device, mode: str, tokens: int, asked: str | None) -> list[Verdict] | None:
+    """What the file says of a mode at a length; None where that answers nothing."""
+    verdicts = read_choices(device).get(f"{mode} {size_class(tokens)}")
+    return verdicts if verdicts is not None and _holds(verdicts, device, mode, asked) else None
 
 
 def _holds(verdicts: list[Verdict], device: torch.device, mode: str, asked: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""Files that get their name when they are whole."""
+"""Files that get their name when they are whole, and work that one process at a time does."""
 
 from __future__ import annotations
 
@@ -23,3 +23,16 @@ def replacing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Holds other processes that want the same back until this one has made ``path``. Where no lock can be made, as in
+    a folder that cannot be written, each works for itself."""
+    from filelock import FileLock
+
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError, NotImplementedError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(path.with_name(f".{path.name}.lock")))
+        yield

@@ -28,7 +28,7 @@ from ..quant.linear import assign
 from ..quant.recipe import Recipe
 from .config import CHUNK_FRAMES, CHUNK_LATENTS, CLIP_TOKENS, LLM_TOKENS, TransformerConfig, VAEConfig, cache_dir
 from .doctor import attention_choice, choices_key
-from .files import replacing
+from .files import one_at_a_time, replacing
 from .machine import transfer_rates
 from .models.fused import FusedBlocks
 from .models.transformer import TransformerBlock, rope_table
@@ -104,18 +104,23 @@ def measured_rates(device: torch.device, mode: Mode, attention: str) -> Rated | 
     if found is None:
         if mode.recipe is not None and any(foreign.is_foreign(kind) for _, kind in mode.recipe.rules):
             return None
-        try:
-            found = measure(device, mode, attention)
-        except torch.OutOfMemoryError:
-            log.warning("There is too little free memory to measure this card's speed; plans are without times.")
-            release_memory(device)
-            return None
-        values = {**vars(found.blocks), "decode": found.decode}
         file = rates_file(device, mode, attention)
-        with contextlib.suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(file) as temporary:
-                temporary.write_text(json.dumps(values) + "\n", encoding="utf-8")
+        with one_at_a_time(file):  # others would slow what is timed
+            found = known_rates(device, mode, attention) or _measure_and_keep(device, mode, attention, file)
+    return found
+
+
+def _measure_and_keep(device: torch.device, mode: Mode, attention: str, file: Path) -> Rated | None:
+    try:
+        found = measure(device, mode, attention)
+    except torch.OutOfMemoryError:
+        log.warning("There is too little free memory to measure this card's speed; plans are without times.")
+        release_memory(device)
+        return None
+    values = {**vars(found.blocks), "decode": found.decode}
+    with contextlib.suppress(OSError):
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(values) + "\n", encoding="utf-8")
     return found
 
 

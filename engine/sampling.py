@@ -56,7 +56,8 @@ class _Recorded:
         self.places = [argument.clone() for argument in arguments]
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.places[0].device)
-        with torch.cuda.graph(self.graph):
+        # "global", the default, is broken off by what other threads ask of the card meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.result = function(*self.places)
 
     def __call__(self, *arguments: Tensor) -> Tensor:

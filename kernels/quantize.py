@@ -272,7 +272,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype, group: int = 1) -> tuple[Tensor
     if e4m3_missing or (x.is_cuda and triton is None):
         warn_once(f"quantize_rows: no kernel for {dtype} on this card, plain torch instead")
     if not x.is_cuda or triton is None or e4m3_missing:
-        return quantize_rows_reference(x, dtype, group)
+        return quantize_rows_reference(x.contiguous(), dtype, group)  # as the kernel's, whose results are so
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(-1) != 1:
         rows = rows.contiguous()

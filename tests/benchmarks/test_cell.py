@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from solostep.benchmarks import cell as cell_module
-from solostep.benchmarks import floors
+from solostep.benchmarks import cell_speed, floors, video_metrics
 from solostep.benchmarks import reference as reference_module
 from solostep.benchmarks.cell import main, measure, score_of
 from solostep.benchmarks.cell_frames import short_clip
@@ -26,6 +26,7 @@ from solostep.engine.demo.data import draw_clips, to_frames
 from solostep.engine.demo.rules import read_clips
 from solostep.engine.errors import SolostepError, UsageError
 from solostep.engine.pipeline import StepVideoPipeline
+from solostep.kernels.attention import BACKENDS
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny-stepvideo-t2v"
 STEPS = 3
@@ -109,8 +110,10 @@ def test_a_second_mode_runs_no_reference(work: Path, runs: list[str]) -> None:
 
 
 def test_a_mode_is_measured_with_its_attention(work: Path) -> None:
-    official = measured(work, ["blocks"], precision="int8", **ONE)["drift"]["blocks"]["error"]
-    fused = measured(work, ["blocks"], precision="int8", attention="int8", **ONE)["drift"]["blocks"]["error"]
+    plain = measured(work, ["blocks"], precision="int8", **ONE)["drift"]
+    other = measured(work, ["blocks"], precision="int8", attention="int8", **ONE)["drift"]
+    assert plain["attention_backend"] is None and "int8" in BACKENDS[other["attention_backend"]].modes
+    official, fused = plain["blocks"]["error"], other["blocks"]["error"]
     assert official != fused
     assert all(0.005 < e < 0.05 for block in fused for e in block)
 
@@ -167,12 +170,39 @@ def test_speed_and_video(work: Path, runs: list[str], tmp_path: Path) -> None:
     assert memory["gpu_peak_bytes"] is memory["driver_peak_bytes"] is None
     assert memory["host_peak_bytes"] == max(row["host_peak_bytes"] for row in memory["stages"])
     video = result["drift"]["video"]
-    assert video["psnr"] == video["xpsnr"] == [None] and video["ssim"] == [1.0]
-    assert video["flicker"] == [None]  # of one frame
+    assert video["psnr"] == [None]
+    if cell_speed.has_ffmpeg():
+        assert video["xpsnr"] == [None] and video["ssim"] == [1.0]
+    assert video["flicker"] is None and any("No flicker: it needs 3 frames" in note for note in result["events"])
     with np.load(tmp_path / result["frames"]["file"]) as frames:
         assert result["frames"] == {"file": "0123456789abcdef.frames.npz", "index": [0]}
         assert frames["frames"].shape == (1, 32, 32, 3) and frames["clip"].shape == (1, 32, 32, 3)
         assert np.array_equal(frames["frames"], frames["reference_frames"])
+
+
+def test_what_is_lacking_without_ffmpeg_is_said(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cell is lost for it: PSNR is ours, the video is counted, and the rest is left out as a whole."""
+
+    def none() -> str:
+        raise SolostepError("No ffmpeg starts")
+
+    for module in (video_metrics, cell_speed):
+        monkeypatch.setattr(module, "find_ffmpeg", none)
+    result = measured(work, ["speed", "video"], **ONE, role="mode", precision="fp8", attention="official")
+    assert result["speed"]["written"] == "counted"
+    video = result["drift"]["video"]
+    assert video["psnr"][0] is not None and video["ssim"] is video["vmaf"] is video["xpsnr"] is None
+    assert any("No ssim: No ffmpeg starts" in note for note in result["events"])
+
+
+def test_speed_alone_records_nothing(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("recorded")
+
+    monkeypatch.setattr(reference_module.Recorder, "step", never)
+    result = measured(tmp_path, ["speed"], role="reference", **ONE)
+    assert result["speed"]["frames_written"] == 1 and len(result["speed"]["step_seconds"]) == STEPS - 1
+    assert not list(tmp_path.glob("references/*"))
 
 
 # --- known errors -------------------------------------------------------------------------------------------------
@@ -193,6 +223,18 @@ def test_an_injected_error_of_the_velocity_is_read(work: Path, monkeypatch: pyte
         assert cosines == pytest.approx([1.0] * STEPS, abs=1e-9)
     assert all(0 < e < 0.1 for row in drift["free"]["error"] for e in row)
     assert max(e for block in drift["blocks"]["error"] for e in block) == 0  # it is not in a block
+
+
+def test_a_run_that_is_not_finite_is_no_speed(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from solostep.engine import pipeline
+
+    class Broken(pipeline.GuidedVelocity):
+        def __call__(self, latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return super().__call__(latents, sigma) * float("nan")
+
+    monkeypatch.setattr(pipeline, "GuidedVelocity", Broken)
+    with pytest.raises(SolostepError, match="not finite; leave this mode out"):
+        measured(work, ["speed"], precision="bf16", **ONE)
 
 
 def test_an_injected_error_of_a_linear_is_read(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

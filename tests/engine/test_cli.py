@@ -15,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -58,6 +57,7 @@ def names(folder: Path | str = ".") -> list[str]:
 
 
 def fps_of(path: str) -> float:
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
     return next(imageio_ffmpeg.read_frames(path))["fps"]
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from typer.testing import CliRunner
 
 from solostep.engine import doctor, machine
 from solostep.engine.errors import SolostepError, UsageError
+from solostep.engine.files import one_at_a_time
 from solostep.engine.interfaces import cli
 from solostep.engine.interfaces.doctor import print_report
 from solostep.kernels.attention import BACKENDS, Backend
@@ -149,6 +153,30 @@ def test_a_choice_is_measured_once_and_kept(card: FakeCard, notes: pytest.LogCap
     assert set(kept) == {"bf16 large", "bf16 small", "int8 large"} and kept["bf16 small"][0].status == "wrong"
     json.loads(doctor.choices_file(CARD).read_text(), parse_constant=pytest.fail)
     assert [p.name for p in doctor.choices_file(CARD).parent.iterdir()] == [doctor.choices_file(CARD).name]
+
+
+def test_of_processes_that_start_together_one_measures(card: FakeCard, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def held(path: Path) -> Iterator[None]:
+        """Waits for another process, which measures meanwhile."""
+        assert path == doctor.choices_file(CARD)
+        doctor.write_choices(CARD, {"bf16 small": [Verdict("bf16", "slow", "ok", "", {"normal": 1e-3}, 3.0, 2.5, 1.0)]})
+        yield
+
+    monkeypatch.setattr(doctor, "one_at_a_time", held)
+    assert doctor.attention_choice(CARD, "bf16", 100) == "slow" and not card.measured
+
+
+def test_a_second_process_waits(tmp_path: Path) -> None:
+    with one_at_a_time(tmp_path / "new" / "file"):
+        lock = FileLock(tmp_path / "new" / ".file.lock")
+        with pytest.raises(Timeout):
+            lock.acquire(timeout=0)
+    with lock.acquire(timeout=0):
+        pass
+    (tmp_path / "no folder").write_text("")
+    with one_at_a_time(tmp_path / "no folder" / "file"):  # no lock can be made there
+        pass
 
 
 def test_what_is_asked_for_by_name(card: FakeCard) -> None:
