@@ -195,18 +195,18 @@ def _row_exp(x, f, offset, G: gl.constexpr):
 
 @gluon.jit
 def _flag(flag_ptr, bad):
-    """Marks the program's tile for the exact pass."""
-    gl.store(flag_ptr + (gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)), 1, mask=bad != 0)
+    """Marks the program's tile for the exact pass; every thread that sees something bad does so, with no reduction."""
+    tile = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
+    gl.store(flag_ptr + tile + bad.to(gl.int32) * 0, 1, mask=bad)
 
 
 @gluon.jit
 def _finish(
-    o, l_i, wg: gl.constexpr, out_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, out_stride, row0, h,
-    r_layout: gl.constexpr, o_layout: gl.constexpr, BM: gl.constexpr, D: gl.constexpr,
+    o, total, out_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, out_stride, row0, h,
+    o_layout: gl.constexpr, BM: gl.constexpr, D: gl.constexpr,
     V8: gl.constexpr, HAS_MEAN: gl.constexpr, STALE: gl.constexpr,
 ):  # fmt: skip
-    """Divides by the row sums, undoes V's scale and mean, stores, and flags a tile whose sums are not finite."""
-    total = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, o_layout))
+    """Divides by the row sums ``total``, undoes V's scale and mean, stores, and flags a tile whose sums are not finite."""
     o = o * (1.0 / total)[:, None]
     rows = row0 + gl.arange(0, BM, layout=gl.SliceLayout(1, o_layout))
     columns = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
@@ -218,7 +218,34 @@ def _finish(
     gl.store(out_ptr + offsets, o.to(out_ptr.dtype.element_ty), mask=(rows < n_q)[:, None])
     if STALE:
         # inf and NaN are the only numbers whose product with zero is not zero.
-        _flag(flag_ptr, gl.max((total * 0.0 != 0.0).to(gl.int32), 0))
+        _flag(flag_ptr, total * 0.0 != 0.0)
+
+
+@gluon.jit
+def _own_words(x, D: gl.constexpr):
+    """``[64, D]`` as ``[D / 8, 128, 4]``: four neighbours for each thread that holds them, threads side by side.
+
+    An accumulator's thread holds rows 16 w + 8 i + a and columns 8 n + 2 b + j: registers only change their names, and
+    shared memory is read and written in 128 bits a thread, without bank conflicts.
+    """
+    x = gl.permute(gl.reshape(x, [4, 2, 8, D // 8, 4, 2]), (3, 0, 2, 4, 1, 5))
+    return gl.reshape(x, [D // 8, 128, 4])
+
+
+@gluon.jit
+def _own_rows(x, D: gl.constexpr, layout: gl.constexpr):
+    """The way back from :func:`_own_words`."""
+    x = gl.permute(gl.reshape(x, [D // 8, 4, 8, 4, 2, 2]), (1, 4, 2, 0, 3, 5))
+    return gl.convert_layout(gl.reshape(x, [64, D]), layout, assert_trivial=True)
+
+
+@gluon.jit
+def _folded(total, o, m_fold, m_i, D: gl.constexpr):
+    """The sum so far, known for maximum ``m_fold``, and the accumulators ``o``, for ``m_i``: each thread's own words."""
+    beta = gl.convert_layout(_exp2(m_fold - m_i), gl.SliceLayout(1, o.type.layout))
+    o4 = _own_words(o, D)
+    beta4 = _own_words(beta[:, None] + gl.zeros_like(o), D)
+    return gl.convert_layout(total.load(o4.type.layout) * beta4 + o4, o4.type.layout)
 
 
 @gluon.jit
@@ -321,17 +348,18 @@ def _consumer_16(
     mbarrier.wait(v_full.index(vi), v_phase)
     o = warpgroup_mma(pb, v_smem.index(vi), o, is_async=True)
     o = warpgroup_mma_wait(0, deps=(o,))
-    _finish(o, l_i, wg, out_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, out_stride, row0, h,
-            r_layout, o_layout, BM, D, False, HAS_MEAN, REFRESH > 1)  # fmt: skip
+    sums = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, o_layout))
+    _finish(o, sums, out_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, out_stride, row0, h,
+            o_layout, BM, D, False, HAS_MEAN, REFRESH > 1)  # fmt: skip
 
 
 @gluon.jit
 def _consumer_8(
-    wg: gl.constexpr, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn,
+    wg: gl.constexpr, q_smem, k_smem, v_smem, totals, q_full, k_full, k_empty, v_full, v_empty, turn,
     out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr, INT8: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr, IN_TURN: gl.constexpr, REFRESH: gl.constexpr, HAS_MEAN: gl.constexpr,
-    G: gl.constexpr,
+    G: gl.constexpr, FOLD: gl.constexpr,
 ):  # fmt: skip
     """64 queries against all keys, int8 q k^T, P and V in e4m3.
 
@@ -354,30 +382,41 @@ def _consumer_8(
     key_scales = k_scale_ptr + h * (n_tiles * G)
     f = _factors(q_scale, key_scales, n_tiles - 1, G)
     zero = gl.zeros([BM, BN], gl.int32, layout=s_layout)
+    if FOLD:
+        own = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [gl.to_tensor(wg)], dtype=gl.int32, is_pure=True, pack=1)
+        total = totals.index(own)
+        total.store(_own_words(gl.zeros([BM, D], gl.float32, layout=o_layout), D))
 
     mbarrier.wait(q_full, 0)
     mbarrier.wait(k_full.index(0), 0)
     s = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(k_empty.index(0), count=1)
-    keys = (n_tiles - 1) * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, s_layout))
+    keys = (n_tiles - 2) * BN + gl.arange(BN, 2 * BN, layout=gl.SliceLayout(0, s_layout))
     x = gl.where((keys < n_k)[None, :], s.to(gl.float32), float("-inf"))
     m_i = gl.convert_layout(_row_max(x, f, False, G), r_layout)
     p = gl.convert_layout(_row_exp(x, f, _offsets(x, f, m_i - shift, False, G), G), s_layout, assert_trivial=True)
     l_i = _lane_sums(p, BN)
     largest = l_i
     o = gl.zeros([BM, D], gl.float32, layout=o_layout)
+    if FOLD:
+        m_fold = m_i
     ki = 1
     k_phase = 0
-    vi = 0
-    v_phase = 0
     for t in range(1, n_tiles):
+        vi = (ki + STAGES - 1) % STAGES  # values are a tile behind; carried along, they would take two registers more
+        v_phase = gl.where(ki == 0, k_phase ^ 1, k_phase)
         f = _factors(q_scale, key_scales, t - 1, G)
         mbarrier.wait(v_full.index(vi), v_phase)
         mbarrier.wait(k_full.index(ki), k_phase)
         # P stays fp32 across the loop: carried as e4m3 it would be taken apart into single bytes.
         o = warpgroup_mma(_probabilities_8(p, BN, p_layout), v_smem.index(vi).permute((1, 0)), o, is_async=True)
         o_done = warpgroup_mma_wait(0, deps=(o,))
+        if FOLD:
+            if t % FOLD == 0:  # here neither P nor scores take registers
+                total.store(_folded(total, o_done, m_fold, m_i, D))
+                m_fold = m_i
+                o_done = gl.zeros([BM, D], gl.float32, layout=o_layout)
         s = warpgroup_mma(q, k_smem.index(ki).permute((1, 0)), zero, use_acc=False, is_async=True)
         o, s = warpgroup_mma_wait(0, deps=(o_done, s))
         mbarrier.arrive(v_empty.index(vi), count=1)
@@ -401,32 +440,35 @@ def _consumer_8(
         if ki == STAGES:
             ki = 0
             k_phase ^= 1
-        vi += 1
-        if vi == STAGES:
-            vi = 0
-            v_phase ^= 1
+    vi = (ki + STAGES - 1) % STAGES
+    v_phase = gl.where(ki == 0, k_phase ^ 1, k_phase)
     mbarrier.wait(v_full.index(vi), v_phase)
     o = warpgroup_mma(_probabilities_8(p, BN, p_layout), v_smem.index(vi).permute((1, 0)), o, is_async=True)
     o = warpgroup_mma_wait(0, deps=(o,))
+    if FOLD:
+        words = _folded(total, o, m_fold, m_i, D)
+        total.store(words)
     if REFRESH > 1:
-        clipped = gl.max(gl.max((largest > 448.0).to(gl.int32), 1), 0)
-        _flag(flag_ptr, clipped)
-    _finish(o, l_i, wg, out_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, out_stride, row0, h,
-            r_layout, o_layout, BM, D, True, HAS_MEAN, REFRESH > 1)  # fmt: skip
+        _flag(flag_ptr, largest > 448.0)
+    sums = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, o_layout))
+    if FOLD:  # what remains finds the registers free
+        o = _own_rows(total.load(words.type.layout), D, o_layout)
+    _finish(o, sums, out_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, out_stride, row0, h,
+            o_layout, BM, D, True, HAS_MEAN, REFRESH > 1)  # fmt: skip
 
 
 @gluon.jit
 def _consumer(
-    wg: gl.constexpr, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn,
+    wg: gl.constexpr, q_smem, k_smem, v_smem, totals, q_full, k_full, k_empty, v_full, v_empty, turn,
     out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr, INT8: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr, IN_TURN: gl.constexpr, REFRESH: gl.constexpr, HAS_MEAN: gl.constexpr,
-    G: gl.constexpr, V8: gl.constexpr,
+    G: gl.constexpr, V8: gl.constexpr, FOLD: gl.constexpr,
 ):  # fmt: skip
     if V8:
-        _consumer_8(wg, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr, q_scale_ptr,
-                    k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale, BM, BN, D,
-                    NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, G)  # fmt: skip
+        _consumer_8(wg, q_smem, k_smem, v_smem, totals, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr,
+                    q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale,
+                    BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, G, FOLD)  # fmt: skip
     else:
         _consumer_16(wg, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr, q_scale_ptr,
                      k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale, BM, BN, D,
@@ -469,7 +511,7 @@ def _attention_kernel(
     n_q, n_k, n_tiles, out_stride, q_head, k_head, v_head, scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, INT8: gl.constexpr, V8: gl.constexpr, Q_IN_REGISTERS: gl.constexpr, IN_TURN: gl.constexpr,
-    REFRESH: gl.constexpr, HAS_MEAN: gl.constexpr, G: gl.constexpr, REDO: gl.constexpr,
+    REFRESH: gl.constexpr, HAS_MEAN: gl.constexpr, G: gl.constexpr, FOLD: gl.constexpr, REDO: gl.constexpr,
 ):  # fmt: skip
     if REDO:
         if gl.load(flag_ptr + (gl.program_id(1) * gl.num_programs(0) + gl.program_id(0))) == 0:
@@ -480,6 +522,11 @@ def _attention_kernel(
         v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, D, BN], v_desc.layout)
     else:
         v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BN, D], v_desc.layout)
+    if FOLD:
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
+        totals = gl.allocate_shared_memory(gl.float32, [NC, D // 8, 128, 4], plain)
+    else:
+        totals = q_smem  # unused
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -498,31 +545,31 @@ def _attention_kernel(
     # Written out: a tuple that is kept in a variable loses what is known at compile time.
     if NC == 2:
         gl.warp_specialize([
-            (_consumer, (0, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr,
-                         q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride,
-                         scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, G,
-                         V8)),
-            (_consumer, (1, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr,
-                         q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride,
-                         scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, G,
-                         V8)),
+            (_consumer, (0, q_smem, k_smem, v_smem, totals, q_full, k_full, k_empty, v_full, v_empty, turn,
+                         out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles,
+                         out_stride, scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN,
+                         G, V8, FOLD)),
+            (_consumer, (1, q_smem, k_smem, v_smem, totals, q_full, k_full, k_empty, v_full, v_empty, turn,
+                         out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles,
+                         out_stride, scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN,
+                         G, V8, FOLD)),
             (_producer, (q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty,
                          n_tiles, q_head, k_head, v_head, BM, BN, D, NC, STAGES, V8)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consumer, (0, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr,
-                         q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride,
-                         scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, G,
-                         V8)),
-            (_consumer, (1, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr,
-                         q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride,
-                         scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, G,
-                         V8)),
-            (_consumer, (2, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr,
-                         q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride,
-                         scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, G,
-                         V8)),
+            (_consumer, (0, q_smem, k_smem, v_smem, totals, q_full, k_full, k_empty, v_full, v_empty, turn,
+                         out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles,
+                         out_stride, scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN,
+                         G, V8, FOLD)),
+            (_consumer, (1, q_smem, k_smem, v_smem, totals, q_full, k_full, k_empty, v_full, v_empty, turn,
+                         out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles,
+                         out_stride, scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN,
+                         G, V8, FOLD)),
+            (_consumer, (2, q_smem, k_smem, v_smem, totals, q_full, k_full, k_empty, v_full, v_empty, turn,
+                         out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles,
+                         out_stride, scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN,
+                         G, V8, FOLD)),
             (_producer, (q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty,
                          n_tiles, q_head, k_head, v_head, BM, BN, D, NC, STAGES, V8)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
@@ -533,14 +580,15 @@ class Schedule:
 
     def __init__(
         self, consumers: int, keys: int, stages: int, registers: int, in_turn: bool = False,
-        q_in_registers: bool = False, refresh: int = 1,
+        q_in_registers: bool = False, refresh: int = 1, fold: int = 0,
     ) -> None:  # fmt: skip
         self.consumers, self.keys, self.stages, self.registers = consumers, keys, stages, registers
-        self.in_turn, self.q_in_registers, self.refresh = in_turn, q_in_registers, refresh
+        self.in_turn, self.q_in_registers, self.refresh, self.fold = in_turn, q_in_registers, refresh, fold
 
     def exact(self) -> Schedule:
         """The same tiles with the maximum taken in every one."""
-        return Schedule(self.consumers, self.keys, self.stages, self.registers, self.in_turn, self.q_in_registers)
+        return Schedule(self.consumers, self.keys, self.stages, self.registers, self.in_turn, self.q_in_registers,
+                        fold=self.fold)  # fmt: skip
 
 
 SCHEDULES = {
@@ -548,8 +596,8 @@ SCHEDULES = {
     "bf16": Schedule(3, 64, 4, 160, refresh=32),
     "int8-exact": Schedule(2, 128, 2, 240, in_turn=True),
     "int8": Schedule(2, 128, 3, 240, in_turn=True, refresh=64),
-    "int8-fp8-exact": Schedule(3, 128, 4, 160),
-    "int8-fp8": Schedule(3, 128, 4, 160, refresh=16),
+    "int8-fp8-exact": Schedule(3, 128, 3, 160, fold=16),
+    "int8-fp8": Schedule(3, 128, 3, 160, refresh=16, fold=16),
 }
 
 _TYPES = {
@@ -623,7 +671,8 @@ def attention_hopper(
             q_desc, k_desc, v_desc, out, _or(q_scale, unused), _or(k_scale, unused), _or(v_scale, unused),
             _or(v_mean, unused), flags, n_q, n_k, triton.cdiv(n_k, chosen.keys), out.stride(0), q_head, k_head, v_head,
             factor, 64, chosen.keys, HEAD_DIM, chosen.consumers, chosen.stages, chosen.registers, int8, v8,
-            chosen.q_in_registers, chosen.in_turn, chosen.refresh, v_mean is not None, groups, redo,
+            chosen.q_in_registers, chosen.in_turn, chosen.refresh, v_mean is not None, groups, chosen.fold,
+            redo,
         )  # fmt: skip
 
     run(plan, False)
