@@ -7,6 +7,8 @@ inputs are qkv products that go through the same passes as in use:
     normal      N(0, 1), queries and keys normed and turned, at the length asked for and at 1,003 tokens
     outliers    four channels with eight times the gain, means in keys and values: as activations are
     growing     scores that grow ninety-fold along the sequence: what a stale running maximum has to notice
+    local means values whose mean comes and goes three times along the sequence, and scores that follow it a little:
+                sums with one sign for thousands of keys, of which an accumulator with few bits loses a part each time
 
 In 16 bits the reference takes the operands as the kernel gets them, rounded to bf16; in 8 bits those same operands
 before they were quantized, so that the error counts everything that the mode does. Times are medians by CUDA events, of
@@ -18,6 +20,7 @@ Memory: at 75,888 tokens and 48 heads 8 GB.
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -31,11 +34,15 @@ from torch import Tensor
 from .attention import BACKENDS, HEAD_DIM, MODES, Backend, Operands, one_line, prepare
 
 LIMITS = {
-    "bf16": {"normal": 4e-3, "outliers": 4e-3, "growing": 5e-3},
-    "int8": {"normal": 1.6e-2, "outliers": 1e-2, "growing": 6e-2},
-    "int8-fp8": {"normal": 5e-2, "outliers": 2e-2, "growing": 9e-2},
+    "bf16": {"normal": 4e-3, "outliers": 4e-3, "growing": 5e-3, "local means": 4e-3},
+    "int8": {"normal": 1.6e-2, "outliers": 1e-2, "growing": 6e-2, "local means": 1e-2},
+    "int8-fp8": {"normal": 5e-2, "outliers": 2e-2, "growing": 9e-2, "local means": 2e-2},
 }
 """Relative L2 errors above which a result is wrong, not just rounded: about 1.5 times what the formats cost."""
+
+
+FOLLOWING = 4.0
+"""How far queries and keys lean towards the phase of the local means, beside noise of length 11."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,20 @@ def make_inputs(kind: str, tokens: int, heads: int, device: torch.device, seed: 
     elif kind == "growing":
         growth = torch.linspace(0.3, 3.0, tokens, device=device)[:, None]
         cos, sin = cos * growth, sin * growth
+    elif kind == "local means":
+        phase = torch.linspace(0, 6 * math.pi, tokens, device=device)
+        follow = torch.randn(2, heads, HEAD_DIM, **like) * (FOLLOWING / HEAD_DIM**0.5)
+        turn = torch.stack([phase.cos(), phase.sin()], dim=1)
+        both = torch.einsum("sa,ahd->shd", turn, follow).to(qkv.dtype)
+        qkv[..., :HEAD_DIM] += both
+        qkv[..., HEAD_DIM : 2 * HEAD_DIM] += both
+        shift = 2 * math.pi * torch.rand(heads, HEAD_DIM, **like)
+        values = qkv[..., 2 * HEAD_DIM :]
+        for h in range(heads):  # one at a time, to save memory
+            values[:, h] = 0.5 * values[:, h] + (2 * (phase[:, None] + shift[h]).sin() + 1)
+        cos, sin = torch.ones_like(cos), torch.zeros_like(sin)  # a rotation would take the phase away
     elif kind != "normal":
-        raise ValueError(f"kind must be normal, outliers or growing, not {kind!r}")
+        raise ValueError(f"kind must be normal, outliers, growing or local means, not {kind!r}")
     return Inputs(kind, qkv, weight, weight, cos.contiguous(), sin.contiguous())
 
 
@@ -290,6 +309,7 @@ def examine(
     few = min(heads, 4)
     odd = 1003 if tokens > 1003 else tokens | 1
     cases = [("normal", odd, few), ("outliers", min(tokens, 8192), min(few, 2)), ("growing", min(tokens, 5007), 1)]
+    cases.append(("local means", min(tokens, 32_768), 1))
     with torch.inference_mode(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for i, (kind, length, width) in enumerate([*cases, ("normal", tokens, heads)]):
             last = i == len(cases)

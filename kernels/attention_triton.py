@@ -122,13 +122,17 @@ if triton is not None:
 
     @triton.jit
     def _accumulate(p, v, o, V8: tl.constexpr):
-        """o + p v. 8-bit V has its keys in the order in which the threads that hold P want them (`permute_keys`)."""
+        """o + p v. 8-bit V has its keys in the order in which the threads that hold P want them (`permute_keys`).
+
+        The FP8 units of Hopper (and, as is reported, of sm_89) keep some 14 bits of a sum: the product of each tile
+        begins at zero and is added in fp32. Without the last argument the compiler would merge the sum back into it.
+        """
         if V8:
             M: tl.constexpr = p.shape[0]
             N: tl.constexpr = p.shape[1]
             x = tl.reshape(p.to(tl.float8e4nv), [M, N // 16, 2, 4, 2])
             x = tl.reshape(tl.permute(x, (0, 1, 3, 2, 4)), [M, N])
-            return tl.dot(x, v, o)
+            return o + tl.dot(x, v, max_num_imprecise_acc=N)
         else:
             return tl.dot(p.to(v.dtype), v, o)
 

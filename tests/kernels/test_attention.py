@@ -234,7 +234,7 @@ def test_examination_on_a_cpu(mode: str) -> None:
     for verdict in verdicts:
         assert (verdict.status == "ok") == (BACKENDS[verdict.backend].available(CPU, mode) is None), verdict
         if verdict.status == "ok":
-            assert set(verdict.errors) == {"normal, 333 tokens", "normal", "outliers", "growing"}
+            assert set(verdict.errors) == {"normal, 333 tokens", "normal", "outliers", "growing", "local means"}
             assert verdict.ms and verdict.kernel_ms and verdict.kernel_ms < verdict.ms and verdict.tflops
     for words, more in (("mode must", {"mode": "x"}), ("backend for", {"backends": ["torch" * (mode == "bf16")]})):
         with pytest.raises(ValueError, match=words):
