@@ -15,10 +15,10 @@ one's epilogue hides behind the others' products. Programs stay on their multipr
 plain Triton kernel.
 
 fp8: the same Hopper kernel; elsewhere torch._scaled_mm, on the CPU too. With fast accumulation Hopper adds in some
-14 bits: 2e-3 against exact sums at K = 6,144, 4e-3 at 24,576, where e4m3 itself costs 3.7e-2. Emulated
-at K = 24,576 (benchmarks/fp8_sums.py), adding to a true fp32 sum every 16 k-steps of 32 would turn 3.9e-3 with N(0, 1)
-and 4.2e-3 after GELU into 4e-4, which the 4e-2 of the format hide; with weights of a common mean besides, whose sums all
-have one sign, 5.7e-3 into 1e-4, where the format costs 5.9e-3. Cards without FP8 units multiply in bf16.
+14 bits: 2e-3 against exact sums at K = 6,144, 4e-3 at 24,576, where e4m3 itself costs 3.7e-2. Emulated at K = 24,576
+(benchmarks/fp8_sums.py), adding to a true fp32 sum every 16 k-steps of 32 would turn 3.9e-3 with N(0, 1) and 4.2e-3
+after GELU into 4e-4, which the 4e-2 of the format hide; with weights of a common mean besides, whose sums all have one
+sign, 5.7e-3 into 1e-4, where the format costs 5.9e-3. Cards without FP8 units multiply in bf16.
 
 On an H200 (700 W, 75,888 rows) the int8 kernel runs at 1,450-1,520 TFLOP/s, cuBLAS at 1,300-1,340 in fp8 and 700 in
 bf16: the power limit binds, and of the three int8 takes least of it.
