@@ -63,7 +63,7 @@ def slow_in_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-class _RoundedOnce(TorchFunctionMode):
+class RoundedOnce(TorchFunctionMode):
     """Linears of bf16 on the CPU in fp32, where products of bf16 numbers are exact, rounded at the end."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -82,7 +82,7 @@ def _in_bf16_on_cpu(x: Any) -> bool:
 def numerics() -> Iterator[None]:
     """No gradients, and no TF32: an fp32 run means fp32, in convolutions too (cuDNN's default is TF32). On a CPU that
     is slow in bf16, products of bf16 are computed in fp32."""
-    wide = _RoundedOnce() if slow_in_bf16() else contextlib.nullcontext()
+    wide = RoundedOnce() if slow_in_bf16() else contextlib.nullcontext()
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False), wide:
         matmul = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = False

@@ -3,9 +3,11 @@ each other."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,18 @@ def frozen() -> None:
     tests ask for many."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def products() -> Iterator[None]:
+    """Linears as in a run, also where a test calls networks by itself: on a CPU that is slow in bf16 they are not."""
+    if "torch" not in sys.modules:
+        yield
+        return
+    from solostep.engine.runtime import RoundedOnce, slow_in_bf16
+
+    with RoundedOnce() if slow_in_bf16() else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -389,7 +389,7 @@ def test_one_layer_is_in_memory_at_a_time(
         if precision in PRECISIONS[:2]:
             work = asked[-1] - largest_part_bytes(component, mode.dtype, [LAYERS[0]])
             assert living.peak < 2 * layer + work
-    assert peaks[1] < 1.05 * peaks[0]
+    assert peaks[1] < 1.15 * peaks[0]  # readers may be ahead by a tensor; eight layers more would be three times
     assert asked[0] == asked[1]
 
 
