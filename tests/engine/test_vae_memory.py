@@ -274,3 +274,18 @@ def test_the_encoder_codes_a_frame_in_2_gb(monkeypatch: pytest.MonkeyPatch) -> N
     with Live() as live:
         encoder(image)
     assert 0.9 * FRAME_BYTES * 544 * 992 < live.peak <= FRAME_BYTES * 544 * 992 < 2.1e9
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_moments_for_cards_are_those_of_the_norm(dtype: torch.dtype, limit: float) -> None:
+    """Also where means are much larger than what is around them."""
+    torch.manual_seed(0)
+    norm = vae.GroupNorm(128).to(dtype)
+    sizes, means = torch.rand(128), 30 * torch.randn(128)
+    x = (torch.randn(2, 128, 3, 20, 31) * sizes[:, None, None, None] + means[:, None, None, None]).to(dtype)
+    with torch.inference_mode():
+        pairs = list(zip(norm._moments(x), norm._native_moments(x), strict=True))
+    for (t, part, mean, deviation), (frame, channels, want, true) in pairs:
+        assert (t, part) == (frame, channels) and mean.dtype == deviation.dtype == dtype
+        assert float((mean.float() - want.float()).abs().max()) <= limit * float(want.float().abs().max())
+        assert float((deviation.float() / true.float() - 1).abs().max()) <= limit
