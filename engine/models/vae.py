@@ -260,7 +260,7 @@ class GroupNorm(nn.GroupNorm):
 
     def _moments(self, x: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
         """Of each frame and part of the channels, each group's mean and reciprocal deviation, rounded as torch's own
-        kernel on CUDA rounds them. That one runs one block of threads for each group, and eight of them leave most of a card
+        kernel on CUDA rounds them. That one runs one block of threads for each group, and eight leave most of a card
         idle."""
         width = x.shape[1] // NORM_PARTS
         for t in range(x.shape[2]):
