@@ -477,13 +477,14 @@ def _frame_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 def _convolve(conv: nn.Conv2d | nn.Conv3d, x: Tensor, padding: tuple[int, ...] | None = None) -> Tensor:
     """``conv`` of x; of a strip with its halo, with a ``padding`` of its own."""
-    weight, bias = conv.weight, conv.bias
-    wide = _rounds_once(conv, x) or (x.dtype == torch.bfloat16 and x.device.type == "cpu" and slow_in_bf16())
-    if wide:  # products of bf16 numbers are exact in fp32
-        x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
     call: Callable[..., Tensor] = F.conv3d if isinstance(conv, nn.Conv3d) else F.conv2d
-    out = call(x, weight, bias, conv.stride, conv.padding if padding is None else padding)
-    return out.to(torch.bfloat16) if wide else out
+    how = conv.stride, conv.padding if padding is None else padding
+    wide = _rounds_once(conv, x) or (x.dtype == torch.bfloat16 and x.device.type == "cpu" and slow_in_bf16())
+    if not wide:
+        return call(x, conv.weight, conv.bias, *how)
+    # Products of bf16 numbers are exact in fp32. The copies are gone before the result is rounded.
+    out = call(x.float(), conv.weight.float(), None if conv.bias is None else conv.bias.float(), *how)
+    return out.to(torch.bfloat16)
 
 
 def _nearest(x: Tensor, *, time: bool) -> Tensor:

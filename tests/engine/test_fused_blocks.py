@@ -129,10 +129,10 @@ def check(precision: str | None, savings: dict[str, object], found: list[Tensor]
      ("nf4", "int8-fp8")],
 )  # fmt: skip
 def test_savings_change_nothing(precision: str | None, mode: str, inputs: dict[str, Tensor]) -> None:
-    """Each alone, and together."""
+    """Each alone, and together; together only in formats that differ from the others in their products alone."""
     model = make(torch.bfloat16, precision, heads=4)
     want = steps(model, inputs, mode)
-    for savings in SAVINGS:
+    for savings in SAVINGS if precision in (None, "int8") else SAVINGS[-2:]:
         check(precision, savings, steps(model, inputs, mode, **savings), want)  # type: ignore[arg-type]
 
 

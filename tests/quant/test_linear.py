@@ -262,7 +262,8 @@ def test_what_cannot_be_narrowed_is_refused() -> None:
         with pytest.raises(ValueError, match=r"Channels .* are not among the 4"):
             narrowed(nn.Linear(8, 4), start, stop)
     odd = made("nf4", random(6, 96))  # blocks of 64 go on from one row to the next
-    assert torch.equal(narrowed(odd, 2, 4)(random(3, 96)), odd(random(3, 96))[:, 2:4])
+    # The weights are the same; a product of fewer channels may add them in another order.
+    torch.testing.assert_close(narrowed(odd, 2, 4)(random(3, 96)), odd(random(3, 96))[:, 2:4])
     assert torch.equal(narrowed(odd, 0, 6)(random(3, 96)), odd(random(3, 96)))
     with pytest.raises(ValueError, match="Channels 1 ... 4 of 96 nf4 weights each share blocks of 64"):
         narrowed(odd, 1, 4)
