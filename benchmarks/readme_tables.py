@@ -10,7 +10,6 @@ one card), `budgets` (the same, in memory budgets) and `drift` (the demo model).
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from solostep.benchmarks.report_measures import MISSING, cell_text, end_to_end, 
 from solostep.benchmarks.report_tables import DAGGER, Cell, Table, environment_line, gigabytes_of, mode_text, summary
 from solostep.benchmarks.results import Result, read_results
 from solostep.engine.errors import SolostepError, UsageError, first_line
+from solostep.engine.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results")
@@ -226,9 +226,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
                 )
             return int(bool(old))
         if old:
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            temporary.write_text(updated(readme, root), encoding="utf-8")
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                temporary.write_text(updated(readme, root), encoding="utf-8")
             print(f"README.md: {', '.join(old)} brought up to date.")
     except (SolostepError, OSError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from solostep.engine.errors import OutputError, UsageError
+from solostep.engine.files import replacing
 from solostep.engine.interfaces.console import console, guarded, say
 
 TITLE = "Step-Video precision modes"
@@ -155,15 +156,12 @@ def write(files: Mapping[Path, bytes]) -> None:
         OutputError: one could not be written.
     """
     for path, data in files.items():
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(exist_ok=True)
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                temporary.write_bytes(data)
         except OSError as error:
             raise OutputError(f"{path} could not be written ({error.strerror}); choose another place.") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> Any:

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from solostep.engine.errors import OutputError, UsageError
+from solostep.engine.files import replacing
 
 VERSION = 1
 MARK = "solostep_bench"
@@ -417,18 +417,13 @@ def write_json(path: Path, values: Any) -> None:
     Raises:
         OutputError: it could not be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as stream:
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
             json.dump(values, stream, ensure_ascii=False, indent=1, allow_nan=False)
             stream.write("\n")
-        os.replace(temporary, path)
     except OSError as error:
         raise OutputError(f"{path} could not be written ({error.strerror}); choose another -o.") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def free_place(path: Path, result: Result, overwrite: bool = False) -> Path:

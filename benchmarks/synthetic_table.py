@@ -27,6 +27,7 @@ from solostep.engine.checkpoint import open_model
 from solostep.engine.config import GenerationSettings, TransformerConfig
 from solostep.engine.demo import demo_model
 from solostep.engine.errors import SolostepError
+from solostep.engine.files import replacing
 from solostep.engine.models.transformer import StepVideoTransformer, TransformerBlock
 from solostep.engine.rates import random_weights
 from solostep.engine.runtime import numerics, pick_device
@@ -102,9 +103,8 @@ def told(args: argparse.Namespace, device: torch.device) -> None:
     if args.output is None:
         print(text)
         return
-    temporary = args.output.with_name(f".{args.output.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(args.output)
+    with replacing(args.output) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def main() -> int:
