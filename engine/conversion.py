@@ -229,6 +229,7 @@ def write_model(
         lock(out, cache_dir() / "locks", held)
         state = _open_state(out, networks, rest, ours)
         state.asked |= asked or {}
+        _remove_leftovers(out, networks)
         todo = {n.name: [s for s in n.shards if not is_finished(out / n.name, s, n.identity)] for n in networks}
         missing = sum(shard.nbytes for shards in todo.values() for shard in shards)
         missing += sum(copy.size for copy in rest.copies if not copy.is_done)
@@ -243,6 +244,15 @@ def write_model(
                 record["networks"][network.name]["kept_shards"] = len(network.shards) - len(todo[network.name])
         _finish(model, out, networks, rest, state)
     return record | {"already_finished": False, "seconds": round(time.perf_counter() - start, 3)}
+
+
+def _remove_leftovers(out: Path, networks: Sequence[Network]) -> None:
+    """Deletes what a killed conversion was writing: gigabytes, which are needed now."""
+    for part in out.rglob(".*.part"):
+        part.unlink()
+    for network in networks:
+        for part in (out / network.name).glob(".tmp*"):  # safetensors' own temporary file, beside the one it is to be
+            part.unlink()
 
 
 def _described(network: Network) -> dict[str, Any]:
@@ -285,8 +295,6 @@ def _finish(model: ModelFolder, out: Path, networks: Sequence[Network], rest: Re
     for network in networks:
         write_json(out / network.name / f"{STEMS[network.name]}.safetensors.index.json", index(network.shards))
     write_json(out / "model_index.json", rest.index)
-    for part in out.rglob(".*.part"):  # of a conversion that was killed
-        part.unlink()
     for network in networks:
         write_json(out / network.name / QUANTIZATION_FILE, _manifest(model, network, state))
     state.path.unlink()
