@@ -20,20 +20,13 @@ import torch
 from torch import Tensor
 
 from . import latents as storage
-from .checkpoint import ModelFolder, load, open_model
+from .checkpoint import ModelFolder, open_model
 from .config import GenerationSettings, cache_dir
-from .errors import OutputError, UsageError
-from .failures import latents_are_kept, nothing_left_of, ran_out, readable_errors
+from .errors import UsageError
+from .failures import latents_are_kept, nothing_left_of, readable_errors
 from .latents import SavedLatents
 from .memory import Memory, read_budgets, report
-from .models.vae import decode_chunks
-from .plan import (
-    CONTEXT,
-    WHOLE,
-    Plan,
-    first_frame_bytes,
-    how_decoded,
-)
+from .plan import CONTEXT, Plan
 from .precision import (
     AUTO,
     OFFICIAL,
@@ -47,7 +40,7 @@ from .precision import (
     measure_recipe,
     read_recipe_option,
 )
-from .progress import ConsoleProgress, Progress, stage_of
+from .progress import ConsoleProgress, Progress
 from .request import (
     Collect,
     FrameSink,
@@ -60,18 +53,10 @@ from .request import (
     settings_dict,
     tensor_hash,
 )
-from .runtime import (
-    Stage,
-    measured,
-    numerics,
-    pick_device,
-    pick_dtype,
-    release_memory,
-)
-from .sampling import GuidedVelocity, first_frame_condition, initial_noise, to_uint8
-from .scheduler import euler_step, make_sigmas
-from .streaming import PlacedTransformer
-from .text import PromptEmbedding, encode_prompts
+from .runtime import Stage, numerics, pick_device, pick_dtype, release_memory
+from .sampling import initial_noise
+from .stages import Stages
+from .text import PromptEmbedding
 
 log = logging.getLogger("solostep")
 
@@ -119,6 +104,7 @@ class StepVideoPipeline:
         self.memory = Memory(
             model, self.device, self.dtype, *budgets, keep_loaded, lambda: (me.mode, me.text_mode, me.attention)
         )
+        self._stages = Stages(model, self.device, self.dtype, self.memory)
         self.cache = cache_dir() / "embeddings" if cache else None
         self._report: list[dict[str, Any]] = []
 
@@ -433,12 +419,7 @@ class StepVideoPipeline:
             with readable_errors(self.device), numerics():
                 texts = [t for job in waiting for t in job.request.texts]
                 if texts:
-                    self.memory.make_room(self.memory.sizes.text if self.memory.is_planned else 0)
-                    with measured("text", self.device, shared):
-                        embeddings = encode_prompts(
-                            self.model, texts, self.device, self.dtype, self.cache, stage_of(say, "text encoders"),
-                            self.text_mode,
-                        )  # fmt: skip
+                    embeddings = self._stages.embed(texts, self.text_mode, self.cache, shared, say)
             try:
                 yield from self._each(jobs, embeddings, shared, open_sink, callback, say)
             finally:  # also when the caller stops early
@@ -458,8 +439,7 @@ class StepVideoPipeline:
             with readable_errors(self.device, job), numerics():
                 job.stages += [Stage(**vars(s)) for s in shared]
                 if not job.done:
-                    self._condition(job, say)
-                    self._denoise(job, [embeddings[t] for t in job.request.texts], callback, say)
+                    self._make_latents(job, [embeddings[t] for t in job.request.texts], callback, say)
                 last = not any(not other.done for other in jobs[i + 1 :])
                 alone = open_sink is not None and self.memory.decodes_better_alone(job.request.settings)
                 if last or alone:
@@ -467,7 +447,7 @@ class StepVideoPipeline:
                 if open_sink is not None:
                     with latents_are_kept(job):
                         sink = open_sink(i, job.request, self._record(job))
-                        self._decode(job, sink, say, self.dtype)
+                        self._stages.decode(job, sink, say, self.dtype)
                 job.delivered()
                 record = self._record(job)
                 self._report = report(job)
@@ -501,12 +481,8 @@ class StepVideoPipeline:
         job = Job(request, Path(), saved, resumed_from=saved.step)
         try:
             with self.memory.capped(), readable_errors(self.device), numerics():
-                self._decode(
-                    job,
-                    open_sink(0, request, self._record(job)),
-                    progress or (lambda *_: None),
-                    dtype,
-                )
+                sink = open_sink(0, request, self._record(job))
+                self._stages.decode(job, sink, progress or (lambda *_: None), dtype)
         finally:
             self.memory.free("vae")
         return self._record(job)
@@ -553,68 +529,16 @@ class StepVideoPipeline:
             "noise": tensor_hash(request.noise),
         }
 
-    def _condition(self, job: Job, say: Progress) -> None:
-        """Encodes the first frame, before the DiT takes the memory."""
-        image, settings = job.request.image, job.request.settings
-        if image is None:
-            return
-        if self.memory.is_planned:
-            self.memory.make_room(first_frame_bytes(self.memory.sizes, settings))
-        with measured("first frame", self.device, job.stages):
-            say("first frame", 0, 1)
-            encoder = load(self.model.components["vae"], self.device, self.dtype, part="encoder")
-            _, generator = initial_noise(settings, self.model.transformer_config.in_channels, job.saved.seed)
-            job.condition = first_frame_condition(encoder, image, settings, generator).cpu()
-            del encoder
-            release_memory(self.device)
-            say("first frame", 1, 1)
-
-    def _denoise(
+    def _make_latents(
         self, job: Job, embeddings: list[PromptEmbedding], callback: StepCallback | None, say: Progress
     ) -> None:
-        """Runs the steps that are left; the latents are on disk after each."""
-        saved, settings = job.saved, job.request.settings
-        backend = self._attention_backend(settings)  # measures, on a new card: before the card is full
-        transformer = self.memory.transformer(job, say)
-        with measured("denoise", self.device, job.stages):
-            saved.info["attention_backend"] = backend
-            velocity = self._velocity(transformer, embeddings, job, backend)
-            sigmas = make_sigmas(saved.steps, settings.time_shift)
-            latents = saved.latents.to(self.device)
-            say("denoise", saved.step, saved.steps)
-            for step in range(saved.step, saved.steps):
-                made = self._step(velocity, latents, sigmas[step], sigmas[step + 1])
-                while made is None:  # other programs took memory: a smaller plan, and the step again
-                    del velocity
-                    self.memory.spare(job)
-                    velocity = self._velocity(transformer, embeddings, job, backend)
-                    made = self._step(velocity, latents, sigmas[step], sigmas[step + 1])
-                latents = made
-                self._keep(job, latents, step + 1)
-                if callback is not None:
-                    changed = (callback(self, step, float(sigmas[step]), {"latents": latents}) or {}).get("latents")
-                    if changed is not None and changed is not latents:
-                        latents = changed.to(self.device, torch.float32)
-                        self._keep(job, latents, step + 1)
-                say("denoise", step + 1, saved.steps)
+        def ended(step: int, sigma: float, latents: Tensor) -> Tensor | None:
+            assert callback is not None
+            return (callback(self, step, sigma, {"latents": latents}) or {}).get("latents")
 
-    def _velocity(
-        self, transformer: PlacedTransformer, embeddings: list[PromptEmbedding], job: Job, backend: str | None
-    ) -> GuidedVelocity:
-        return GuidedVelocity(
-            transformer.network, embeddings, job.request.settings, job.condition, self.attention, backend,
-            transformer.blocks, savings=transformer.savings,
-        )  # fmt: skip
-
-    @staticmethod
-    def _step(velocity: GuidedVelocity, latents: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor | None:
-        """The latents after a step; None if the device ran out of memory, whose remains are gone then."""
-        try:
-            return euler_step(latents, velocity(latents, sigma), sigma, next_sigma)
-        except RuntimeError as error:
-            if not ran_out(error):
-                raise
-            return None
+        self._stages.first_frame(job, say)
+        backend = self._attention_backend(job.request.settings)  # measures, on a new card: before the card is full
+        self._stages.denoise(job, embeddings, self.attention, backend, ended if callback else None, say)
 
     def _attention_backend(self, settings: GenerationSettings) -> str | None:
         """The kernels for this length; on a new card they are measured first, which takes some seconds."""
@@ -624,51 +548,6 @@ class StepVideoPipeline:
 
         tokens = settings.latent_frames * settings.latent_height * settings.latent_width
         return attention_choice(self.device, self.attention, tokens, self.attention_backend)
-
-    def _keep(self, job: Job, latents: Tensor, step: int) -> None:
-        """Puts a finished step on disk. A full disk does not end the run: the video may still find its place."""
-        job.saved.latents, job.saved.step = latents.cpu(), step
-        try:
-            if not job.saved.finished:
-                storage.save_latents(job.path, job.saved)
-                return
-            job.saved_at = storage.save_or_rescue(job.path, job.saved)
-            if job.saved_at != job.path:
-                log.warning("%s could not be written: the latents are kept in %s.", job.path, job.saved_at)
-        except OutputError as error:
-            if not job.save_failed or job.saved.finished:
-                log.warning("%s Going on without: an interruption now loses the steps made since.", error)
-            job.save_failed = True
-
-    def _decode(
-        self, job: Job, sink: contextlib.AbstractContextManager[FrameSink], say: Progress, dtype: torch.dtype
-    ) -> None:
-        """Decodes chunk by chunk; frames leave as they are ready."""
-        total = job.request.settings.num_frames
-        networks = self.memory.networks
-        if "vae" not in networks or next(networks["vae"].parameters()).dtype != dtype:
-            with measured("load vae", self.device, job.stages):
-                networks["vae"] = load(self.model.components["vae"], self.device, dtype, part="decoder")
-        with measured("decode and write", self.device, job.stages), sink as open_sink:
-            say("decode", 0, total)
-            latents = job.saved.latents.to(self.device, dtype)
-            room, done = self.memory.room(), 0
-            (slices, strips), needed = self.memory.decoding(job.request.settings, room, dtype)
-            if needed > room:
-                log.warning(
-                    "Decoding may run out of memory: it takes %.3g GB at least, of %.3g.", needed / 1e9, room / 1e9
-                )
-            if (slices, strips) != WHOLE:
-                asked = self.memory.vram is not None
-                job.event(f"Decoding {how_decoded(slices, strips)}, for want of memory.", quiet=asked)
-
-            def smaller(setting: str) -> None:
-                job.event(f"Out of memory while decoding; going on {setting}.")
-
-            for frames in decode_chunks(networks["vae"], latents, slices, strips, on_retry=smaller):
-                open_sink.write(to_uint8(frames[0]).cpu().numpy())
-                done += frames.shape[1]
-                say("decode", done, total)
 
     def _record(self, job: Job) -> dict[str, Any]:
         modes = job.saved.info if "precision" in job.saved.info else self._modes()

@@ -210,13 +210,13 @@ def test_speed_alone_records_nothing(work: Path, tmp_path: Path, monkeypatch: py
 
 def test_an_injected_error_of_the_velocity_is_read(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured(work, ["free"], role="reference", **ONE)
-    from solostep.engine import pipeline
+    from solostep.engine import stages
 
-    class Off(pipeline.GuidedVelocity):
+    class Off(stages.GuidedVelocity):
         def __call__(self, latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             return super().__call__(latents, sigma).float() * 1.01
 
-    monkeypatch.setattr(pipeline, "GuidedVelocity", Off)
+    monkeypatch.setattr(stages, "GuidedVelocity", Off)
     drift = measured(work, DRIFT, precision="bf16", **ONE)["drift"]
     for row, cosines in zip(drift["teacher"]["error"], drift["teacher"]["cosine"], strict=True):
         assert row == pytest.approx([0.01] * STEPS, rel=1e-3)
@@ -226,13 +226,13 @@ def test_an_injected_error_of_the_velocity_is_read(work: Path, monkeypatch: pyte
 
 
 def test_a_run_that_is_not_finite_is_no_speed(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from solostep.engine import pipeline
+    from solostep.engine import stages
 
-    class Broken(pipeline.GuidedVelocity):
+    class Broken(stages.GuidedVelocity):
         def __call__(self, latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             return super().__call__(latents, sigma) * float("nan")
 
-    monkeypatch.setattr(pipeline, "GuidedVelocity", Broken)
+    monkeypatch.setattr(stages, "GuidedVelocity", Broken)
     with pytest.raises(SolostepError, match="not finite; leave this mode out"):
         measured(work, ["speed"], precision="bf16", **ONE)
 

@@ -24,7 +24,7 @@ import typer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import solostep.engine.pipeline as pipeline_module
+import solostep.engine.stages as stages_module
 from solostep.engine import latents as storage
 from solostep.engine import runtime, streaming, text
 from solostep.engine.interfaces import cli
@@ -107,13 +107,13 @@ Run = Callable[..., Outcome]
 def solostep(work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Calls the command line in this process."""
     loaded: list[str] = []
-    real = pipeline_module.load
+    real = stages_module.load
 
     def watched(component: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
         loaded.append(component.name)
         return real(component, *args, **kwargs)
 
-    for module in (pipeline_module, streaming, text):
+    for module in (stages_module, streaming, text):
         monkeypatch.setattr(module, "load", watched)
 
     def run(*args: object) -> Outcome:

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import solostep.engine.pipeline as pipeline_module
+import solostep.engine.stages as stages_module
 from solostep.engine import streaming, text
 from solostep.engine.config import T2V_NEGATIVE, T2V_POSITIVE
 from solostep.engine.errors import UsageError
@@ -91,13 +91,13 @@ Run = Callable[..., Outcome]
 def solostep(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Calls the command line in this process; a test that expects another exit code than 0 says so."""
     loaded: list[str] = []
-    real = pipeline_module.load
+    real = stages_module.load
 
     def watched(component: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
         loaded.append(component.name)
         return real(component, *args, **kwargs)
 
-    for module in (pipeline_module, streaming, text):
+    for module in (stages_module, streaming, text):
         monkeypatch.setattr(module, "load", watched)
 
     def run(*args: object, code: int = 0) -> Outcome:
@@ -306,10 +306,10 @@ def test_options_hold_for_lines_that_do_not_say_otherwise(solostep: Run) -> None
 
 STUCK = """
 import sys, time
-from solostep.engine import pipeline
+from solostep.engine import stages
 from solostep.engine.interfaces.cli import main
 
-left, real = int(sys.argv.pop(1)), pipeline.euler_step
+left, real = int(sys.argv.pop(1)), stages.euler_step
 
 def step(*args):
     global left
@@ -318,7 +318,7 @@ def step(*args):
         time.sleep(600)
     return real(*args)
 
-pipeline.euler_step = step
+stages.euler_step = step
 main()
 """
 
@@ -349,7 +349,7 @@ def test_a_killed_run_goes_on_bit_by_bit(solostep: Run, monkeypatch: pytest.Monk
     killed.kill()
     assert (killed.wait(), names()) == (-signal.SIGKILL, [latents.name])
 
-    left, real = iter(range(2)), pipeline_module.euler_step
+    left, real = iter(range(2)), stages_module.euler_step
 
     def step(*args: Any) -> torch.Tensor:
         if next(left, None) is None:
@@ -357,7 +357,7 @@ def test_a_killed_run_goes_on_bit_by_bit(solostep: Run, monkeypatch: pytest.Monk
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline_module, "euler_step", step)
+        patch.setattr(stages_module, "euler_step", step)
         stopped = solostep(*command, code=1)
     assert stopped.out == ""
     assert stopped.err.splitlines()[-1] == "note: Stopped. Finished steps are kept: the same command goes on from them."
@@ -373,7 +373,7 @@ def test_a_killed_run_goes_on_bit_by_bit(solostep: Run, monkeypatch: pytest.Monk
 
 
 def test_interrupted_while_decoding(solostep: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = pipeline_module.decode_chunks
+    real = stages_module.decode_chunks
 
     def interrupted(*args: Any, **more: Any) -> Iterator[torch.Tensor]:
         yield next(real(*args, **more))
@@ -381,7 +381,7 @@ def test_interrupted_while_decoding(solostep: Run, monkeypatch: pytest.MonkeyPat
 
     command = ["generate", "a cat", "-m", T2V, "-o", "out.mp4", "--seed", 1, *SMALL, "--frames", 34]
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline_module, "decode_chunks", interrupted)
+        patch.setattr(stages_module, "decode_chunks", interrupted)
         stopped = solostep(*command, code=1)
     assert stopped.out == ""
     assert "the same command goes on" in stopped.notes[-1]
@@ -398,7 +398,7 @@ def test_a_name_from_the_prompt_is_found_again(solostep: Run, monkeypatch: pytes
     solostep("generate", "a cat", "-m", T2V, *SMALL, "--seed", 1)
     command = ["generate", "a cat", "-m", T2V, *SMALL, "--seed", 2]
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline_module, "decode_chunks", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(stages_module, "decode_chunks", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
         solostep(*command, code=1)
     assert names() == ["a-cat-2.latents.safetensors", "a-cat.latents.safetensors", "a-cat.mp4"]
     again = solostep(*command)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-import solostep.engine.pipeline as pipeline_module
+import solostep.engine.stages as stages_module
 from solostep import StepVideoPipeline
 from solostep.engine import memory, streaming, text
 from solostep.engine.config import PRESETS, GenerationSettings, Preset
@@ -284,7 +284,7 @@ def test_a_failed_decode_keeps_the_latents(pipe: StepVideoPipeline, monkeypatch:
         raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(pipeline_module, "decode_chunks", fail)
+        patch.setattr(stages_module, "decode_chunks", fail)
         pipe("a red panda", seed=7, **SMALL)
     done: list[int] = []
     video = pipe("a red panda", seed=7, **SMALL, callback_on_step_end=lambda p, i, t, v: done.append(i))
@@ -297,15 +297,15 @@ def test_little_memory_decodes_frame_by_frame(pipe: StepVideoPipeline, monkeypat
     whole = pipe("a red panda", seed=7, **SMALL)
     said: list[str] = []
     seen: list[Any] = []
-    real = pipeline_module.decode_chunks
+    real = stages_module.decode_chunks
 
     def watch(decoder: Any, latents: torch.Tensor, frames: int | None, strips: int, **more: Any) -> Any:
         seen.append((frames, strips))
         return real(decoder, latents, frames, strips, **more)
 
-    monkeypatch.setattr(pipeline_module, "decode_chunks", watch)
+    monkeypatch.setattr(stages_module, "decode_chunks", watch)
     monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
-    monkeypatch.setattr(pipeline_module.log, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(stages_module.log, "warning", lambda text, *values: said.append(text % values))
     found = pipe("a red panda", seed=7, **SMALL)
     assert seen == [(1, 16)] and any("takes 0.0" in line for line in said)
     assert "frame by frame in 16 strips" in found.record["events"][0]
@@ -356,7 +356,7 @@ def test_stages_free_what_they_no_longer_need(pipe: StepVideoPipeline, monkeypat
 
     alive: dict[str, weakref.ref[torch.nn.Module]] = {}
     together: list[set[str]] = []
-    real, real_each = pipeline_module.load, text.load_each
+    real, real_each = stages_module.load, text.load_each
 
     def watched(component: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
         gc.collect()
@@ -371,7 +371,7 @@ def test_stages_free_what_they_no_longer_need(pipe: StepVideoPipeline, monkeypat
             yield layer
 
     monkeypatch.setattr(text, "load_each", watched_each)
-    for module in (pipeline_module, streaming, text):
+    for module in (stages_module, streaming, text):
         monkeypatch.setattr(module, "load", watched)
     pipe("a red panda", seed=7, **SMALL)
     assert together == [{"step_llm"}, {"hunyuan_clip"}, {"transformer"}, {"vae"}]
@@ -381,13 +381,13 @@ def test_stages_free_what_they_no_longer_need(pipe: StepVideoPipeline, monkeypat
 
 def test_many_videos_load_the_dit_once(pipe: StepVideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
-    real = pipeline_module.load
+    real = stages_module.load
 
     def watched(component: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
         loaded.append(component.name)
         return real(component, *args, **kwargs)
 
-    for module in (pipeline_module, streaming, text):
+    for module in (stages_module, streaming, text):
         monkeypatch.setattr(module, "load", watched)
     pipe(["a", "b", "c"], seed=1, **SMALL)
     assert loaded.count("transformer") == loaded.count("step_llm") == 1
@@ -402,7 +402,7 @@ def test_many_videos_load_the_dit_once(pipe: StepVideoPipeline, monkeypatch: pyt
 def test_keep_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = StepVideoPipeline.from_pretrained(T2V, device="cpu", keep_loaded=True)
     base = latents_of(pipe)
-    for module in (pipeline_module, streaming):
+    for module in (stages_module, streaming):
         monkeypatch.setattr(module, "load", lambda *a, **k: pytest.fail("loaded again"))
     assert torch.equal(latents_of(pipe), base)
 

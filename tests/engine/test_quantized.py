@@ -16,7 +16,7 @@ import typer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import solostep.engine.pipeline as pipeline_module
+import solostep.engine.stages as stages_module
 from solostep import StepVideoPipeline
 from solostep.engine import memory, runtime, text
 from solostep.engine.checkpoint import build_on_meta, describe, load, memory_bytes, open_component
@@ -623,13 +623,13 @@ def test_the_command_line(
         "without the text precision it is another video"
     )
     loaded: list[tuple[str, torch.dtype]] = []
-    real = pipeline_module.load
+    real = stages_module.load
 
     def watched(component: Component, device: Any, dtype: torch.dtype, *args: Any, **kwargs: Any) -> nn.Module:
         loaded.append((component.name, dtype))
         return real(component, device, dtype, *args, **kwargs)
 
-    for module in (pipeline_module, text):
+    for module in (stages_module, text):
         monkeypatch.setattr(module, "load", watched)
     again = json.loads(command(capsys, "decode", "a.latents.safetensors", "-o", "b.mp4", "--json", "--device", "cpu"))
     assert loaded == [("vae", torch.bfloat16)]

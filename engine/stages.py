@@ -1,0 +1,164 @@
+"""What the networks do to one job: texts -> first frame -> denoise -> decode, each measured, each within its memory.
+
+Latents are on disk after every step; what runs out of memory is tried again with less.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import latents as storage
+from .checkpoint import ModelFolder, load
+from .errors import OutputError
+from .failures import ran_out
+from .memory import Memory
+from .models.vae import decode_chunks
+from .plan import WHOLE, first_frame_bytes, how_decoded
+from .precision import Mode
+from .progress import Progress, stage_of
+from .request import FrameSink, Job
+from .runtime import Stage, measured, release_memory
+from .sampling import GuidedVelocity, first_frame_condition, initial_noise, to_uint8
+from .scheduler import euler_step, make_sigmas
+from .streaming import PlacedTransformer
+from .text import PromptEmbedding, encode_prompts
+
+log = logging.getLogger("solostep")
+
+StepEnd = Callable[[int, float, Tensor], "Tensor | None"]
+"""Called with a step's number, its sigma and the latents ``[1, f, c, h, w]`` behind it; may return others."""
+
+
+class Stages:
+    """The stages of a generation, on one device and within one memory."""
+
+    def __init__(self, model: ModelFolder, device: torch.device, dtype: torch.dtype, memory: Memory) -> None:
+        self.model, self.device, self.dtype, self.memory = model, device, dtype, memory
+
+    def embed(
+        self, texts: Sequence[str], mode: Mode, cache: Path | None, stages: list[Stage], say: Progress
+    ) -> dict[str, PromptEmbedding]:
+        """Encodes all texts in one pass of the encoders; its measurement goes to ``stages``."""
+        self.memory.make_room(self.memory.sizes.text if self.memory.is_planned else 0)
+        with measured("text", self.device, stages):
+            named = stage_of(say, "text encoders")
+            return encode_prompts(self.model, texts, self.device, self.dtype, cache, named, mode)
+
+    def first_frame(self, job: Job, say: Progress) -> None:
+        """Encodes the first frame, if there is one, before the DiT takes the memory."""
+        image, settings = job.request.image, job.request.settings
+        if image is None:
+            return
+        if self.memory.is_planned:
+            self.memory.make_room(first_frame_bytes(self.memory.sizes, settings))
+        with measured("first frame", self.device, job.stages):
+            say("first frame", 0, 1)
+            encoder = load(self.model.components["vae"], self.device, self.dtype, part="encoder")
+            _, generator = initial_noise(settings, self.model.transformer_config.in_channels, job.saved.seed)
+            job.condition = first_frame_condition(encoder, image, settings, generator).cpu()
+            del encoder
+            release_memory(self.device)
+            say("first frame", 1, 1)
+
+    def denoise(
+        self, job: Job, embeddings: list[PromptEmbedding], attention: str, backend: str | None, ended: StepEnd | None,
+        say: Progress,
+    ) -> None:  # fmt: skip
+        """Runs the steps that are left; the latents are on disk after each."""
+        saved, settings = job.saved, job.request.settings
+        transformer = self.memory.transformer(job, say)
+
+        def guided() -> GuidedVelocity:
+            return _velocity(transformer, embeddings, job, attention, backend)
+
+        with measured("denoise", self.device, job.stages):
+            saved.info["attention_backend"] = backend
+            velocity = guided()
+            sigmas = make_sigmas(saved.steps, settings.time_shift)
+            latents = saved.latents.to(self.device)
+            say("denoise", saved.step, saved.steps)
+            for step in range(saved.step, saved.steps):
+                made = _step(velocity, latents, sigmas[step], sigmas[step + 1])
+                while made is None:  # other programs took memory: a smaller plan, and the step again
+                    del velocity
+                    self.memory.spare(job)
+                    velocity = guided()
+                    made = _step(velocity, latents, sigmas[step], sigmas[step + 1])
+                latents = made
+                _keep(job, latents, step + 1)
+                changed = None if ended is None else ended(step, float(sigmas[step]), latents)
+                if changed is not None and changed is not latents:
+                    latents = changed.to(self.device, torch.float32)
+                    _keep(job, latents, step + 1)
+                say("denoise", step + 1, saved.steps)
+
+    def decode(
+        self, job: Job, sink: contextlib.AbstractContextManager[FrameSink], say: Progress, dtype: torch.dtype
+    ) -> None:
+        """Decodes chunk by chunk; frames leave as they are ready."""
+        total = job.request.settings.num_frames
+        networks = self.memory.networks
+        if "vae" not in networks or next(networks["vae"].parameters()).dtype != dtype:
+            with measured("load vae", self.device, job.stages):
+                networks["vae"] = load(self.model.components["vae"], self.device, dtype, part="decoder")
+        with measured("decode and write", self.device, job.stages), sink as open_sink:
+            say("decode", 0, total)
+            latents = job.saved.latents.to(self.device, dtype)
+            room, done = self.memory.room(), 0
+            (slices, strips), needed = self.memory.decoding(job.request.settings, room, dtype)
+            if needed > room:
+                log.warning(
+                    "Decoding may run out of memory: it takes %.3g GB at least, of %.3g.", needed / 1e9, room / 1e9
+                )
+            if (slices, strips) != WHOLE:
+                asked = self.memory.vram is not None
+                job.event(f"Decoding {how_decoded(slices, strips)}, for want of memory.", quiet=asked)
+
+            def smaller(setting: str) -> None:
+                job.event(f"Out of memory while decoding; going on {setting}.")
+
+            for frames in decode_chunks(networks["vae"], latents, slices, strips, on_retry=smaller):
+                open_sink.write(to_uint8(frames[0]).cpu().numpy())
+                done += frames.shape[1]
+                say("decode", done, total)
+
+
+def _velocity(
+    transformer: PlacedTransformer, embeddings: list[PromptEmbedding], job: Job, attention: str, backend: str | None
+) -> GuidedVelocity:
+    return GuidedVelocity(
+        transformer.network, embeddings, job.request.settings, job.condition, attention, backend, transformer.blocks,
+        savings=transformer.savings,
+    )  # fmt: skip
+
+
+def _step(velocity: GuidedVelocity, latents: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor | None:
+    """The latents after a step; None if the device ran out of memory, whose remains are gone then."""
+    try:
+        return euler_step(latents, velocity(latents, sigma), sigma, next_sigma)
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        return None
+
+
+def _keep(job: Job, latents: Tensor, step: int) -> None:
+    """Puts a finished step on disk. A full disk does not end the run: the video may still find its place."""
+    job.saved.latents, job.saved.step = latents.cpu(), step
+    try:
+        if not job.saved.finished:
+            storage.save_latents(job.path, job.saved)
+            return
+        job.saved_at = storage.save_or_rescue(job.path, job.saved)
+        if job.saved_at != job.path:
+            log.warning("%s could not be written: the latents are kept in %s.", job.path, job.saved_at)
+    except OutputError as error:
+        if not job.save_failed or job.saved.finished:
+            log.warning("%s Going on without: an interruption now loses the steps made since.", error)
+        job.save_failed = True
