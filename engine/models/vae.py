@@ -250,32 +250,41 @@ class GroupNorm(nn.GroupNorm):
 
     def scales(self, x: Tensor) -> Scales:
         """What the norm does to ``x``, to be done where rows of it are read: its result never is there as a whole."""
-        scale, shift = (x.new_empty(*x.shape[:3], 1, 1, dtype=torch.float32) for _ in range(2))
-        for t, part, mean, deviation in self._moments(x) if x.is_cuda else self._native_moments(x):
-            mean, deviation = (v.float().repeat_interleave(x.shape[1] // GROUPS, 1) for v in (mean, deviation))
-            times = deviation * self.weight[part].float()
-            scale[:, part, t, 0, 0] = times
-            shift[:, part, t, 0, 0] = self.bias[part].float() - times * mean
-        return scale, shift
+        moments = self._moments(x) if x.is_cuda else self._native_moments(x)
+        mean, deviation = (v.float().repeat_interleave(x.shape[1] // GROUPS, 1) for v in moments)
+        scale = deviation * self.weight.float()[:, None]
+        shift = self.bias.float()[:, None] - scale * mean
+        return scale[..., None, None], shift[..., None, None]
 
-    def _moments(self, x: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-        """Of each frame and part of the channels, each group's mean and reciprocal deviation, rounded as torch's own
-        kernel on CUDA rounds them. That one runs one block of threads for each group, and eight leave most of a card
-        idle."""
-        width = x.shape[1] // NORM_PARTS
-        for t in range(x.shape[2]):
-            for first in range(0, x.shape[1], width):
-                part = slice(first, first + width)
-                groups = x[:, part, t].unflatten(1, (GROUPS // NORM_PARTS, -1))
-                mean = groups.mean((2, 3, 4), keepdim=True, dtype=torch.float32)
-                size = torch.linalg.vector_norm(groups - mean, dim=(2, 3, 4))
-                variance = size.square() / groups[0, 0].numel()
-                yield t, part, mean.flatten(1).to(x.dtype), torch.rsqrt(variance + self.eps).to(x.dtype)
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each frame, the groups' means and reciprocal deviations ``[B, GROUPS, T]``, rounded as torch's own norm on
+        CUDA rounds them.
 
-    def _native_moments(self, x: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-        for t, part, y, mean, deviation in self._by_groups(x):
-            del y
-            yield t, part, mean, deviation
+        That kernel runs one block of threads for each group, which leaves most of a card idle. Those of a batch norm
+        take one for each channel of each frame, reading once; channels of one size add up to groups exactly.
+        """
+        batch, channels, frames, height, width = x.shape
+        if x.is_contiguous():
+            planes = x.view(1, -1, height, width).split(max(1, MAX_ELEMENTS // (height * width)), 1)
+        else:  # views of some frames: each by itself, or they would be copied
+            planes = tuple(x[i : i + 1, :, t] for i in range(batch) for t in range(frames))
+        found = [torch.batch_norm_update_stats(p, None, None, 0.0) for p in planes]  # variances are not corrected
+        mean, variance = (torch.cat(values).float() for values in zip(*found, strict=True))
+        if x.is_contiguous():
+            mean, variance = (v.view(batch, GROUPS, -1, frames) for v in (mean, variance))
+        else:
+            mean, variance = (v.view(batch, frames, GROUPS, -1).permute(0, 2, 3, 1) for v in (mean, variance))
+        center = mean.mean(2)
+        variance = variance.mean(2) + (mean - center[:, :, None]).square().mean(2)
+        return center.to(x.dtype), torch.rsqrt(variance + self.eps).to(x.dtype)
+
+    def _native_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, deviation = (x.new_empty(len(x), GROUPS, x.shape[2]) for _ in range(2))
+        groups = GROUPS // NORM_PARTS
+        for t, part, _, means, deviations in self._by_groups(x):
+            first = part.start * GROUPS // x.shape[1]
+            mean[:, first : first + groups, t], deviation[:, first : first + groups, t] = means, deviations
+        return mean, deviation
 
     def _by_groups(self, x: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor]]:
         """Of each frame and part of the channels: the norm, and each group's mean and reciprocal deviation."""

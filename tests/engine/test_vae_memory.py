@@ -276,16 +276,42 @@ def test_the_encoder_codes_a_frame_in_2_gb(monkeypatch: pytest.MonkeyPatch) -> N
     assert 0.9 * FRAME_BYTES * 544 * 992 < live.peak <= FRAME_BYTES * 544 * 992 < 2.1e9
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_moments_for_cards_are_those_of_the_norm(dtype: torch.dtype, limit: float) -> None:
-    """Also where means are much larger than what is around them."""
-    torch.manual_seed(0)
-    norm = vae.GroupNorm(128).to(dtype)
-    sizes, means = torch.rand(128), 30 * torch.randn(128)
-    x = (torch.randn(2, 128, 3, 20, 31) * sizes[:, None, None, None] + means[:, None, None, None]).to(dtype)
+def some_frames(dtype: torch.dtype) -> tuple[vae.GroupNorm, Tensor]:
+    """Channels of all sizes, whose means are much larger than what is around them."""
+    generator = torch.Generator().manual_seed(0)
+    norm = vae.GroupNorm(128)
     with torch.inference_mode():
-        pairs = list(zip(norm._moments(x), norm._native_moments(x), strict=True))
-    for (t, part, mean, deviation), (frame, channels, want, true) in pairs:
-        assert (t, part) == (frame, channels) and mean.dtype == deviation.dtype == dtype
-        assert float((mean.float() - want.float()).abs().max()) <= limit * float(want.float().abs().max())
-        assert float((deviation.float() / true.float() - 1).abs().max()) <= limit
+        for p in norm.parameters():
+            p.copy_(torch.randn(128, generator=generator))
+    sizes, means = torch.rand(128, generator=generator), 30 * torch.randn(128, generator=generator)
+    x = torch.randn(2, 128, 3, 20, 31, generator=generator)
+    return norm.to(dtype), (x * sizes[:, None, None, None] + means[:, None, None, None]).to(dtype)
+
+
+@pytest.mark.parametrize("frames", [slice(None), slice(1, 3)])
+def test_moments_for_cards_are_those_of_the_norm(frames: slice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a whole tensor, of a view of some frames, and in as many calls as a limit asks for."""
+    norm, x = some_frames(torch.float32)
+    want = norm._native_moments(x[:, :, frames])
+    for limit in (vae.MAX_ELEMENTS, 20 * 31 * 100):
+        monkeypatch.setattr(vae, "MAX_ELEMENTS", limit)
+        mean, deviation = norm._moments(x[:, :, frames])
+        assert float((mean - want[0]).abs().max()) <= 1e-5 * float(want[0].abs().max())
+        assert float((deviation / want[1] - 1).abs().max()) <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.parametrize("frames", [slice(None), slice(1, 3)])
+def test_norms_on_a_card(frames: slice) -> None:
+    """By moments of our own, as torch's kernel norms; what is rounded may be rounded to the neighbour."""
+    norm, x = some_frames(torch.bfloat16)
+    norm, x = norm.cuda(), x.cuda()[:, :, frames]
+    mean, deviation = norm._moments(x)
+    assert mean.dtype == deviation.dtype == torch.bfloat16
+    for found, want in zip((mean, deviation), norm._native_moments(x), strict=True):
+        assert float((found.float() / want.float() - 1).abs().max()) <= 2**-7
+    want = norm(x).float()
+    scale, shift = norm.scales(x)
+    for found in (x * scale + shift, norm.in_place(x.clone()).float()):
+        assert float((found - want).norm() / want.norm()) <= 1e-2
