@@ -1,0 +1,284 @@
+"""Makes the results that are kept under benchmarks/results/ anew: every measurement that README.md quotes, on the cards
+that are here, one at a time on each.
+
+    python -m solostep.benchmarks.record OUT --model /dev/shm/synthetic --list
+    python -m solostep.benchmarks.record OUT --model /dev/shm/synthetic --seconds 1700
+
+A measurement is a command of its own, with its own log below OUT/logs, a limit of time and a mark below OUT/done once
+it has ended well. Run again, what is marked is passed over, and what failed or was cut is tried again; a bench goes on
+from its finished cells. With --seconds nothing is begun that is not expected to end before them. Several cards share
+the list: each takes the first measurement that may begin. They should be alike, and nothing else should run on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from solostep.engine.errors import SolostepError, UsageError
+from solostep.engine.files import replacing
+from solostep.engine.progress import duration
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = (sys.executable, "-m")
+BENCH = (*PYTHON, "solostep.benchmarks.bench")
+SPEED = (*BENCH, "-m", "{model}", "--levels", "speed", "-n", "1", "--seeds", "1")
+WIDTH = (*PYTHON, "solostep.benchmarks.full_width")
+SLACK = 1.6
+"""A measurement is stopped when it takes so much longer than expected, and a minute more."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A measurement: a command, the seconds that it is expected to take on an H200, and what has to be there before."""
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    needs: tuple[str, ...] = ()
+
+    @property
+    def limit(self) -> float:
+        return SLACK * self.seconds + 60
+
+
+def tests_of(name: str, seconds: float, *paths: str, processes: int = 0) -> Job:
+    """Tests on the card, from the checkout."""
+    options = ("-m", "gpu", "-q", "-n", str(processes), "-o", "addopts=", "--import-mode=importlib")
+    return Job(name, (*PYTHON, "pytest", *options, *paths), seconds)
+
+
+def speed_job(name: str, seconds: float, *options: str, steps: int = 2, roles: str = "mode") -> Job:
+    """Speed and memory of modes of the full size, on the model of drawn weights."""
+    command = (*SPEED, "--roles", roles, "--steps", str(steps), "-o", f"{{out}}/h200/{name}", *options)
+    return Job(name, command, seconds, ("model",))
+
+
+def vae_jobs() -> Iterator[Job]:
+    for frames, strips in ((0, 0), (4, 1), (8, 8), (4, 8), (4, 16), (2, 8), (1, 16)):
+        options = ("--at-once", str(frames), "--strips", str(strips)) if frames else ()
+        yield Job(f"vae-{frames}-{strips}", (*WIDTH, "vae", *options, "-o", "{out}/vae-h200.jsonl"), 25)
+
+
+LONG = ("--frames", "204")
+JOBS: tuple[Job, ...] = (
+    Job("model", (*PYTHON, "solostep.benchmarks.synthetic", "{model}"), 60),
+    tests_of("tests-attention", 60, "tests/kernels/test_attention_hopper.py"),
+    speed_job("fifty", 1050, *LONG, "--precision", "int8", "--attention", "int8-fp8", steps=50),
+    *vae_jobs(),
+    tests_of("tests", 90, "tests", processes=8),
+    speed_job("resident", 330, *LONG, "--precision", "int8,fp8,bf16", "--vram", "none"),
+    speed_job("weights", 320, *LONG, "--precision", "int8-weight,fp8-weight,nf4", "--vram", "none"),
+    speed_job("reference", 115, *LONG, "--precision", "int8", roles="reference"),
+    speed_job("budgets", 400, *LONG, "--precision", "int8", "--vram", "48GB,24GB,16GB,12GB"),
+    speed_job("short", 330, "--frames", "136,102,51", "--precision", "int8", "--vram", "48GB,12GB"),
+    Job("block", (*WIDTH, "block", "--repeats", "3", "-o", "{out}/block-h200.jsonl"), 90),
+    Job(
+        "kernels",
+        (*PYTHON, "solostep.benchmarks.kernels", "-o", "{out}/kernels-h200.jsonl", "--markdown",
+         "{out}/kernels-h200.md"),
+        220,
+    ),
+    Job(
+        "drift-51",
+        (*PYTHON, "solostep.benchmarks.full_size", "drift", "--frames", "51", "--times", "2", "-o", "{out}/h200/drift"),
+        180,
+    ),
+    Job(
+        "drift-204",
+        (*PYTHON, "solostep.benchmarks.full_size", "drift", "--frames", "204", "--times", "1", "--what", "own", "-o",
+         "{out}/h200/drift-204"),
+        340,
+    ),
+    Job(
+        "demo",
+        (*BENCH, "--device", "cuda", "-n", "32", "--seeds", "4", "--precision",
+         "int8,fp8,int8-weight,fp8-weight,nf4,int4-weight", "--levels", "blocks,teacher,free,video,score", "--jobs",
+         "8", "-o", "{out}/demo"),
+        450,
+    ),
+)  # fmt: skip
+"""In the order in which they are begun, what most depends on first."""
+
+
+class Recording:
+    """One run through a list of measurements."""
+
+    def __init__(self, jobs: Sequence[Job], out: Path, model: Path, seconds: float | None = None) -> None:
+        self.jobs, self.out, self.model = list(jobs), out, model
+        self.deadline = None if seconds is None else time.monotonic() + seconds
+        self.known = {job.name for job in jobs}
+        self.done = {job.name for job in jobs if self._mark(job).exists()}
+        self.waiting = [job for job in jobs if job.name not in self.done]
+        self.failed: set[str] = set()
+        self.running: dict[str, subprocess.Popen[bytes] | None] = {}
+        self.changed = threading.Condition()
+        self.stopped = False
+
+    def run(self, cards: Sequence[str]) -> bool:
+        """Works through the list with one thread for each card; whether everything is there now."""
+        for folder in ("logs", "done"):
+            (self.out / folder).mkdir(parents=True, exist_ok=True)
+        threads = [threading.Thread(target=self._work, args=(card,), daemon=True) for card in cards]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.5)
+        except KeyboardInterrupt:
+            self._stop()
+            raise
+        return self.known <= self.done
+
+    def _work(self, card: str) -> None:
+        while (job := self._next()) is not None:
+            start = time.monotonic()
+            self._say(f"{job.name} begins on card {card}, about {duration(job.seconds)}")
+            why = self._measure(job, card)
+            took = time.monotonic() - start
+            with self.changed:
+                self.running.pop(job.name)
+                if why is None:
+                    self.done.add(job.name)
+                    with replacing(self._mark(job)) as part:
+                        part.write_text(f"{took:.0f} s\n")
+                else:
+                    self.failed.add(job.name)
+                self.changed.notify_all()
+            self._say(f"{job.name} {'ended well' if why is None else why} after {duration(took)}")
+
+    def _next(self) -> Job | None:
+        """The first measurement that may begin; waits while one that runs may let others begin."""
+        with self.changed:
+            while not self.stopped:
+                for job in self.waiting:
+                    if all(n in self.done or n not in self.known for n in job.needs) and self._in_time(job):
+                        self.waiting.remove(job)
+                        self.running[job.name] = None
+                        return job
+                blocked = [job for job in self.waiting if set(job.needs) & set(self.running) and self._in_time(job)]
+                if not blocked:
+                    return None
+                self.changed.wait(1)
+            return None
+
+    def _in_time(self, job: Job) -> bool:
+        return self.deadline is None or time.monotonic() + job.seconds <= self.deadline
+
+    def _measure(self, job: Job, card: str) -> str | None:
+        """Runs the command; None where it ended well, else what happened."""
+        command = [part.format(out=self.out, model=self.model) for part in job.command]
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": card, "PYTHONUNBUFFERED": "1"}
+        with (self.out / "logs" / f"{job.name}.txt").open("ab") as log:
+            log.write((" ".join(command) + "\n").encode())
+            log.flush()
+            try:
+                process = subprocess.Popen(
+                    command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, start_new_session=True
+                )
+            except OSError as error:
+                return f"could not be started: {error}"
+            with self.changed:
+                self.running[job.name] = process
+            try:
+                code = process.wait(job.limit)
+            except subprocess.TimeoutExpired:
+                _end(process)
+                return f"was stopped at its limit of {duration(job.limit)}"
+        return None if code == 0 else f"failed (exit code {code}, see logs/{job.name}.txt)"
+
+    def _stop(self) -> None:
+        with self.changed:
+            self.stopped = True
+            running = [process for process in self.running.values() if process is not None]
+            self.changed.notify_all()
+        for process in running:
+            _end(process)
+
+    def _mark(self, job: Job) -> Path:
+        return self.out / "done" / job.name
+
+    def _say(self, text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ctrl-C first, which lets a command keep what it has."""
+    for kind, patience in ((signal.SIGINT, 15), (signal.SIGKILL, 15)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, kind)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            return
+
+
+def chosen(only: Sequence[str], jobs: Sequence[Job] = JOBS) -> list[Job]:
+    """The measurements of these names, all where none are given.
+
+    Raises:
+        UsageError: there is no such one.
+    """
+    known = {job.name: job for job in jobs}
+    if unknown := [name for name in only if name not in known]:
+        raise UsageError(f"--only {unknown[0]}: there is no such measurement; there are {', '.join(known)}.")
+    return [job for job in jobs if not only or job.name in only]
+
+
+def cards_here(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The cards to measure on, as CUDA_VISIBLE_DEVICES names them."""
+    named = environment.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name.strip()]
+    import torch
+
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(prog="python -m solostep.benchmarks.record", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("out", type=Path, help="the folder that takes results, logs and marks")
+    parser.add_argument(
+        "--model", type=Path, help="the model of drawn weights, 80 GB; made where it is not (default: OUT/model)"
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these measurements, of --list")
+    parser.add_argument("--seconds", type=float, help="begin nothing that is not expected to end within them")
+    parser.add_argument("--list", action="store_true", help="say what would be measured, and do nothing")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    args = parse_args(argv)
+    try:
+        jobs, out = chosen(args.only), args.out.resolve()
+        model = (args.model or out / "model").resolve()
+        if model.is_dir():
+            jobs = [job for job in jobs if job.name != "model"]
+        recording = Recording(jobs, out, model, args.seconds)
+        if args.list:
+            for job in jobs:
+                state = "there" if job.name in recording.done else duration(job.seconds)
+                print(f"{job.name:16} {state:>8}  {' '.join(job.command).format(out=out, model=model)}")
+            return 0
+        if not (cards := cards_here()):
+            raise UsageError("There is no CUDA card here to measure on.")
+        return 0 if recording.run(cards) else 1
+    except SolostepError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""The list of measurements: what runs, in which order, on which card, and what is done again."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from solostep.benchmarks import record
+from solostep.benchmarks.record import Job, Recording
+from solostep.engine.errors import UsageError
+
+
+def job(name: str, code: str = "", seconds: float = 1.0, needs: tuple[str, ...] = ()) -> Job:
+    told = f"import os, time; open(r'{{out}}/' + '{name}.ran', 'a').write(os.environ['CUDA_VISIBLE_DEVICES']); {code}"
+    return Job(name, (sys.executable, "-S", "-c", told), seconds, needs)
+
+
+def ran(out: Path) -> dict[str, str]:
+    return {p.stem: p.read_text() for p in out.glob("*.ran")}
+
+
+def test_what_is_there_is_passed_over_and_what_failed_is_tried_again(tmp_path: Path) -> None:
+    jobs = [job("one"), job("two", "raise SystemExit(3)"), job("three")]
+    assert not Recording(jobs, tmp_path, tmp_path).run(["0"])
+    assert ran(tmp_path) == {"one": "0", "two": "0", "three": "0"}
+    jobs[1] = job("two")
+    assert Recording(jobs, tmp_path, tmp_path).run(["1"])
+    assert ran(tmp_path) == {"one": "0", "two": "01", "three": "0"}
+    assert "SystemExit" in (tmp_path / "logs" / "two.txt").read_text()
+
+
+def test_cards_share_the_list(tmp_path: Path) -> None:
+    """The second card waits for what its measurement needs, and takes the last one meanwhile."""
+    jobs = [job("model", "time.sleep(0.5)"), job("speed", needs=("model",)), job("other")]
+    assert Recording(jobs, tmp_path, tmp_path).run(["0", "7"])
+    cards = ran(tmp_path)
+    assert {cards["model"], cards["other"]} == {"0", "7"} and cards["speed"] in ("0", "7")
+
+
+def test_what_needs_a_failed_one_does_not_begin(tmp_path: Path) -> None:
+    jobs = [job("model", "raise SystemExit(1)"), job("speed", needs=("model",)), job("other")]
+    assert not Recording(jobs, tmp_path, tmp_path).run(["0", "1"])
+    assert sorted(ran(tmp_path)) == ["model", "other"]
+
+
+def test_nothing_begins_too_late(tmp_path: Path) -> None:
+    jobs = [job("long", seconds=100), job("short", seconds=1)]
+    assert not Recording(jobs, tmp_path, tmp_path, seconds=50).run(["0"])
+    assert sorted(ran(tmp_path)) == ["short"]
+
+
+def test_a_limit_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Job, "limit", 1.0)
+    start = time.monotonic()
+    assert not Recording([job("hangs", "time.sleep(60)"), job("next")], tmp_path, tmp_path).run(["0"])
+    assert time.monotonic() - start < 30
+    assert sorted(ran(tmp_path)) == ["hangs", "next"] and [p.name for p in (tmp_path / "done").iterdir()] == ["next"]
+
+
+def test_every_command_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules that exist, needs that are in the list, names of their own."""
+    import importlib.util
+
+    names = [made.name for made in record.JOBS]
+    assert len(set(names)) == len(names)
+    for made in record.JOBS:
+        assert made.command[:2] == (sys.executable, "-m") and importlib.util.find_spec(made.command[2])
+        assert set(made.needs) <= set(names) and made.limit > made.seconds > 0
+
+
+def test_names_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert record.main([str(tmp_path), "--only", "fifty", "--list"]) == 0
+    assert "--steps 50" in capsys.readouterr().out
+    assert record.main([str(tmp_path), "--only", "sixty"]) == 2
+    assert "there is no such measurement" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="no such measurement"):
+        record.chosen(["sixty"])
