@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from ..offload.reader import ReadError
 from .errors import CheckpointError, SolostepError
 from .request import Job, describe_device
+from .runtime import ran_out
 
 
 @contextlib.contextmanager
@@ -28,13 +28,6 @@ def readable_errors(device: torch.device, job: Job | None = None) -> Iterator[No
         ) from error
     except ReadError as error:
         raise CheckpointError(f"{error}; if nothing else writes it, download it again{_what_is_kept(job)}.") from None
-
-
-def ran_out(error: Exception) -> bool:
-    """Whether an error means that an allocation failed. On the CPU, and where a library or the driver allocates, it has
-    no type of its own; the second of the words is a size beyond all counting."""
-    words = "DefaultCPUAllocator|size calculation overflowed|CUDA error: out of memory|STATUS_ALLOC_FAILED"
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(words, str(error)) is not None
 
 
 def _what_is_kept(job: Job | None) -> str:

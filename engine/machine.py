@@ -37,18 +37,53 @@ def installed(name: str) -> str | None:
     return None
 
 
-def cgroup_limit() -> int | None:
-    """Bytes that this process's control group may use, where a container or a service limits it."""
-    places = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
+_LIMITED = (  # of version 2 and 1: the limit, what is used, and what of it the kernel gives back when asked
+    ("memory.max", "memory.current", ("inactive_file", "active_file")),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+)
+
+
+def _cgroups() -> list[Path]:
+    """Folders of the control groups that this process is in, from its own outwards."""
+    found: list[Path] = []
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            if line.startswith("0::"):
-                places.insert(0, Path("/sys/fs/cgroup") / line[3:].strip("/") / "memory.max")
-    limits = []
-    for place in places:
+        for line in OWN_CGROUP.read_text().splitlines():
+            number, _, rest = line.partition(":")
+            kinds, _, name = rest.partition(":")
+            if number == "0" or "memory" in kinds.split(","):
+                root = CGROUPS if number == "0" else CGROUPS / "memory"
+                here = root / name.strip("/")
+                found += [here, *(outer for outer in here.parents if outer == root or root in outer.parents)]
+    # Where a container shows its own group only, that one lies at the root, whatever its name outside.
+    return list(dict.fromkeys([*found, CGROUPS, CGROUPS / "memory"]))
+
+
+def _limits() -> list[tuple[int, Path, str, tuple[str, ...]]]:
+    """Each limit of the control groups, with its group and the names of the files that say what is used."""
+    found = []
+    for group in _cgroups():
+        for limit, used, given_back in _LIMITED:
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                found.append((int((group / limit).read_text()), group, used, given_back))
+    return [entry for entry in found if entry[0] < 1 << 60]  # version 1 writes a huge number for no limit
+
+
+def cgroup_limit() -> int | None:
+    """Bytes that this process's control groups may use, where a container or a service limits it."""
+    return min((limit for limit, *_ in _limits()), default=None)
+
+
+def cgroup_room() -> int | None:
+    """Bytes that are left below the limits of the control groups, all their processes and files in memory (tmpfs)
+    counted; the kernel's cache of other files makes way and does not count."""
+    rooms = []
+    for limit, group, used, given_back in _limits():
         with contextlib.suppress(OSError, ValueError):
-            limits.append(int(place.read_text()))
-    return min((n for n in limits if n < 1 << 60), default=None)  # version 1 writes a huge number for no limit
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            rooms.append(limit - int((group / used).read_text()) + sum(int(stat[name]) for name in given_back))
+    return min(rooms, default=None)
 
 
 def host_facts() -> dict[str, Any]:

@@ -16,12 +16,13 @@ import torch
 
 from .checkpoint import ModelFolder
 from .config import GenerationSettings
+from .errors import SolostepError
 from .plan import CONTEXT, PROGRAM, Decoding, Plan, Sizes, as_placed, choose_decoding, make_plan, parse_size, sizes_of
 from .precision import Mode
 from .progress import Progress, stage_of
 from .request import Job
-from .runtime import free_memory, host_room, measured, release_memory, require_memory
-from .streaming import PlacedTransformer, place
+from .runtime import free_memory, host_room, measured, ran_out, release_memory, require_memory
+from .streaming import NotPinned, PlacedTransformer, place
 
 VRAM, HOST_RAM = "SOLOSTEP_VRAM", "SOLOSTEP_HOST_RAM"
 """Environment variables with default budgets."""
@@ -56,6 +57,9 @@ class Memory:
         self.vram, self.host_ram = vram, host_ram
         self.keep_loaded = keep_loaded
         self.modes = modes
+        self.pinned: int | None = (
+            None  # bytes of host memory that blocks may take, where the system refused to pin more
+        )
         self.networks: dict[str, Any] = {}
 
     @cached_property
@@ -136,6 +140,8 @@ class Memory:
         else:  # a budget is for the whole process
             host = max(0, self.host_ram - (PROGRAM if self.device.type == "cuda" else 0))
         itemsize = 4 if self.dtype == torch.float32 else 2
+        if self.pinned is not None:
+            host = min(host, self.pinned)
         if room is None:
             room = self.room() + (0 if held is None else held.device_bytes)
         return make_plan(self.sizes, settings, attention, room, host, found, itemsize, self.vram is not None)
@@ -192,13 +198,9 @@ class Memory:
         else:
             self.refuse_early(settings)
         with measured("load transformer", self.device, job.stages):
-            placed = self._load(job, say)
-            if placed is None:  # other programs took memory meanwhile
-                release_memory(self.device)
-                assert job.plan is not None
-                job.plan = self.plan(settings, min(self.room(), int(job.plan.budget * 0.9)))
-                job.event("Out of memory while the transformer was loaded; it is loaded again, more of it elsewhere.")
-                placed = self._place(job, say)
+            placed = None
+            while placed is None:
+                placed = self._load(job, say)
         self.networks["transformer"] = placed
         return placed
 
@@ -222,13 +224,34 @@ class Memory:
         )
 
     def _load(self, job: Job, say: Progress) -> PlacedTransformer | None:
-        """The transformer, loaded; None if a plan was too large for what there is."""
+        """The transformer, loaded; None if its plan was too large for what there is. Then the job has a smaller one.
+
+        Raises:
+            SolostepError: nothing smaller is possible.
+        """
+        refused: NotPinned | None = None
         try:
             return self._place(job, say)
-        except torch.OutOfMemoryError:
-            if job.plan is None:
+        except NotPinned as error:
+            if job.plan is None or not job.plan.blocks.host:
                 raise
+            refused = error.with_traceback(None)
+        except (RuntimeError, MemoryError) as error:
+            if job.plan is None or not ran_out(error):
+                raise
+        release_memory(self.device)  # here, where no traceback holds what was loaded
+        if refused is not None:
+            self.pinned = job.plan.blocks.host // 2
+            try:
+                job.plan = self.plan(job.request.settings)
+            except SolostepError:
+                raise refused from None
+            job.event("So much host memory cannot be pinned: more blocks come from their files; loading begins anew.")
             return None
+        # Other programs took memory meanwhile.
+        job.plan = self.plan(job.request.settings, min(self.room(), int(job.plan.budget * 0.9)))
+        job.event("Out of memory while the transformer was loaded; it is loaded again, more of it elsewhere.")
+        return None
 
     def _place(self, job: Job, say: Progress) -> PlacedTransformer:
         blocks = None if job.plan is None else job.plan.blocks

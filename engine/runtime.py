@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -106,16 +107,13 @@ def free_memory(device: torch.device) -> int:
 
 
 def host_room() -> int:
-    """Bytes of host memory that a run may take: nine tenths of what is free, within the container's limit."""
+    """Bytes of host memory that a run may take: nine tenths of what is free, within the containers' limits."""
     import psutil
 
-    from .machine import cgroup_limit
+    from .machine import cgroup_room
 
-    free = psutil.virtual_memory().available
-    limit = cgroup_limit()
-    if limit is not None:
-        free = min(free, limit - psutil.Process().memory_info().rss)
-    return max(0, free * 9 // 10)
+    free, room = psutil.virtual_memory().available, cgroup_room()
+    return max(0, (free if room is None else min(free, room)) * 9 // 10)
 
 
 def require_memory(needed: int, device: torch.device, what: str) -> None:
@@ -130,6 +128,13 @@ def require_memory(needed: int, device: torch.device, what: str) -> None:
             f"{what} takes {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free; "
             "close other programs or use a device with more memory."
         )
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether an error means that an allocation failed. On the CPU, and where a library or the driver allocates, it has
+    no type of its own; the second of the words is a size beyond all counting."""
+    words = "DefaultCPUAllocator|size calculation overflowed|CUDA error: out of memory|STATUS_ALLOC_FAILED"
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(words, str(error)) is not None
 
 
 def release_memory(device: torch.device) -> None:

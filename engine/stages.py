@@ -9,6 +9,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,20 +17,20 @@ from torch import Tensor
 from . import latents as storage
 from .checkpoint import ModelFolder, load
 from .errors import OutputError
-from .failures import ran_out
 from .memory import Memory
 from .models.vae import decode_chunks
 from .plan import WHOLE, first_frame_bytes, how_decoded
 from .precision import Mode
 from .progress import Progress, stage_of
 from .request import FrameSink, Job
-from .runtime import Stage, measured, release_memory
+from .runtime import Stage, measured, ran_out, release_memory
 from .sampling import GuidedVelocity, first_frame_condition, initial_noise, to_uint8
 from .scheduler import euler_step, make_sigmas
 from .streaming import PlacedTransformer
 from .text import PromptEmbedding, encode_prompts
 
 log = logging.getLogger("solostep")
+T = TypeVar("T")
 
 StepEnd = Callable[[int, float, Tensor], "Tensor | None"]
 """Called with a step's number, its sigma and the latents ``[1, f, c, h, w]`` behind it; may return others."""
@@ -46,9 +47,13 @@ class Stages:
     ) -> dict[str, PromptEmbedding]:
         """Encodes all texts in one pass of the encoders; its measurement goes to ``stages``."""
         self.memory.make_room(self.memory.sizes.text if self.memory.is_planned else 0)
-        with measured("text", self.device, stages):
-            named = stage_of(say, "text encoders")
-            return encode_prompts(self.model, texts, self.device, self.dtype, cache, named, mode)
+        named = stage_of(say, "text encoders")
+
+        def encode() -> dict[str, PromptEmbedding]:
+            with measured("text", self.device, stages):
+                return encode_prompts(self.model, texts, self.device, self.dtype, cache, named, mode)
+
+        return self._twice(encode, lambda: log.warning("Out of memory in the text encoders; they begin again alone."))
 
     def first_frame(self, job: Job, say: Progress) -> None:
         """Encodes the first frame, if there is one, before the DiT takes the memory."""
@@ -57,14 +62,31 @@ class Stages:
             return
         if self.memory.is_planned:
             self.memory.make_room(first_frame_bytes(self.memory.sizes, settings))
-        with measured("first frame", self.device, job.stages):
-            say("first frame", 0, 1)
-            encoder = load(self.model.components["vae"], self.device, self.dtype, part="encoder")
-            _, generator = initial_noise(settings, self.model.transformer_config.in_channels, job.saved.seed)
-            job.condition = first_frame_condition(encoder, image, settings, generator).cpu()
-            del encoder
-            release_memory(self.device)
-            say("first frame", 1, 1)
+
+        def encode() -> Tensor:
+            with measured("first frame", self.device, job.stages):
+                say("first frame", 0, 1)
+                encoder = load(self.model.components["vae"], self.device, self.dtype, part="encoder")
+                _, generator = initial_noise(settings, self.model.transformer_config.in_channels, job.saved.seed)
+                return first_frame_condition(encoder, image, settings, generator).cpu()
+
+        said = "Out of memory while the first frame was encoded; it is encoded again alone."
+        job.condition = self._twice(encode, lambda: job.event(said))
+        release_memory(self.device)
+        say("first frame", 1, 1)
+
+    def _twice(self, work: Callable[[], T], failed: Callable[[], None]) -> T:
+        """Where other programs took memory: once more, with nothing else of ours on the device."""
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+        for name in ("transformer", "vae"):
+            self.memory.free(name, always=True)
+        release_memory(self.device)
+        failed()
+        return work()
 
     def denoise(
         self, job: Job, embeddings: list[PromptEmbedding], attention: str, backend: str | None, ended: StepEnd | None,

@@ -130,7 +130,7 @@ def place(
 
     Raises:
         CheckpointError, UsageError: see :func:`solostep.engine.weights.load`.
-        SolostepError: the host's memory cannot be pinned.
+        NotPinned: the host's memory cannot be pinned; nothing is left of it.
     """
     slabs: dict[int, HostSlab] = {}
     streamed: tuple[int, ...] = ()
@@ -169,8 +169,12 @@ def place(
     return placed
 
 
-def _not_pinned(error: PinError) -> SolostepError:
-    return SolostepError(
+class NotPinned(SolostepError):
+    """The host's memory for streamed blocks cannot be pinned: the system allows no more."""
+
+
+def _not_pinned(error: PinError) -> NotPinned:
+    return NotPinned(
         f"{str(error)[0].upper()}{str(error)[1:]}; give --host-ram less, and blocks come from their files, or raise "
         "the limit of locked memory (ulimit -l, or the container's)."
     )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...kernels.attention_causal import frame_causal_attention, has_wide_kernel
 from ...offload.pinned import HostSlab, PinError, lay_out
 from ..config import CHUNK_FRAMES, CHUNK_LATENTS, VAEConfig
-from ..runtime import slow_in_bf16
+from ..runtime import ran_out, slow_in_bf16
 
 GROUPS = 32
 MAX_ELEMENTS = 2**30
@@ -1047,8 +1047,8 @@ class _ChunkDecoder:
                         yield new
                     del new
                 return
-            except torch.OutOfMemoryError:
-                if not self._reduce():
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error) or not self._reduce():
                     raise
             self.close()
             if z.is_cuda:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 import typer
 
 from solostep import StepVideoPipeline
-from solostep.engine import memory, rates
+from solostep.engine import machine, memory, rates, runtime, stages, streaming
 from solostep.engine.errors import SolostepError, UsageError
 from solostep.engine.interfaces import cli
 from solostep.engine.plan import CONTEXT, Rated, ask, parse_size
@@ -140,6 +141,82 @@ def test_a_step_that_ran_out_of_memory_is_repeated_with_less(error: Exception, m
     assert torch.equal(found, want) and len(record["events"]) == 1
     assert "Out of memory at step 2" in record["events"][0] and "the step is repeated" in record["events"][0]
     assert record["plan"]["streamed_blocks"] > 0 and record["plan"]["budget_bytes"] <= 0.9 * whole
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, error: Exception = OUT_OF_MEMORY) -> None:
+    real, left = getattr(module, name), [error]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if left:
+            raise left.pop()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, call)
+
+
+@pytest.mark.parametrize("name", ["encode_prompts", "first_frame_condition"])
+def test_stages_before_the_transformer_are_tried_twice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = torch.zeros(3, 64, 96) if name == "first_frame_condition" else None
+    pipe = StepVideoPipeline.from_pretrained(TI2V if image is not None else T2V, device="cpu", cache=False)
+    call = functools.partial(pipe, "a red panda", image=image, seed=7, output_type="latent", **SMALL)
+    want = call()
+    fail_once(monkeypatch, stages, name, RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
+    assert torch.equal(call(), want)
+    fail_once(monkeypatch, stages, name, RuntimeError("an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal"):
+        call()
+
+
+def test_what_cannot_be_pinned_comes_from_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model whose files hold what is computed with: half of what was refused is tried."""
+    want, record = make(budgets()[2])
+    pinned = record["plan"]["host_bytes"]
+    real, asked = memory.place, []
+
+    def place(component: Any, mode: Any, device: Any, plan: Any, *more: Any) -> Any:
+        asked.append(plan.host)
+        if plan.host >= pinned:
+            raise streaming.NotPinned("no more can be pinned")
+        return real(component, mode, device, plan, *more)
+
+    monkeypatch.setattr(memory, "place", place)
+    found, record = make(budgets()[2])
+    assert torch.equal(found, want)
+    assert len(asked) == 2 and asked[0] >= pinned >= 2 * asked[1] > 0
+    assert (
+        record["plan"]["disk_blocks"] > 0 and len(record["events"]) == 2 and "from their files" in record["events"][0]
+    )
+    monkeypatch.setattr(memory, "place", lambda *_: (_ for _ in ()).throw(streaming.NotPinned("nothing can be pinned")))
+    with pytest.raises(SolostepError, match="nothing can be pinned"):
+        make(budgets()[2])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_control_groups_leave(version: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An outer group may allow less than its own; a cache of files makes way, files in memory do not."""
+    root = tmp_path if version == 2 else tmp_path / "memory"
+    names = ("memory.max", "memory.current", "") if version == 2 else (
+        "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")  # fmt: skip
+    for group, limit, used in (
+        ("a/b", "9000" if version == 1 else "max", 700),
+        ("a", "2000", 1500),
+        (".", "9000", 1600),
+    ):
+        (root / group).mkdir(parents=True, exist_ok=True)
+        (root / group / names[0]).write_text(limit + "\n")
+        (root / group / names[1]).write_text(f"{used}\n")
+        stat = f"{names[2]}inactive_file 300\n{names[2]}active_file 100\n"
+        (root / group / "memory.stat").write_text(stat + "shmem 50\n")
+    (tmp_path / "own").write_text("0::/a/b\n" if version == 2 else "4:cpu,memory:/a/b\n3:pids:/c\n")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "OWN_CGROUP", tmp_path / "own")
+    assert machine.cgroup_limit() == 2000
+    assert machine.cgroup_room() == 2000 - 1500 + 400
+    assert runtime.host_room() == 900 * 9 // 10
+    (tmp_path / "own").write_text("0::/../elsewhere\n")  # as seen from inside a container
+    assert machine.cgroup_limit() == 9000
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "none")
+    assert machine.cgroup_limit() is None and machine.cgroup_room() is None
 
 
 def test_another_error_is_no_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
