@@ -51,6 +51,7 @@ from solostep.engine.progress import Progress
 from solostep.engine.request import Request, filled_in
 from solostep.engine.runtime import numerics, pick_device
 from solostep.engine.text import encode_prompts
+from solostep.quant.four_bit import expanded_by_torch
 
 Say = Callable[[str, int, int], None]
 
@@ -95,6 +96,9 @@ class Measurement:
         self._check_stored()
         preset, given = self.folder.preset, {k: v for k, v in cell.settings.items() if v is not None}
         self.settings = filled_in(preset, given, self.folder.is_image_to_video)
+        self.notes: list[str] = []
+        self.change: floors.Change | None = None
+        self.floor_attention: str | None = None
         self.official = self._official()
         self.pipe = self.official if cell.role in ("reference", "other-seed") else self._mode()
         if "attention_backend" in cell.options:
@@ -102,7 +106,6 @@ class Measurement:
         self.requests = [self._request(**pair) for pair in cell.pairs]
         self.references = References(work, self.official)
         self.asked = self._attributes() if cell.wants("score") else []
-        self.notes: list[str] = []
         self.compared = Compared(self.settings, self.notes) if cell.wants("video") else None
 
     def _check_stored(self) -> None:
@@ -125,11 +128,15 @@ class Measurement:
         stored = self.folder.components["transformer"].quantization
         if "recipe" in options or (stored is not None and options.get("precision") == stored.precision):
             options.pop("precision", None)  # it is the name of the recipe
-        if self.cell.role in ("floor-backend", "floor-order"):
-            device = pick_device(options.get("device"))
-            options = floors.floor_options(self.cell.role, options, self.settings, device)
-        kind = floors.PermutedPipeline if self.cell.role == "floor-order" else StepVideoPipeline
-        return kind(self.folder, cache=False, **options)
+        if self.cell.role not in ("floor-backend", "floor-order"):
+            return StepVideoPipeline(self.folder, cache=False, **options)
+        device, config = pick_device(options.get("device")), self.folder.transformer_config
+        asked = options.get("attention_backend")
+        self.change, self.floor_attention, words = floors.change_of(
+            self.cell.role, asked, self.settings, config, device
+        )  # fmt: skip
+        self.notes += [words] if words else []
+        return floors.ChangedPipeline(self.folder, cache=False, change=self.change, **floors.floor_options(options))
 
     def _official(self) -> StepVideoPipeline:
         """The pipeline of the reference; of a folder that is stored quantized, only what its settings are asked of."""
@@ -183,7 +190,10 @@ class Measurement:
             result["score"] = shown.get("score")
             if shown.get("frames"):
                 result["frames"] = write_frames(self._frames_file(spec), *shown["frames"])
-        result["events"] = [*result["events"], *self.notes]
+        modes = (self.pipe.mode, self.pipe.text_mode)
+        formats = [name for mode in modes if mode.recipe is not None for _, name in mode.recipe.rules]
+        slow = expanded_by_torch(formats, self.pipe.device)
+        result["events"] = [*result["events"], *self.notes, *([slow] if slow else [])]
         return result
 
     def _speed(self, before: int | None, film: bool, rates: bool) -> tuple[Timed, Recording | None]:
@@ -242,7 +252,7 @@ class Measurement:
         if cell.wants("blocks"):
             found |= self._blocks(references)
         # Which kernels were the fastest here is no part of a cell, and yet decides the last bits.
-        found["attention_backend"] = self.pipe._attention_backend(self.settings)
+        found["attention_backend"] = self.floor_attention or self.pipe._attention_backend(self.settings)
         return found, shown
 
     def _free(
@@ -290,9 +300,8 @@ class Measurement:
         pairs = [i * len(self.cell.seeds) for i in range(min(drift.BLOCK_PAIRS, len(self.cell.prompts)))]
         samples = drift.samples_of(self.requests, references, pairs)
         backend = self.pipe._attention_backend(self.requests[0].settings)
-        change = floors.permute if self.cell.role == "floor-order" else None
         self.official.cache = self.work / "embeddings"
-        study = drift.BlockDrift(self.official, self.pipe, backend, change, self._progress("blocks"))
+        study = drift.BlockDrift(self.official, self.pipe, backend, self.change, self._progress("blocks"))
         found = study.measure(samples, self.requests)
         off = drift.reproduction(samples, found.pop("velocities"), self.requests, references)
         if off > 1e-3:

@@ -61,12 +61,8 @@ class Cell:
 
     def _check_role(self) -> None:
         fixed: dict[str, Any] = {}
-        if self.role in ("reference", "other-seed"):
+        if self.role != "mode":
             fixed = {"precision": "bf16", "text_precision": "bf16", "attention": OFFICIAL}
-        elif self.role == "floor-order":
-            fixed = {"precision": "bf16", "text_precision": "bf16", "attention": OFFICIAL}
-        elif self.role == "floor-backend":
-            fixed = {"precision": "bf16", "text_precision": "bf16", "attention": "bf16"}
         if fixed and "recipe" in self.options:
             raise UsageError(f"cell: the role {self.role} has no recipe; leave it out.")
         for name, value in fixed.items():

@@ -10,13 +10,11 @@ cosine exactly 1.
 - blocks: what each block of the mode adds to its input, on the input that it has in the reference, both guidance
   branches and a few steps. The inputs are made again from the reference's latents, by the official blocks one at a time
   (the same bits, which is checked): a branch of a step costs half a step. Kept, they would take 45 GB each for
-  204 frames at 544x992. Linears that differ are measured on the way, each on its own input in the reference.
+  204 frames at 544x992. Operators that differ are measured on the way, see drift_operators.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from solostep.benchmarks.drift_distances import cosine, relative
+from solostep.benchmarks.drift_operators import Other, watched
 from solostep.benchmarks.reference import Recording, run_once
 from solostep.engine.activations import Blocks, load_shell
 from solostep.engine.errors import SolostepError
@@ -47,31 +47,6 @@ different noise are 1.0 to 1.4 apart; the error after the first step says nothin
 BLOCK_PAIRS = 2
 BLOCK_STEPS = 3
 """Pairs and steps that blocks are measured on: the first pair of each prompt, and steps spread over all."""
-
-
-# --- distances ----------------------------------------------------------------------------------------------------
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b| in fp64.
-
-    Raises:
-        SolostepError: the reference is zero, or something is not finite: no number could be told.
-    """
-    size = float(torch.linalg.vector_norm(b.double()))
-    error = float(torch.linalg.vector_norm(a.double() - b.double()))
-    if not (math.isfinite(error) and math.isfinite(size) and size > 0):
-        raise SolostepError(f"An error cannot be measured: the difference is {error} and the reference {size}.")
-    return error / size
-
-
-def cosine(a: Tensor, b: Tensor) -> float:
-    """Of the angle between two tensors, in fp64; exactly 1 for equal ones, since sqrt(n n) is n."""
-    x, y = a.double().flatten(), b.double().flatten()
-    both, own, other = (float(torch.dot(p, q)) for p, q in ((x, y), (x, x), (y, y)))
-    if own == 0 or other == 0:
-        raise SolostepError("The angle to a velocity that is zero cannot be measured.")
-    return max(-1.0, min(1.0, both / math.sqrt(own * other)))
 
 
 def velocity_of(before: Tensor, after: Tensor, sigma: float, next_sigma: float) -> Tensor:
@@ -172,7 +147,8 @@ class ComparedBlock(nn.Module):
         self.operators: dict[str, list[float]] = {}
 
     def forward(self, x: Tensor, context: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        with self._watched():
+        other = Other(self.other, self.fused, f"block {self.index}", self.operators)
+        with watched(self.official, [other], rope):
             out = self.official(x, context, modulation, rope)
         if self.fused is not None:
             stream = x.clone(memory_format=torch.contiguous_format)  # what is computed in place
@@ -183,28 +159,6 @@ class ComparedBlock(nn.Module):
         added = out.double() - x.double()
         self.errors.append(relative(made.double() - x.double(), added))
         return out
-
-    @contextlib.contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Measures the linears of the mode that are not the official ones, each on the official one's input."""
-        hooks = []
-        for name, linear in self.official.named_modules():
-            if isinstance(linear, nn.Linear):
-                other = self.other.get_submodule(name)
-                if type(other) is not type(linear) or self.dtype != linear.weight.dtype:
-                    hooks.append(linear.register_forward_hook(self._comparing(name, other)))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _comparing(self, name: str, other: nn.Module) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(linear: nn.Module, given: Any, out: Tensor) -> None:
-            made = other(cast_floats(given[0], self.dtype))
-            self.operators.setdefault(name, []).append(relative(made, out))
-
-        return hook
 
 
 class BlockDrift:
@@ -266,7 +220,9 @@ class BlockDrift:
         names = dict.fromkeys(name for block in done for name in block.operators)
         return {
             "names": [str(block.index) for block in done], "error": errors,
-            "operators": {name: [block.operators[name] for block in done] for name in names},
+            "operators": {  # what a recipe left as it is in some blocks is exact there
+                name: [block.operators.get(name, [0.0] * len(samples)) for block in done] for name in names
+            },
             "velocities": list(out.split(1)),
         }  # fmt: skip
 

@@ -5,15 +5,16 @@ together, then the block is dropped. For each mode and sample (a prompt, a noise
 
 - block level: the mode's block on the reference's input, |mode - reference| / |reference - input|, relative L2 of what
   the block adds;
+- operators: those of the mode's block, each on the input that it has in the reference's (drift_operators.py);
 - teacher-forced: the mode's own stream through all blocks and the output layer, then the guided velocity, relative L2
   error and cosine against the reference's. The latents are given: this is the error of one step, not of a video.
 
-Two modes are noise floors, bf16 that is rounded otherwise and no less right: other kernels ("floor-backend"), and
-linears that sum over their input channels in another order ("floor-order").
+Two modes are noise floors, the official blocks rounded otherwise and no less right: with attention by another kernel of
+torch ("floor-backend"), and with linears that sum over their input channels in another order ("floor-order").
 
-Memory: a block in bf16 (1.2 GB at full width) and one mode's; two streams for each sample and one more for each mode
-(S d values, 0.93 GB at 544x992x204); and what a block takes for one row (11 streams in the official order). Streams
-wait in host memory where the device has too little.
+Memory: a block in bf16 (1.2 GB at full width) and one mode's, with operators those of all modes; two streams for each
+sample and one more for each mode (S d values, 0.93 GB at 544x992x204); and what a block takes for one row (11 streams
+in the official order). Streams wait in host memory where the device has too little.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from solostep.benchmarks.floors import permute
+from solostep.benchmarks.drift_operators import Other, watched
+from solostep.benchmarks.floors import attend_by, attention_of_floor, permute
 from solostep.benchmarks.full_width import recipe_of
 from solostep.engine.activations import TransformerSamples
 from solostep.engine.doctor import attention_choice
@@ -53,7 +55,8 @@ class Mode:
     Args:
         precision: of the linears, by the default recipe: bf16 or one of our formats.
         attention: official, or a mode of the fused blocks.
-        backend: what computes that attention; default: what the engine itself would take.
+        backend: what computes that attention; default: what the engine itself would take, and for floor-backend another
+            one than torch takes by itself.
         role: mode, floor-backend or floor-order.
 
     Raises:
@@ -75,12 +78,12 @@ class Mode:
             raise UsageError(
                 f"--mode {self}: the attention {self.attention} is unknown; choose one of {', '.join(ATTENTION)}."
             )
-        if self.attention == OFFICIAL and self.backend is not None:
+        if self.attention == OFFICIAL and self.backend is not None and self.role != "floor-backend":
             raise UsageError(f"--mode {self}: the official attention has no back ends; leave out @{self.backend}.")
         if self.role not in ROLES:
             raise UsageError(f"the role {self.role} is unknown; choose one of {', '.join(ROLES)}.")
-        if self.role == "floor-order" and (self.precision, self.attention) != (UNQUANTIZED, OFFICIAL):
-            raise UsageError(f"--mode {self}: the order of sums is changed in bf16 and official attention only.")
+        if self.role != "mode" and (self.precision, self.attention) != (UNQUANTIZED, OFFICIAL):
+            raise UsageError(f"--mode {self}: a noise floor is bf16 with the official attention.")
 
     def __str__(self) -> str:
         return f"{self.precision}/{self.attention}" + (f"@{self.backend}" if self.backend else "")
@@ -98,22 +101,23 @@ class Mode:
             raise UsageError(f"--mode {text} has to be PRECISION/ATTENTION, such as int8/int8 or fp8/bf16@cudnn.")
         return cls(parts[0], parts[1], backend or None)
 
-    def block(self, block: TransformerBlock, samples: TransformerSamples) -> TransformerBlock:
-        """A block in this mode's precision; what is not quantized is shared."""
+    def block(self, block: TransformerBlock, samples: TransformerSamples, backend: str | None) -> TransformerBlock:
+        """A block in this mode's precision; what is not quantized is shared. ``backend`` is the one that was chosen."""
         if self.role == "floor-order":
-            return reordered(block)
+            return cast(TransformerBlock, permute(shared(block)))
+        if self.role == "floor-backend":
+            return cast(TransformerBlock, attend_by(shared(block), cast(str, backend)))
         return quantized_block(block, recipe_of(self.precision), samples.shell.config)
 
 
-FLOORS = (Mode(UNQUANTIZED, "bf16", role="floor-backend"), Mode(role="floor-order"))
+FLOORS = (Mode(role="floor-backend"), Mode(role="floor-order"))
 
 
-def reordered(block: TransformerBlock) -> TransformerBlock:
-    """A block that shares the weights, and whose linears sum in another order."""
+def shared(block: TransformerBlock) -> TransformerBlock:
+    """A block with the same weights, in the same memory."""
     with torch.device("meta"):
         made = TransformerBlock(len(block.norm1.weight), block.attn1.head_dim)
     made.load_state_dict(block.state_dict(), assign=True)
-    permute(made)
     return made.eval().requires_grad_(False)
 
 
@@ -129,6 +133,8 @@ class Drift:
         velocity: relative L2 of the model's output, by sample (no guidance).
         error, cosine: of the guided velocity, by prompt and noise level, in the samples' order.
         stream: relative L2 of the mode's own stream behind each block, ``[block][sample]``.
+        operators: relative L2 of single operators' outputs, ``{name: [block][sample]}``; those that differ.
+        backend: what computes attention, and ``note`` a sentence on it where it is a floor's.
     """
 
     mode: Mode
@@ -137,6 +143,9 @@ class Drift:
     error: list[float] | None = None
     cosine: list[float] | None = None
     stream: list[list[float]] | None = None
+    operators: dict[str, list[list[float]]] | None = None
+    backend: str | None = None
+    note: str | None = None
 
 
 def squares(a: Tensor, b: Tensor) -> tuple[float, float]:
@@ -202,11 +211,11 @@ def stream_count(rows: int, modes: int, own: bool) -> int:
     return rows * (2 + modes * own)
 
 
-def fits(samples: TransformerSamples, rows: int, modes: int, own: bool) -> bool:
+def fits(samples: TransformerSamples, rows: int, modes: int, own: bool, operators: bool) -> bool:
     """Whether the streams have room on the device beside the blocks and what these take."""
     dim = samples.shell.config.inner_dim
     block = 16 * dim * dim * samples.dtype.itemsize
-    needed = (stream_count(rows, modes, own) + WORKING) * samples.stream_bytes + 4 * block
+    needed = (stream_count(rows, modes, own) + WORKING) * samples.stream_bytes + (4 + modes * operators) * block
     return needed < free_memory(samples.device)
 
 
@@ -221,6 +230,7 @@ class Lockstep:
         samples: of engine.activations, or synthetic ones.
         rows: which of them, all branches of a prompt and noise level side by side; default: all.
         block_level, own: what is measured (see the module); at least one.
+        operators: with the block level, whether single operators are measured, too.
         count: only so many blocks, the first ones, for trials.
         parked: whether streams wait in host memory; default: where they do not fit.
 
@@ -234,10 +244,13 @@ class Lockstep:
     rows: Sequence[int] | None = None
     block_level: bool = True
     own: bool = True
+    operators: bool = True
     count: int | None = None
     parked: bool | None = None
     say: Say = lambda stage, done, total: None
     fused: dict[Mode, FusedBlocks] = field(default_factory=dict, init=False)
+    backends: dict[Mode, tuple[str, str | None]] = field(default_factory=dict, init=False)
+    """What computes the attention of a mode that is not torch's own choice, and a sentence on it."""
 
     def __post_init__(self) -> None:
         samples = self.samples
@@ -245,12 +258,13 @@ class Lockstep:
             raise UsageError("There is nothing to measure without the blocks' errors and without own streams.")
         if self.count is not None and self.count < 1:
             raise UsageError(f"--blocks has to be at least 1, not {self.count}.")
+        self.operators = self.operators and self.block_level
         self.rows = list(range(len(samples.labels))) if self.rows is None else list(self.rows)
         whole = samples.blocks.count
         self.count = whole if self.count is None else min(self.count, whole)
         waiting = stream_count(len(self.rows), len(self.modes), self.own) * samples.stream_bytes
         if self.parked is None:
-            self.parked = not fits(samples, len(self.rows), len(self.modes), self.own)
+            self.parked = not fits(samples, len(self.rows), len(self.modes), self.own, self.operators)
         if self.parked and waiting > host_room():
             raise SolostepError(
                 f"{waiting / 1e9:.1f} GB of residual streams fit neither {samples.device} nor host memory; give fewer "
@@ -271,6 +285,9 @@ class Lockstep:
             if mode.attention != OFFICIAL:
                 backend = attention_choice(samples.device, mode.attention, tokens, mode.backend)
                 self.fused[mode] = FusedBlocks(self.contexts, mode.attention, backend, keep_text=False)
+                self.backends[mode] = backend, None
+            elif mode.role == "floor-backend":
+                self.backends[mode] = attention_of_floor(mode.backend, tokens, samples.device)
 
     @property
     def work(self) -> int:
@@ -284,26 +301,52 @@ class Lockstep:
         streams = Streams(self.samples.device, bool(self.parked))
         for r, row in enumerate(cast("list[int]", self.rows)):
             streams.put(("in", r), self.samples.shell.embed_latents(self.samples.latents[row], self.samples.condition))
-        drifts = [Drift(mode, [] if self.block_level else None, stream=[] if self.own else None) for mode in self.modes]
+        drifts = [self._empty(mode) for mode in self.modes]
         self.done = 0
         self.say("blocks", 0, self.work)
         for i in range(count):
             block = cast(TransformerBlock, self.samples.blocks.block(i))
-            self._reference(i, block, streams)
+            # To measure operators, the blocks of all modes have to be there while the reference's one runs.
+            made = [
+                Other(self._block(d.mode, block), self.fused.get(d.mode), f"block {i} in the mode {d.mode}")
+                for d in drifts
+            ] if self.operators else []  # fmt: skip
+            self._reference(i, block, streams, made)
             for m, drift in enumerate(drifts):
-                self._mode(i, m, drift, block, streams)
+                one = made[m].block if made else self._block(drift.mode, block)
+                self._mode(i, m, drift, cast(TransformerBlock, one), streams)
+                if made:
+                    self._keep(i, drift, made[m].errors)
+                    made[m].block = torch.nn.Identity()
+                del one
             for r in rows:
                 streams.rename(("out", r), ("in", r))
-            del block
+            del block, made
         if self.own:
             self._velocities(drifts, streams)
         return drifts
 
-    def _reference(self, i: int, block: TransformerBlock, streams: Streams) -> None:
+    def _empty(self, mode: Mode) -> Drift:
+        made = Drift(mode, [] if self.block_level else None, stream=[] if self.own else None)
+        made.operators = {} if self.operators else None
+        made.backend, made.note = self.backends.get(mode, (None, None))
+        return made
+
+    def _block(self, mode: Mode, block: TransformerBlock) -> TransformerBlock:
+        return mode.block(block, self.samples, self.backends.get(mode, (None, None))[0])
+
+    def _keep(self, i: int, drift: Drift, errors: dict[str, list[float]]) -> None:
+        """Of block i; an operator that differs in some blocks only is exact in the others."""
+        kept, exact = cast("dict[str, list[list[float]]]", drift.operators), [0.0] * len(self.contexts)
+        for name in dict.fromkeys([*kept, *errors]):
+            kept.setdefault(name, [exact] * i).append(errors.get(name, exact))
+
+    def _reference(self, i: int, block: TransformerBlock, streams: Streams, others: Sequence[Other]) -> None:
         self.added: list[float] = []
         for r, context in enumerate(self.contexts):
             x = streams.get(("in", r))
-            out = block(x, context, self.times[r][0], self.rope)
+            with watched(block, others, self.rope):
+                out = block(x, context, self.times[r][0], self.rope)
             change, _ = squares(out, x)
             if not math.isfinite(change):
                 raise SolostepError(f"Block {i} of the reference makes numbers that are not finite.")
@@ -312,9 +355,8 @@ class Lockstep:
             del x, out
             self._count()
 
-    def _mode(self, i: int, m: int, drift: Drift, block: TransformerBlock, streams: Streams) -> None:
+    def _mode(self, i: int, m: int, drift: Drift, made: TransformerBlock, streams: Streams) -> None:
         """Block i in a mode, on all rows."""
-        made = drift.mode.block(block, self.samples)
         errors, apart = [], []
         for r in range(len(self.contexts)):
             want = streams.get(("out", r))

@@ -274,7 +274,7 @@ def _of_clip(base: Cell, options: Options, folder: ModelFolder, device: torch.de
         others = {
             "reference": official,
             "floor-order": replace(official, role="floor-order", levels=drift),
-            "floor-backend": replace(official, role="floor-backend", attention="bf16", levels=drift),
+            "floor-backend": replace(official, role="floor-backend", levels=drift),
             "other-seed": replace(
                 official, role="other-seed", levels=tuple(x for x in drift if x in ("free", "video"))
             ),

@@ -6,14 +6,14 @@ trajectory: what such a model predicts leads nowhere. The same seed gives the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from solostep.benchmarks.synthetic import Drawn, DrawnBlocks, draw_block, draw_shell
-from solostep.engine.activations import TransformerSamples
+from solostep.engine.activations import TransformerSamples, spread_steps
 from solostep.engine.config import CLIP_TOKENS, LLM_TOKENS, GenerationSettings, TransformerConfig
 from solostep.engine.models.transformer import StepVideoTransformer
 from solostep.engine.sampling import initial_noise
@@ -64,22 +64,22 @@ class SyntheticSamples(TransformerSamples):
     The latents are no trajectory's: they are noise mixed with a smooth field (:func:`noisy_video`).
 
     Args:
-        times: noise levels, spread evenly over the steps as engine.activations spreads them.
+        times: noise levels, spread over the steps as engine.activations spreads them.
+        at: the steps themselves, in place of ``times``.
     """
 
     def __init__(
         self, config: TransformerConfig, settings: GenerationSettings, seed: int, device: torch.device,
         prompts: int = 1, times: int = 4, make: Callable[[Drawn, int], nn.Module] = draw_block,
-        shell: Callable[[Drawn], StepVideoTransformer] = draw_shell,
+        shell: Callable[[Drawn], StepVideoTransformer] = draw_shell, at: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         drawn = Drawn(config, seed, device)
         self.device, self.settings, self.condition = device, settings, None
         self.shell: Any = shell(drawn)
         self.dtype = self.shell.dtype
         self.blocks: Any = DrawnBlocks(drawn, make)
-        steps = settings.num_inference_steps
-        sigmas = make_sigmas(steps, settings.time_shift)
-        looked_at = [round(i * (steps - 1) / max(times - 1, 1)) for i in range(times)]
+        sigmas = make_sigmas(settings.num_inference_steps, settings.time_shift)
+        looked_at = spread_steps(settings, times) if at is None else list(at)
         branches = [("text", 180), ("unconditional", 60)][: 1 + settings.use_guidance]
         self.labels, rows = [], []
         for p in range(prompts):

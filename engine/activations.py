@@ -41,12 +41,26 @@ DEMO_PROMPTS = ("a red circle moving right on a blue background", "一个绿色�
 Progress = Callable[[str, int, int], None]
 
 
+def nearest_step(settings: GenerationSettings, sigma: float) -> int:
+    """The step that the model is called for with the noise level nearest to ``sigma``: 0 noise ... 1 video."""
+    sigmas = make_sigmas(settings.num_inference_steps, settings.time_shift)[:-1]
+    return int((sigmas - sigma).abs().argmin())
+
+
+def spread_steps(settings: GenerationSettings, times: int) -> list[int]:
+    """So many steps, spread evenly, the first (pure noise) and the last among them; one alone is where noise and video
+    are nearest to half and half, at a time shift of 13 the 47th of 50 (sigma 0.47)."""
+    if times == 1:
+        return [nearest_step(settings, 0.5)]
+    return [round(i * (settings.num_inference_steps - 1) / (times - 1)) for i in range(times)]
+
+
 @dataclass(frozen=True)
 class Conditions:
     """What is run to get real activations.
 
-    ``steps`` make the trajectory of each prompt, ``times`` of them are looked at, spread evenly over the steps and so
-    over the noise levels that the model is called with. ``image`` is the first frame for an image-to-video model.
+    ``steps`` make the trajectory of each prompt, ``times`` of them are looked at, spread evenly over the steps (see
+    :func:`spread_steps`), or those that ``at`` names. ``image`` is the first frame for an image-to-video model.
     """
 
     prompts: tuple[str, ...]
@@ -54,19 +68,19 @@ class Conditions:
     times: int = TIMES
     seed: int = SEED
     image: Tensor | None = None
+    at: tuple[int, ...] | None = None
 
     @property
     def looked_at(self) -> list[int]:
-        """Steps whose latents are kept, the first and the last among them."""
-        steps, times = self.settings.num_inference_steps, self.times
-        return [round(i * (steps - 1) / max(times - 1, 1)) for i in range(times)]
+        """Steps whose latents are kept, in order."""
+        return spread_steps(self.settings, self.times) if self.at is None else list(self.at)
 
     def identity(self) -> dict[str, Any]:
         """In JSON's types: everything beside the model that the activations depend on."""
         return {
             "prompts": list(self.prompts), "settings": self.settings.identity(), "times": self.times,
             "seed": self.seed, "image": tensor_hash(self.image),
-        }  # fmt: skip
+        } | ({} if self.at is None else {"at": list(self.at)})  # fmt: skip
 
 
 def drawn_image(height: int, width: int) -> Tensor:
@@ -84,9 +98,12 @@ def conditions_for(
     prompts: Sequence[str] | None = None,
     image: Tensor | None = None,
     times: int = TIMES,
+    at: Callable[[GenerationSettings], Sequence[int]] | None = None,
     **settings: Any,
 ) -> Conditions:
     """The defaults of a model with what is given in their place: two prompts, 17 frames at the preset's size.
+
+    ``at`` gives the steps that are looked at, of the whole settings, in place of ``times`` spread ones.
 
     Raises:
         UsageError: an empty prompt, a wrong setting, or an image for a text-to-video model.
@@ -108,13 +125,14 @@ def conditions_for(
     }
     values = {name: getattr(preset, name) for name in SETTINGS} | short | given
     made = GenerationSettings(**values, max_frames=preset.max_frames, image_to_video=model.is_image_to_video)
-    if times > made.num_inference_steps:
+    if at is None and times > made.num_inference_steps:
         raise UsageError(
             f"--times {times} is more than the {made.num_inference_steps} steps of the trajectory; give more --steps."
         )
     if image is None and model.is_image_to_video:
         image = drawn_image(made.height, made.width)
-    return Conditions(chosen, made, times, image=image)
+    steps = None if at is None else tuple(at(made))
+    return Conditions(chosen, made, times if steps is None else len(steps), image=image, at=steps)
 
 
 # --- weights ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import functools
 import importlib.util
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -99,6 +99,14 @@ def _bitsandbytes() -> Any:
         log.warning(f"bitsandbytes cannot be used here ({error}): nf4 weights are expanded by plain PyTorch.")
         return None
     return functional
+
+
+def expanded_by_torch(formats: Iterable[str], device: torch.device) -> str | None:
+    """A sentence for records if nf4 is among the formats and its kernels are not to be had on this card: times are then
+    plain PyTorch's. On a CPU nothing else is ever used."""
+    if "nf4" not in formats or device.type != "cuda" or _bitsandbytes() is not None:
+        return None
+    return "nf4 weights were expanded by plain PyTorch, which is slower: there is no bitsandbytes that works here."
 
 
 class Nf4Linear(QuantizedLinear):

@@ -120,16 +120,19 @@ def test_a_mode_is_measured_with_its_attention(work: Path) -> None:
 
 @pytest.mark.parametrize("role", ["floor-backend", "floor-order"])
 def test_floors_read_little(work: Path, role: str) -> None:
-    drift = measured(work, DRIFT, role=role, **ONE)["drift"]
+    result = measured(work, DRIFT, role=role, **ONE)
+    drift = result["drift"]
     blocks = [e for block in drift["blocks"]["error"] for e in block]
     assert max(blocks) < 0.02
     assert max(e for row in drift["free"]["error"] for e in row) < 0.2
     if role == "floor-backend":
         assert min(blocks) > 0
+        assert drift["attention_backend"] == "math" and "torch's math kernel" in result["events"][0]
+        assert set(drift["operators"]) == {"attn1.attention", "attn2.attention"}
 
 
 def test_the_pipeline_of_another_order_permutes_its_blocks(work: Path) -> None:
-    pipe = floors.PermutedPipeline(open_model(TINY), "bf16", "cpu", keep_loaded=True)
+    pipe = floors.ChangedPipeline(open_model(TINY), "bf16", "cpu", keep_loaded=True, change=floors.permute)
     size = {"num_frames": 1, "height": 32, "width": 32, "num_inference_steps": 1}
     pipe("a red panda", seed=1, **size, output_type="latent", progress=False)
     network = pipe.memory.networks["transformer"].network
@@ -371,6 +374,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"precision": "int7"}, "int7"),
     ({"role": "reference", "precision": "int8"}, "the role reference has precision bf16"),
     ({"role": "floor-order", "attention": "int8"}, "the role floor-order has attention official"),
+    ({"role": "floor-backend", "attention": "bf16"}, "the role floor-backend has attention official"),
+    ({"role": "floor-backend", "attention_backend": "hopper"}, "floor-backend is one of cudnn"),
     ({"role": "other-seed", "seeds": [1]}, "give at least two"),
     ({"attention": "int8", "attention_backend": "sdpa"}, "sdpa is unknown for int8"),
 ]

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from solostep.benchmarks import drift, floors
 from solostep.benchmarks.floors import PermutedLinear, permute
-from solostep.engine.config import GenerationSettings
-from solostep.engine.errors import SolostepError
+from solostep.engine.config import GenerationSettings, TransformerConfig
+from solostep.engine.errors import SolostepError, UsageError
 from solostep.engine.models.transformer import TransformerBlock, rope_table
 from solostep.offload.streamer import BlockStreamer
 
@@ -97,12 +98,46 @@ def test_the_permutation_is_one() -> None:
     assert not torch.equal(order, torch.arange(512))
 
 
-def test_the_other_back_end() -> None:
-    small, large = GenerationSettings(num_frames=17, height=96, width=96), GenerationSettings()
-    assert floors.other_backend(small, CPU) == "math"
-    with pytest.raises(SolostepError, match="no second back end"):
-        floors.other_backend(large, CPU)
-    options = floors.floor_options("floor-backend", {"vram": "9GB", "attention_backend": "flash"}, small, CPU)
-    assert options == {"vram": "9GB", "precision": "bf16", "attention": "bf16", "attention_backend": "flash"}
-    options = floors.floor_options("floor-order", {"attention_backend": "flash"}, small, CPU)
-    assert options == {"precision": "bf16", "attention": "official", "attention_backend": None}
+def otherwise(x: tuple[torch.Tensor, ...], block: TransformerBlock, rope: tuple, name: str) -> float:
+    plain = block(*x, rope)
+    return drift.relative(floors.attend_by(block, name)(*x, rope), plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["math", "permuted"])
+def test_another_attention_changes_bits_and_nothing_else(name: str) -> None:
+    block, inputs, rope = block_and_input(torch.bfloat16)
+    names = [name for name, _ in block.named_parameters()]
+    assert 0 < otherwise(inputs, block, rope, name) < 1e-2
+    assert [name for name, _ in block.named_parameters()] == names
+    assert torch.equal(block(*inputs, rope), block(*inputs, rope))
+    wide, inputs, rope = block_and_input(torch.float64)
+    assert 0 < otherwise(inputs, wide, rope, name) < 1e-13
+    outside = F.scaled_dot_product_attention(*[torch.randn(1, 2, 9, 128)] * 3)
+    assert outside.isfinite().all()  # nothing stays switched off
+
+
+def test_the_other_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU torch takes its flash kernel."""
+    assert floors.other_backend(100, CPU) == ("math", "torch's math kernel in place of its own choice (flash)")
+    monkeypatch.setattr(floors, "QUADRATIC_TOKENS", 120)
+    name, words = floors.other_backend(121, CPU)
+    assert name == "permuted" and "another order" in words
+    assert floors.attention_of_floor("flash", 121, CPU)[0] == "flash"
+    with pytest.raises(UsageError, match="of 121 tokens are too many"):
+        floors.attention_of_floor("math", 121, CPU)
+    with pytest.raises(UsageError, match="needs a CUDA card"):
+        floors.attention_of_floor("cudnn", 121, CPU)
+    with pytest.raises(UsageError, match="one of cudnn, flash, efficient, math, permuted"):
+        floors.attention_of_floor("hopper", 121, CPU)
+
+
+def test_floors_are_of_the_official_blocks() -> None:
+    small, config = GenerationSettings(num_frames=17, height=96, width=96), TransformerConfig()
+    options = floors.floor_options({"vram": "9GB", "attention_backend": "flash"})
+    assert options == {"vram": "9GB", "precision": "bf16", "attention": "official", "attention_backend": None}
+    change, name, words = floors.change_of("floor-backend", None, small, config, CPU)
+    assert name == "math" and "torch's math kernel" in words
+    block = change(block_and_input(torch.bfloat16)[0])
+    assert (block.attn1.attended_by, block.attn2.attended_by) == ("math", "math")
+    assert floors.change_of("floor-order", None, small, config, CPU) == (permute, None, None)
