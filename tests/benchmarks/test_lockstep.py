@@ -73,7 +73,7 @@ def test_operators_are_those_that_a_mode_computes_otherwise(samples: SyntheticSa
     for drift in found:
         for errors in drift.operators.values():
             assert [len(block) for block in errors] == [2, 2]
-            assert all(0 < e < 0.03 for block in errors for e in block)
+            assert 0 < max(e for block in errors for e in block) < 0.03
     backend, fused = found[1].operators, found[4].operators
     assert backend["attn1.attention"] != fused["attn1.attention"]
     assert _run(samples, [MODES[0]], own=False, operators=False)[0].operators is None
