@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +41,7 @@ from solostep.engine.sampling import GuidedVelocity
 from solostep.engine.scheduler import euler_step, make_sigmas
 from solostep.engine.streaming import LAST
 from solostep.engine.text import PromptEmbedding
+from solostep.kernels.attention import one_line
 from solostep.offload.streamer import BlockStreamer, spread
 from solostep.quant.convert import Spec
 from solostep.quant.formats import quantize, stored
@@ -85,10 +86,13 @@ VARIANTS = ("bf16/bf16", "fp8/bf16", "int8/int8", "fp8/int8", "int8/int8-fp8", "
 
 def bench_block(
     settings: GenerationSettings, device: torch.device, repeats: int, variants: Sequence[str] = VARIANTS
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """One block of the 30B DiT, both guidance branches: the official order of operations in plain torch (both branches
-    in one batch, as the official code has them, and one after the other), then fused. A ratio is official seconds by
-    those of a variant, all from one run in turns; an error is that of one branch against the plain block's, relative.
+    in one batch, as the official code has them, and one after the other), then fused.
+
+    A result for each variant, as soon as it is known, the first of them the plain one. A ratio is the official block's
+    seconds by those of a variant, which were taken in turns; an error is that of one branch against the plain block's,
+    relative. A variant that cannot be had, or fails, says why, and the others go on.
     """
     config = TransformerConfig()
     dim = config.inner_dim
@@ -102,29 +106,49 @@ def bench_block(
     modulation = torch.randn(1, 6 * dim, device=device, dtype=torch.bfloat16, generator=generator) / 4
     rows, texts = list(batch.split(1)), list(context.split(1))
 
-    def one_after_the_other() -> None:
+    def official() -> None:
+        block(batch, context, modulation, rope)
+
+    def plain() -> None:
         for row, text in zip(rows, texts, strict=True):
             block(row, text, modulation, rope)
 
-    runs: dict[str, Callable[[], object]] = {
-        "official": lambda: block(batch, context, modulation, rope),
-        "plain": one_after_the_other,
-    }
-    want = block(rows[0], texts[0], modulation, rope)
-    errors: dict[str, float] = {}
-    for variant in variants:
+    def fused(variant: str) -> tuple[Callable[[], None], float]:
+        """A variant's run, and its error."""
         precision, mode = variant.split("/")
         mine, blocks = quantized_block(block, recipe_of(precision), config), FusedBlocks(texts, mode)
+        want = block(rows[0], texts[0], modulation, rope)
         found = blocks(0, 0, mine, rows[0].clone(), modulation, rope)
-        errors[variant] = float((found.float() - want.float()).norm() / (want.float() - rows[0].float()).norm())
-        del found
+        error = float((found.float() - want.float()).norm() / (want.float() - rows[0].float()).norm())
 
-        def fused(mine: TransformerBlock = mine, blocks: FusedBlocks = blocks) -> None:
+        def run() -> None:
             for i, row in enumerate(rows):  # in place: the stream grows a little from run to run
                 blocks(0, i, mine, row, modulation, rope)
 
-        runs[variant] = fused
-    del want
+        return run, error
+
+    # Attention; qkv 3, wo, q, o, feed-forward 8, each 2 S d^2.
+    flop = 2 * (4 * tokens**2 * dim + 28 * tokens * dim**2)
+    for variant in ("plain", *variants):
+        result: dict[str, Any] = {"variant": variant, "tokens": tokens}
+        run: Callable[[], None] | None = plain
+        try:
+            if variant != "plain":
+                run, off = fused(variant)
+                result["error"] = {variant: float(f"{off:.2e}")}
+            result |= _in_turns({"official": official, variant: run}, device, repeats, flop, batch, generator)
+        except Exception as error:  # whatever a compiler, a driver or a check raises is the finding
+            result["failed"] = one_line(error)
+        run = None  # and with it the variant's weights
+        torch.cuda.empty_cache()
+        yield result
+
+
+def _in_turns(
+    runs: Mapping[str, Callable[[], object]], device: torch.device, repeats: int, flop: float, batch: torch.Tensor,
+    generator: torch.Generator,
+) -> dict[str, Any]:  # fmt: skip
+    """Times of the official block and of a variant, by name; ``batch`` is drawn anew after each run."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     memory: dict[str, float] = {}
     for _ in range(repeats):
@@ -135,15 +159,11 @@ def bench_block(
             batch.normal_(generator=generator)
             torch.cuda.empty_cache()
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    # Attention; qkv 3, wo, q, o, feed-forward 8, each 2 S d^2.
-    flop = 2 * (4 * tokens**2 * dim + 28 * tokens * dim**2)
     return {
-        "tokens": tokens,
         "seconds": {name: round(value, 4) for name, value in medians.items()},
         "ratio": {name: round(medians["official"] / value, 3) for name, value in medians.items()},
         "tflops": {name: round(flop / value / 1e12) for name, value in medians.items()},
         "peak_above_gib": memory,
-        "error": {name: float(f"{value:.2e}") for name, value in errors.items()},
     }
 
 
@@ -445,11 +465,14 @@ def main() -> None:
     args = parser.parse_args()
     device = pick_device("cuda")
     settings = GenerationSettings(num_frames=args.frames, height=args.height, width=args.width)
+    clip = f"{settings.height}x{settings.width}x{settings.num_frames}"
     for what in args.what:
         with numerics():
             if what == "block":
-                result = bench_block(settings, device, args.repeats, args.variant or VARIANTS)
-            elif what == "step":
+                for result in bench_block(settings, device, args.repeats, args.variant or VARIANTS):
+                    record({"what": what, "clip": clip, **result}, device, args.output)
+                continue
+            if what == "step":
                 result = bench_step(
                     settings, device, args.steps, args.precision, args.attention, args.resident, args.slots,
                     args.layers or 48, args.graph,
@@ -461,7 +484,6 @@ def main() -> None:
                     settings, device, args.repeats, what == "vae", args.at_once if what == "vae" else None, args.strips
                 )
         torch.cuda.empty_cache()
-        clip = f"{settings.height}x{settings.width}x{settings.num_frames}"
         record({"what": what, "clip": clip, **result}, device, args.output)
 
 

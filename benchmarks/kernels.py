@@ -2,6 +2,7 @@
 
     python -m solostep.benchmarks.kernels
     python -m solostep.benchmarks.kernels --tokens 18972 -o kernels.jsonl --markdown kernels.md
+    python -m solostep.benchmarks.kernels --only epilogue cross -o kernels.jsonl
 
 What stands together in the table was timed in turns, so that it shares the card's clock and heat; a time is the median
 of all runs. Inputs are random normal numbers, never zeros (a GPU is faster on zeros). Rates count what an operator has
@@ -9,16 +10,19 @@ to read and write once, or its products; the ceiling is measured in the same run
 cuBLAS bf16 product of the qkv shape for products and attention. An error is the relative L2 distance on sampled rows to
 the operator's own reference: for attention fp64 of the bf16 operands, for a quantized output the reference's own
 quantized rows. The ratio is the time of the eager form in bf16 over that of the row; attention's is torch's cuDNN
-kernel, *without* the passes before it, also where a row counts its own.
+kernel, *without* the passes before it, also where a row counts its own; that of products with an epilogue is torch's
+FP8 product without one.
 
 The second table has attention's errors at 8,192 keys on three kinds of data, beside the bars of the project.
+
+Every operator's rows are written as soon as they are measured: a run that is cut keeps them, and --only makes the rest.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -39,8 +43,10 @@ from solostep.benchmarks.kernel_cases import (
     norm_group,
     quantize_group,
 )
+from solostep.benchmarks.kernel_cases_rest import cross_group, epilogue_groups, norm_heads_group, text_group, vae_group
 from solostep.benchmarks.linear_speed import DIM, milliseconds
 from solostep.engine.doctor import plain
+from solostep.engine.files import replacing
 from solostep.engine.machine import copy_rate, gpu_facts
 from solostep.kernels.attention import BACKENDS, HEAD_DIM, MODES, Operands, one_line
 from solostep.kernels.attention_check import exact, relative_error
@@ -216,7 +222,8 @@ def page(
 ) -> str:
     """Everything, as Markdown."""
     doc = (__doc__ or "").split("\n\n")
-    parts = ["# Kernels", doc[2], table(rows), doc[3], error_table(errors), "\n".join(f"- {note}" for note in notes)]
+    second = [doc[3], error_table(errors)] if errors else []
+    parts = ["# Kernels", doc[2], table(rows), *second, "\n".join(f"- {note}" for note in notes)]
     return "\n\n".join(filter(None, [*parts, ", ".join(f"{key} {value}" for key, value in about.items())])) + "\n"
 
 
@@ -227,63 +234,137 @@ def product_rate(tokens: int, rounds: int, turn: float, device: torch.device) ->
     return 2 * tokens * w.numel() / ms * 1e3
 
 
+# ---------------------------------------------------------------- a run
+
+Groups = Callable[[int, int, torch.device], Iterator[tuple[Group, list[str]]]]
+"""For tokens, heads and a device: what is timed in turns, and what is not to be had. Made when its turn comes."""
+
+
+def alone(make: Callable[[int, int, torch.device], Any]) -> Groups:
+    """A part of one group, with notes or without."""
+
+    def groups(tokens: int, heads: int, device: torch.device) -> Iterator[tuple[Group, list[str]]]:
+        made = make(tokens, heads, device)
+        yield made if isinstance(made, tuple) else (made, [])
+
+    return groups
+
+
+def each(make: Callable[[int, int, torch.device], Iterator[Any]]) -> Groups:
+    """A part of several groups, with notes or without."""
+
+    def groups(tokens: int, heads: int, device: torch.device) -> Iterator[tuple[Group, list[str]]]:
+        for made in make(tokens, heads, device):
+            yield made if isinstance(made, tuple) else (made, [])
+
+    return groups
+
+
+PARTS: dict[str, Groups] = {
+    "norm": alone(lambda tokens, heads, device: norm_group(tokens, device)),
+    "gate": alone(lambda tokens, heads, device: gate_group(tokens, device)),
+    "gelu": alone(lambda tokens, heads, device: gelu_group(tokens, device)),
+    "quantize": alone(lambda tokens, heads, device: quantize_group(tokens, device)),
+    "norm-heads": alone(norm_heads_group),
+    "passes": each(attention_passes),
+    "attention": alone(attention_group),
+    "cross": alone(cross_group),
+    "text": alone(lambda tokens, heads, device: text_group(tokens, device)),
+    "vae": alone(lambda tokens, heads, device: vae_group(tokens, device)),
+    "products": each(lambda tokens, heads, device: gemm_groups(tokens, device)),
+    "epilogue": each(lambda tokens, heads, device: epilogue_groups(tokens, device)),
+}
+"""By the names that --only takes."""
+ERRORS = "errors"
+
+
+class Kept:
+    """What was measured so far: printed, appended to a file as JSON lines, and written as a page, each time anew."""
+
+    def __init__(self, output: Path | None, markdown: Path | None, about: Mapping[str, Any]) -> None:
+        self.output, self.markdown, self.about = output, markdown, about
+        self.rows: list[Row] = []
+        self.errors: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+
+    def add(self, rows: Sequence[Row] = (), notes: Sequence[str] = (), errors: Sequence[dict[str, Any]] = ()) -> None:
+        self.rows += rows
+        self.notes += notes
+        self.errors += errors
+        shown = [table(rows)] if rows else []
+        print(*shown, *([error_table(errors)] if errors else []), *notes, sep="\n", flush=True)
+        if self.output is not None:
+            lines = [*map(asdict, rows), *errors, *({"note": note} for note in notes)]
+            with self.output.open("a", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(plain(line | self.about)) + "\n" for line in lines)
+        if self.markdown is not None:
+            with replacing(self.markdown) as temporary:
+                temporary.write_text(page(self.rows, self.errors, self.notes, self.about), encoding="utf-8")
+
+
 def measure(
-    tokens: int, heads: int, rounds: int, turn: float, device: torch.device
-) -> tuple[list[Row], list[str], Any]:
-    """All groups; lines, notes and ceilings."""
-    ceilings = {"TB/s": copy_rate(device) / 1e12, "TFLOP/s": product_rate(tokens, rounds, turn, device) / 1e12}
-
-    def groups() -> Iterator[tuple[Group, list[str]]]:
-        for make in (norm_group, gate_group, gelu_group, quantize_group):
-            yield make(tokens, device), []
-        for group in attention_passes(tokens, heads, device):
-            yield group, []
-        yield attention_group(tokens, heads, device)
-        yield from gemm_groups(tokens, device)
-
-    rows: list[Row] = []
-    notes: list[str] = []
-    for group, missing in groups():
-        found, failed = bench(group, ceilings, rounds, turn)
-        rows += found
-        notes += missing + failed
-        print(table(found), flush=True)
-        del group
-        torch.cuda.empty_cache()
-    return rows, notes, ceilings
+    names: Sequence[str], tokens: int, heads: int, rounds: int, turn: float, device: torch.device,
+    ceilings: Mapping[str, float], kept: Kept,
+) -> None:  # fmt: skip
+    """Parts by name, one after the other. One that cannot be made, for want of memory or whatever it is, is noted."""
+    for name in names:
+        if name == ERRORS:
+            lines, notes = data_errors(device)
+            kept.add(notes=notes, errors=lines)
+            continue
+        groups = PARTS[name](tokens, heads, device)
+        while True:
+            try:
+                group, missing = next(groups, (None, []))
+                if group is None:
+                    break
+                rows, failed = bench(group, ceilings, rounds, turn)
+            except Exception as error:  # a generator that raised has ended, and the next round with it
+                rows, failed, missing = [], [f"{name}: {one_line(error)}"], []
+            kept.add(rows, [*missing, *failed])
+            group = None
+            torch.cuda.empty_cache()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="kernels", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=75_888, help="default: 544 x 992, 204 frames")
     parser.add_argument("--heads", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--turn", type=float, default=300, help="milliseconds that one function is timed at a stretch")
+    parser.add_argument("--only", nargs="+", choices=[*PARTS, ERRORS], metavar="NAME",
+                        help=f"these parts: {', '.join([*PARTS, ERRORS])}")  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, help="append the results as JSON lines")
     parser.add_argument("--markdown", type=Path, help="write the tables as a page")
     args = parser.parse_args(arguments)
     if args.tokens < 128 or args.heads < 1 or args.rounds < 1:
         parser.error("--tokens has to be at least 128, --heads and --rounds at least 1")
+    for option, path in (("-o", args.output), ("--markdown", args.markdown)):
+        if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+            parser.error(f"{option} {path} has to be a file in a folder that is there")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
     if not torch.cuda.is_available():
         raise SystemExit("kernels needs a CUDA card")
     device = torch.device("cuda", torch.cuda.current_device())
     torch.manual_seed(0)
     with torch.inference_mode():
-        rows, notes, ceilings = measure(args.tokens, args.heads, args.rounds, args.turn, device)
-        errors, failed = data_errors(device)
-    about = {
-        "card": torch.cuda.get_device_name(), "driver": gpu_facts(device)["driver"], "torch": torch.__version__,
-        "triton": version("triton"), "cuda": torch.version.cuda, "commit": commit(),
-        **{f"ceiling, {unit}": round(value, 2) for unit, value in ceilings.items()},
-    }  # fmt: skip
-    notes += failed
-    print(error_table(errors), *notes, *(f"{key} {value}" for key, value in about.items()), sep="\n", flush=True)
-    if args.output is not None:
-        lines = [*map(asdict, rows), *errors, *({"note": note} for note in notes)]
-        with args.output.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(plain(line | about)) + "\n" for line in lines)
-    if args.markdown is not None:
-        args.markdown.write_text(page(rows, errors, notes, about), encoding="utf-8")
+        ceilings = {
+            "TB/s": copy_rate(device) / 1e12,
+            "TFLOP/s": product_rate(args.tokens, args.rounds, args.turn, device) / 1e12,
+        }
+        about = {
+            "card": torch.cuda.get_device_name(), "driver": gpu_facts(device)["driver"], "torch": torch.__version__,
+            "triton": version("triton"), "cuda": torch.version.cuda, "commit": commit(),
+            **{f"ceiling, {unit}": round(value, 2) for unit, value in ceilings.items()},
+        }  # fmt: skip
+        kept = Kept(args.output, args.markdown, about)
+        names = args.only or [*PARTS, ERRORS]
+        measure(names, args.tokens, args.heads, args.rounds, args.turn, device, ceilings, kept)
+    print(*(f"{key} {value}" for key, value in about.items()), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from solostep.benchmarks import kernel_cases, kernels
+from solostep.benchmarks import kernel_cases, kernel_cases_rest, kernels
 from solostep.benchmarks.kernel_cases import Case, Group
 from solostep.benchmarks.kernels import KINDS, attention_data, error_table, missed, page, rows_of, table
 
@@ -113,6 +114,14 @@ def small_groups() -> Iterator[Group]:
     yield from kernel_cases.attention_passes(300, 2, CPU)
     yield kernel_cases.attention_group(150, 2, CPU)[0]
     yield from (group for group, _ in kernel_cases.gemm_groups(70, CPU))
+    yield kernel_cases_rest.norm_heads_group(70, 2, CPU)
+    yield kernel_cases_rest.cross_group(70, 2, CPU)[0]
+    yield kernel_cases_rest.text_group(70, CPU)
+    yield kernel_cases_rest.vae_group(70, CPU)
+    for group, notes in kernel_cases_rest.epilogue_groups(70, CPU):
+        assert "needs a card with FP8 units" in notes[0]
+        assert [case.name for case in group.cases] == ["int8", "int8 + bias", "int8 + gated residual"]
+        yield group
 
 
 def test_every_case_runs_and_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +140,57 @@ def test_every_case_runs_and_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
                 case.name
             )
     assert seen == ["layer_norm_modulate", "gate_residual", "gelu", "quantize_rows", "qk_norm_rope", "quantize_v",
-                    "attention", *(f"product, {x.name}" for x in narrow)]  # fmt: skip
+                    "attention", *(f"product, {x.name}" for x in narrow), "norm_heads", "cross-attention",
+                    "Step-LLM's attention", "the VAE's attention",
+                    *(f"product with epilogue, {x.name}" for x in narrow)]  # fmt: skip
+
+
+def test_rows_are_kept_as_they_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that cannot be made, and one whose second group fails, lose themselves alone; the third is cut."""
+    out, markdown = tmp_path / "a.jsonl", tmp_path / "a.md"
+
+    def none(tokens: int, heads: int, device: torch.device) -> Group:
+        raise torch.OutOfMemoryError("no room")
+
+    def cut(tokens: int, heads: int, device: torch.device) -> Group:
+        raise KeyboardInterrupt
+
+    def bench(group: Group, ceilings: Any, rounds: int, turn: float) -> Any:
+        if group.shape == "bad":
+            raise RuntimeError("launch failed")
+        return rows_of(group, {"eager": 8.0, "ours": 2.0}, {}, ceilings), ["broken: it is"]
+
+    good = fake_group()
+    parts = {
+        "none": kernels.alone(none),
+        "two": kernels.each(lambda *_: iter([good, replace(good, shape="bad"), replace(good, shape="last")])),
+        "cut": kernels.alone(cut),
+    }  # fmt: skip
+    monkeypatch.setattr(kernels, "PARTS", parts)
+    monkeypatch.setattr(kernels, "bench", bench)
+    kept = kernels.Kept(out, markdown, {"card": "Fake"})
+    with pytest.raises(KeyboardInterrupt):
+        kernels.measure(["none", "two", "cut"], 128, 1, 1, 1, CPU, CEILINGS, kept)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line.get("shape") or line["note"] for line in lines] == [
+        "none: no room", "10 x 10", "10 x 10", "broken: it is", "two: launch failed", "last", "last", "broken: it is",
+    ]  # fmt: skip
+    assert all(line["card"] == "Fake" for line in lines)
+    text = markdown.read_text()
+    assert text.count("| ours |") == 2 and "- two: launch failed" in text and "second table" not in text
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["a.jsonl", "a.md"]
+
+
+def test_parts_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    assert kernels.parse(["--only", "epilogue", "cross"]).only == ["epilogue", "cross"]
+    for wrong, words in (
+        (["--only", "gemm"], "invalid choice"),
+        (["-o", str(tmp_path)], "-o"),
+        (["-o", "/nowhere/a.jsonl"], "-o /nowhere"),
+    ):
+        with pytest.raises(SystemExit):
+            kernels.parse(wrong)
+        assert words in capsys.readouterr().err
 
 
 def test_the_command_needs_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +209,17 @@ def test_the_command_on_a_card(tmp_path: Path) -> None:
     kernels.main([*arguments, "-o", str(files[0]), "--markdown", str(files[1])])
     lines = [json.loads(line, parse_constant=pytest.fail) for line in files[0].read_text().splitlines()]
     rows = [line for line in lines if "operator" in line]
-    assert {"layer_norm_modulate", "gelu", "quantize_v", "attention", "product, qkv"} <= {r["operator"] for r in rows}
+    assert {
+        "layer_norm_modulate",
+        "gelu",
+        "quantize_v",
+        "attention",
+        "product, qkv",
+        "norm_heads",
+        "cross-attention",
+        "Step-LLM's attention",
+        "the VAE's attention",
+        "product with epilogue, qkv",
+    } <= {r["operator"] for r in rows}
     assert all(0 < r["fraction"] and (r["error"] is None or r["error"] < 6e-2) for r in rows)
     assert "# Kernels" in files[1].read_text()
