@@ -36,6 +36,7 @@ from solostep.engine.models.transformer import CrossAttention, RopeTable, SelfAt
 from solostep.engine.pipeline import StepVideoPipeline
 from solostep.engine.precision import OFFICIAL
 from solostep.engine.progress import Progress
+from solostep.engine.rates import TEXT_TOKENS
 from solostep.engine.request import Job
 from solostep.engine.streaming import PlacedTransformer
 from solostep.kernels.attention import BACKENDS
@@ -153,16 +154,15 @@ def other_backend(tokens: int, device: torch.device, head_dim: int = 128) -> tup
     Tried on two heads of random numbers: torch's own choice, then each of its kernels. The first that gives other bits
     is taken; those that give the same ones are, or might as well be, what torch itself took.
     """
-    generator = torch.Generator().manual_seed(SEED)
-    q, k, v = (
-        torch.randn(1, tokens, PROBED_HEADS, head_dim, generator=generator).to(device, torch.bfloat16)
-        for _ in range(3)
-    )  # fmt: skip
+    shape, generator = (1, tokens, PROBED_HEADS, 3 * head_dim), torch.Generator().manual_seed(SEED)
+    q, k, v = torch.randn(shape, generator=generator).to(device, torch.bfloat16).chunk(3, dim=-1)
+    q, k = q.contiguous(), k.contiguous()  # v lies in the product of all three, as in a block
     own, same = attend(q, k, v), []
     for name in _candidates(tokens, device):
         try:
             with attended_by(name):
                 made = attend(q, k, v)
+                attend(q, k[:, :TEXT_TOKENS], v[:, :TEXT_TOKENS].contiguous())  # cross-attention has it, too
         except RuntimeError:  # torch says so of a kernel that does not take these shapes or this card
             continue
         if not torch.equal(made, own):

@@ -81,23 +81,23 @@ JOBS: tuple[Job, ...] = (
     speed_job("reference", 115, *LONG, "--precision", "int8", roles="reference"),
     speed_job("budgets", 400, *LONG, "--precision", "int8", "--vram", "48GB,24GB,16GB,12GB"),
     speed_job("short", 330, "--frames", "136,102,51", "--precision", "int8", "--vram", "48GB,12GB"),
-    Job("block", (*WIDTH, "block", "--repeats", "3", "-o", "{out}/block-h200.jsonl"), 90),
+    Job("block", (*WIDTH, "block", "--repeats", "3", "-o", "{out}/block-h200.jsonl"), 120),
     Job(
         "kernels",
         (*PYTHON, "solostep.benchmarks.kernels", "-o", "{out}/kernels-h200.jsonl", "--markdown",
          "{out}/kernels-h200.md"),
-        220,
+        290,
     ),
     Job(
         "drift-51",
         (*PYTHON, "solostep.benchmarks.full_size", "drift", "--frames", "51", "--times", "2", "-o", "{out}/h200/drift"),
-        180,
+        230,
     ),
     Job(
         "drift-204",
         (*PYTHON, "solostep.benchmarks.full_size", "drift", "--frames", "204", "--times", "1", "--what", "own", "-o",
          "{out}/h200/drift-204"),
-        340,
+        480,
     ),
     Job(
         "demo",

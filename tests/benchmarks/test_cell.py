@@ -109,8 +109,13 @@ def test_a_second_mode_runs_no_reference(work: Path, runs: list[str]) -> None:
     assert drift["teacher"]["sigmas"][0] == 0 and drift["free"]["sigmas"][-1] == 1
 
 
-def test_a_mode_is_measured_with_its_attention(work: Path) -> None:
-    plain = measured(work, ["blocks"], precision="int8", **ONE)["drift"]
+def test_a_mode_is_measured_with_its_attention(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        cell_module, "expanded_by_torch", lambda names, device: f"slow: {sorted(set(names))}")
+    )
+    result = measured(work, ["blocks"], precision="int8", **ONE)
+    assert result["events"] == ["slow: ['int8', 'int8-weight']"]
+    plain = result["drift"]
     other = measured(work, ["blocks"], precision="int8", attention="int8", **ONE)["drift"]
     assert plain["attention_backend"] is None and "int8" in BACKENDS[other["attention_backend"]].modes
     official, fused = plain["blocks"]["error"], other["blocks"]["error"]

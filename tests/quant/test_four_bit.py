@@ -172,3 +172,12 @@ def test_int4_of_what_it_can_hold_exactly() -> None:
     assert torch.equal(dequantized(Int4WeightLinear, w)[1], w[1])
     constant = torch.full((1, 256), 0.3)
     assert relative_error(dequantized(Int4WeightLinear, constant), constant.double()) < 4e-3
+
+
+def test_plain_nf4_on_a_card_is_said_in_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(four_bit, "_bitsandbytes", lambda: None)
+    assert "plain PyTorch" in (four_bit.expanded_by_torch(["int8", "nf4"], card) or "")
+    assert four_bit.expanded_by_torch(["nf4"], cpu) is four_bit.expanded_by_torch(["int8"], card) is None
+    monkeypatch.setattr(four_bit, "_bitsandbytes", lambda: object())
+    assert four_bit.expanded_by_torch(["nf4"], card) is None
