@@ -110,9 +110,7 @@ def test_a_second_mode_runs_no_reference(work: Path, runs: list[str]) -> None:
 
 
 def test_a_mode_is_measured_with_its_attention(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        cell_module, "expanded_by_torch", lambda names, device: f"slow: {sorted(set(names))}")
-    )
+    monkeypatch.setattr(cell_module, "expanded_by_torch", lambda names, device: f"slow: {sorted(set(names))}")
     result = measured(work, ["blocks"], precision="int8", **ONE)
     assert result["events"] == ["slow: ['int8', 'int8-weight']"]
     plain = result["drift"]
