@@ -36,14 +36,15 @@ if TYPE_CHECKING:
 FOLDER = Path("bench-results")
 QUICK: dict[str, Any] = {"steps": ["3"], "n": 2, "seeds": "1", "precision": ["int8,fp8"], "device": "cpu"}
 """What --quick fills in where nothing is given."""
-COSTS = """Costs. The unit is one video: the reference takes one for each prompt and seed, each mode and each of the \
-two floors two of them (a run left to itself, and one step by step along the reference) and a few steps for the \
-single blocks. On one H200 a step of 204 frames at 544x992 takes 38 s in the official bf16 and 24 s in fp8 with int8 \
-attention: with 50 steps and 4 pairs, two hours for the reference and three for each mode. Shorter (--frames 17 \
---steps 10) it is minutes, and so is --levels speed with few --steps. On a smaller card what does not fit waits in \
-host memory or on disk: see `solostep plan`, and give it --vram to compare budgets. References stay in DIR/cache \
-(--dry-run says how much disk they take) and may be deleted afterwards. On a CPU the demo model is what is \
-practical: --quick."""
+COSTS = """Costs. The unit is one video: the reference takes one for each prompt and seed, and one more for each \
+prompt where there is only one seed; each mode and each of the two floors takes two of them (a run left to itself, and \
+one step by step along the reference) and a few steps for the single blocks. On one H200 a step of 204 frames at \
+544x992 takes 38 s in the official bf16 and 24 s in fp8 with int8 attention: with 50 steps and the 8 prompts of the \
+default, about eight hours for the reference and its other seeds and six for each mode. Shorter (--frames 17 --steps \
+10) it is minutes, and so is --levels speed with few --steps. On a smaller card what does not fit waits in host memory \
+or on disk: see `solostep plan`, and give it --vram to compare budgets. References stay in DIR/cache (--dry-run says \
+how much disk they take) and may be deleted afterwards. On a CPU the demo model is what is practical: --quick, which \
+has too few prompts for intervals, and so for a verdict."""
 _T = TypeVar("_T")
 
 
@@ -88,10 +89,19 @@ def bench(
     ] = None,
     n: Annotated[
         int | None,
-        typer.Option("-n", min=1, help="Prompts: of the demo's held-out ones (default 4), or of two built-in ones."),
+        typer.Option(
+            "-n",
+            min=1,
+            help="Prompts: of the demo's held-out ones, or of the built-in ones. Intervals are over prompts, and take "
+            "at least six. Default: 8.",
+        ),
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option(help="How many seeds for each prompt (from 1 on), or which, with commas. Default: 2.")
+        str | None,
+        typer.Option(
+            help="How many seeds for each prompt (from 1 on), or which, with commas. Default: 1, and a second of the "
+            "reference alone, for the distance of other seeds."
+        ),
     ] = None,
     levels: Annotated[
         str | None,
@@ -239,7 +249,7 @@ def read_options(given: dict[str, Any]) -> Options:
         host_ram=_each(given.get("host_ram"), _budget), frames=_each(given.get("frames"), _whole("--frames")),
         size=_each(given.get("size"), _size), steps=_each(given.get("steps"), _whole("--steps")),
         guidance_scale=given.get("guidance"), time_shift=given.get("time_shift"),
-        prompts=_prompts(given.get("prompts")), n=given.get("n", 4), seeds=_seeds(given.get("seeds", "2")),
+        prompts=_prompts(given.get("prompts")), n=given.get("n", Options.n), seeds=_seeds(given.get("seeds", "1")),
         levels=tuple(_parts([given["levels"]])) if "levels" in given else LEVELS,
         roles=tuple(_parts([given["roles"]])) if "roles" in given else ROLES, device=given.get("device"),
     )  # fmt: skip

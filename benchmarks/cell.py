@@ -297,7 +297,8 @@ class Measurement:
         return {"sigmas": drift.sigmas_of(self.requests[0])[:-1], "error": errors, "cosine": cosines}
 
     def _blocks(self, references: Sequence[Recording]) -> dict[str, Any]:
-        pairs = [i * len(self.cell.seeds) for i in range(min(drift.BLOCK_PAIRS, len(self.cell.prompts)))]
+        count = drift.block_pairs(self.folder.components["transformer"].parameters)
+        pairs = [i * len(self.cell.seeds) for i in range(min(count, len(self.cell.prompts)))]
         samples = drift.samples_of(self.requests, references, pairs)
         backend = self.pipe._attention_backend(self.requests[0].settings)
         self.official.cache = self.work / "embeddings"
@@ -365,11 +366,11 @@ class Measurement:
         return [known[pair["prompt"]] for pair in self.cell.pairs]
 
 
-def score_of(readings: Sequence[Reading], asked: Sequence[Attributes]) -> dict[str, list[int]]:
-    """Right videos and all of them, by aspect; ``all`` is right in every aspect."""
+def score_of(readings: Sequence[Reading], asked: Sequence[Attributes]) -> dict[str, Any]:
+    """Right videos and all of them, by aspect; ``all`` is right in every aspect. ``pairs``: which pairs' are right."""
     marks = [r.right(a) for r, a in zip(readings, asked, strict=True)]
-    found = {name: [sum(m[name] for m in marks), len(marks)] for name in ASPECTS}
-    return found | {"all": [sum(all(m.values()) for m in marks), len(marks)]}
+    right = {name: [m[name] for m in marks] for name in ASPECTS} | {"all": [all(m.values()) for m in marks]}
+    return {name: [sum(found), len(found)] for name, found in right.items()} | {"pairs": right}
 
 
 def _read(frames: np.ndarray) -> list[Reading]:

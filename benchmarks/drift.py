@@ -44,9 +44,11 @@ from solostep.engine.weights import load
 DIVERGED = 0.3
 """Free latents that are so far from the reference's are on their way to another video. Videos of one prompt and
 different noise are 1.0 to 1.4 apart; the error after the first step says nothing of it, since that step is short."""
-BLOCK_PAIRS = 2
+BLOCK_PAIRS = {2_000_000_000: 8, math.inf: 2}
 BLOCK_STEPS = 3
-"""Pairs and steps that blocks are measured on: the first pair of each prompt, and steps spread over all."""
+"""Pairs (of networks of up to so many parameters) and steps that blocks are measured on: the first pair of each prompt,
+and steps spread over all. An interval takes six prompts; the inputs of all pairs lie on the device at once, 5.6 GB each
+for 204 frames at 544x992, which is why large networks get few."""
 
 
 def velocity_of(before: Tensor, after: Tensor, sigma: float, next_sigma: float) -> Tensor:
@@ -116,6 +118,11 @@ class Sample:
     latents: Tensor
     sigma: float
     text: str
+
+
+def block_pairs(parameters: int) -> int:
+    """How many pairs the blocks of a network of this size are measured on."""
+    return next(pairs for most, pairs in BLOCK_PAIRS.items() if parameters <= most)
 
 
 def spread_steps(steps: int, count: int = BLOCK_STEPS) -> list[int]:

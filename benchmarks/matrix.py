@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from solostep.benchmarks.drift import BLOCK_STEPS, block_pairs
 from solostep.benchmarks.results import LEVELS, ROLES, Cell
 from solostep.engine.activations import PROMPTS
 from solostep.engine.checkpoint import ModelFolder, open_model
@@ -38,8 +39,6 @@ DRIFT = ("blocks", "teacher", "free", "video")
 """Levels that need a reference."""
 MEASURING = ("cell*.py", "drift*.py", "reference.py", "floors.py", "video_metrics.py")
 """Of this folder, what a measurement depends on."""
-BLOCK_SAMPLES = 8
-"""About how many half steps the level ``blocks`` takes, for estimates."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,11 @@ class Options:
     guidance_scale: float | None = None
     time_shift: float | None = None
     prompts: tuple[str, ...] | None = None
-    n: int = 4
-    """Prompts, where none are given."""
-    seeds: tuple[int, ...] = (1, 2)
+    n: int = 8
+    """Prompts, where none are given: two more than the fewest that make an interval."""
+    seeds: tuple[int, ...] = (1,)
+    """Intervals are over prompts, so one will do; where there is no second, only the reference makes it, for the
+    distance of other seeds."""
     levels: tuple[str, ...] = LEVELS
     roles: tuple[str, ...] = ROLES
     device: str | None = None
@@ -76,6 +77,10 @@ class Planned:
     cell: Cell
     id: str
     label: str
+    fresh: int = 0
+    """References that it makes itself: those of seeds that the reference's cell does not have."""
+    block_pairs: int = 2
+    """Pairs that its blocks are measured on, where there are so many prompts."""
 
     @property
     def name(self) -> str:
@@ -90,12 +95,14 @@ class Planned:
         """About how many whole videos it takes."""
         cell, pairs = self.cell, len(self.cell.pairs)
         if cell.role == "other-seed":
-            return 0.1  # what the reference kept
+            return self.fresh + 0.1  # what the reference kept
         if cell.role == "reference":
             return float(pairs) if set(cell.levels) - {"speed"} else 1.0
         seen = {"free", "video", "score"} & set(cell.levels)
         videos = float(pairs if seen else "speed" in cell.levels) + pairs * ("teacher" in cell.levels)
-        return videos + ("blocks" in cell.levels) * BLOCK_SAMPLES / 4 / cell.num_inference_steps
+        # A block's sample is one guidance branch, half a step, once as the reference and once as the mode.
+        samples = 2 * min(self.block_pairs, len(cell.prompts)) * min(BLOCK_STEPS, cell.num_inference_steps)
+        return videos + ("blocks" in cell.levels) * samples / cell.num_inference_steps
 
     @property
     def work(self) -> float:
@@ -117,11 +124,13 @@ class Matrix:
     def reference_bytes(self) -> int:
         """Of disk that the references take: latents after every step in fp32, and the frames."""
         channels, total = self.folder.transformer_config.in_channels, 0
-        for cell in {(c := p.cell).clip: c for p in self.planned if set(p.cell.levels) - {"speed"}}.values():
+        cells = [p.cell for p in self.planned if set(p.cell.levels) - {"speed"}]
+        for cell in {c.clip: c for c in cells}.values():
+            pairs = {pair for c in cells if c.clip == cell.clip for pair in c.pairs}
             s = GenerationSettings(cell.num_frames, cell.height, cell.width, cell.num_inference_steps)
             latents = 4 * channels * s.latent_frames * s.latent_height * s.latent_width
             frames = 3 * s.num_frames * s.height * s.width
-            total += len(cell.pairs) * (latents * (s.num_inference_steps + 1) + frames)
+            total += len(pairs) * (latents * (s.num_inference_steps + 1) + frames)
         return total
 
 
@@ -243,8 +252,7 @@ def build(options: Options) -> Matrix:
     levels = tuple(x for x in LEVELS if x in options.levels and (is_demo or x != "score"))
     if not levels:
         raise UsageError("--levels score: the score is of the demo model's prompts; choose other levels.")
-    prompts = options.prompts or tuple(p.text for p in held_out_prompts(options.n)) if is_demo else options.prompts
-    prompts = tuple(dict.fromkeys(prompts or PROMPTS[: options.n]))
+    prompts = options.prompts or built_in_prompts(options.n, is_demo)
     cells: list[Cell] = []
     notes: list[str] = []
     for frames, size, steps in itertools.product(options.frames, options.size, options.steps):
@@ -259,10 +267,31 @@ def build(options: Options) -> Matrix:
         )  # fmt: skip
         cells += _of_clip(base, options, folder, device)
     fingerprints = {name: c.fingerprint for name, c in sorted(folder.components.items())}
-    planned = [Planned(cell, identity(cell, fingerprints), label(cell)) for cell in dict.fromkeys(cells)]
+    pairs = block_pairs(folder.components["transformer"].parameters)
+    planned = []
+    for cell in dict.fromkeys(cells):
+        fresh = len(cell.prompts) * len(set(cell.seeds) - set(options.seeds))
+        planned.append(Planned(cell, identity(cell, fingerprints), label(cell), fresh, pairs))
     if "score" in options.levels and not is_demo and options.levels != LEVELS:
         notes.append("The level score is of the demo model only and left out.")
     return Matrix(folder, device, tuple(planned), tuple(dict.fromkeys(notes)))
+
+
+def built_in_prompts(n: int, is_demo: bool) -> tuple[str, ...]:
+    """``n`` different prompts of the demo's held-out ones, or of those for real models.
+
+    Raises:
+        UsageError: there are not so many.
+    """
+    known = list(PROMPTS)
+    if is_demo:
+        known = list(dict.fromkeys(p.text for p in held_out_prompts(n)))  # they begin again when all were drawn
+    if n > len(known):
+        raise UsageError(
+            f"-n {n} is more than the {len(known)} prompts that are built in; give --prompts a file of your own, or "
+            f"-n {len(known)} at most."
+        )
+    return tuple(known[:n])
 
 
 def _of_clip(base: Cell, options: Options, folder: ModelFolder, device: torch.device) -> Iterator[Cell]:
@@ -276,17 +305,23 @@ def _of_clip(base: Cell, options: Options, folder: ModelFolder, device: torch.de
             "floor-order": replace(official, role="floor-order", levels=drift),
             "floor-backend": replace(official, role="floor-backend", levels=drift),
             "other-seed": replace(
-                official, role="other-seed", levels=tuple(x for x in drift if x in ("free", "video"))
+                official,
+                role="other-seed",
+                levels=tuple(x for x in drift if x in ("free", "video")),
+                seeds=base.seeds if len(base.seeds) > 1 else (base.seeds[0], another_seed(base.seeds[0])),
             ),
         }
         for role, cell in others.items():
-            wanted = role in options.roles and cell.levels
-            if wanted and (role != "other-seed" or len(base.seeds) > 1):
+            if role in options.roles and cell.levels:
                 yield cell
     if "mode" in options.roles:
         for cell in _modes(base, options, folder, device):
             if stored is not None or replace(cell, role="reference") != official:
                 yield cell
+
+
+def another_seed(seed: int) -> int:
+    return seed + 1 if seed < 2**63 - 1 else 0
 
 
 def _largest(budgets: Sequence[str | None]) -> str | None:

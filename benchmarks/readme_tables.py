@@ -18,7 +18,16 @@ from pathlib import Path
 from solostep.benchmarks.report_data import Group, Row, make_groups, model_name, row_of
 from solostep.benchmarks.report_markdown import table
 from solostep.benchmarks.report_measures import MISSING, cell_text, end_to_end, gigabytes, number
-from solostep.benchmarks.report_tables import DAGGER, Cell, Table, environment_line, gigabytes_of, mode_text, summary
+from solostep.benchmarks.report_tables import (
+    DAGGER,
+    Cell,
+    Table,
+    environment_line,
+    gigabytes_of,
+    mode_text,
+    summary,
+    times_cell,
+)
 from solostep.benchmarks.results import Result, read_results
 from solostep.engine.errors import SolostepError, UsageError, first_line
 from solostep.engine.files import replacing
@@ -98,6 +107,7 @@ def drift_table(root: Path) -> list[str]:
                 Cell(cell_text("psnr", r.drift)),
                 Cell(_followed(r)),
                 Cell(_verdict(r)),
+                times_cell(r.verdict),
             ]
             for r in group.rows
             if r.role != "reference" or r.score
@@ -109,6 +119,7 @@ def drift_table(root: Path) -> list[str]:
             "PSNR of the video",
             "prompts followed",
             "verdict",
+            "times the floor",
         ]
         marks = ["" if r.role == "mode" else "floor" for r in group.rows if r.role != "reference" or r.score]
         lines += _titled(
@@ -174,7 +185,7 @@ def _calculated(rows: Sequence[Sequence[Cell]]) -> list[str]:
 def _followed(row: Row) -> str:
     from solostep.benchmarks.report_tables import followed
 
-    cell = followed(row.score)
+    cell = followed(row)
     return f"{cell.text} {cell.more}".strip()
 
 

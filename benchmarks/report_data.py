@@ -12,14 +12,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from solostep.benchmarks.report_measures import DRIFT, number
+from solostep.benchmarks.report_measures import Share
+from solostep.benchmarks.report_pairs import (
+    Pair,
+    Samples,
+    by_step,
+    followed_by,
+    lost,
+    names_of,
+    samples_of,
+    summarized,
+)
+from solostep.benchmarks.report_verdicts import Verdict, judge
 from solostep.benchmarks.results import Cell, Result
-from solostep.benchmarks.statistics import Interval, fewest, median_interval, overlaps
+from solostep.benchmarks.statistics import Interval, median_interval
 
 REFERENCE, MODE, OTHER_SEED = "reference", "mode", "other-seed"
 FLOORS = {"floor-backend": "noise floor: another back end", "floor-order": "noise floor: another order"}
@@ -28,7 +39,11 @@ END_TO_END = ("50", "15")
 
 @dataclass
 class Row:
-    """One mode (or floor, or the reference) of a group. None is: not measured."""
+    """One mode (or floor, or the reference) of a group. None is: not measured.
+
+    ``samples``: the values that ``drift`` is the medians of, by measure and pair. ``followed``: which aspects the video
+    of each pair shows; ``lost``: the pairs, and aspects, that the reference's shows and this one's does not.
+    """
 
     name: str
     role: str
@@ -44,13 +59,19 @@ class Row:
     gpu: int | None = None
     driver: int | None = None
     host: int | None = None
+    step_times: list[float] = field(default_factory=list)
     drift: dict[str, Interval] = field(default_factory=dict)
+    samples: dict[str, Samples] = field(default_factory=dict)
     teacher_steps: list[Interval] = field(default_factory=list)
     free_steps: list[Interval] = field(default_factory=list)
     sigmas: list[float] = field(default_factory=list)
     blocks: dict[str, float] = field(default_factory=dict)
     operators: dict[str, float] = field(default_factory=dict)
-    score: dict[str, tuple[int, int]] = field(default_factory=dict)
+    block_spans: dict[str, Interval] = field(default_factory=dict)
+    operator_spans: dict[str, Interval] = field(default_factory=dict)
+    score: dict[str, Share] = field(default_factory=dict)
+    followed: dict[Pair, dict[str, bool]] = field(default_factory=dict)
+    lost: dict[Pair, list[str]] | None = None
     diverged: list[int | None] = field(default_factory=list)
     frames: Path | None = None
     events: list[str] = field(default_factory=list)
@@ -59,16 +80,6 @@ class Row:
     @property
     def is_floor(self) -> bool:
         return self.role in FLOORS
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a mode's drift is beside the noise floor: ``kind`` is "floor", "above", "open" (too few prompts
-    for an interval) or "unknown"."""
-
-    kind: str
-    text: str
-    ratio: float | None = None
 
 
 @dataclass
@@ -263,20 +274,23 @@ def row_of(found: Sequence[Result]) -> Row:
     role = first.role
     name = FLOORS.get(role) or {REFERENCE: "reference: bf16, official", OTHER_SEED: "another seed"}.get(role)
     row = Row(name or first.label, role, first.cell, [r.id for r in found])
-    speed, score = _first(found, "speed"), _first(found, "score")
+    speed, scored = _first(found, "speed"), next((r for r in found if r.score), None)
     # Only what made a video by itself: a run for drift alone holds other things as well.
     memory = _first([r for r in found if r.speed], "memory")
     _add_speed(row, speed or {})
     memory = memory or {}
     row.gpu, row.driver, row.host = (memory.get(k) for k in ("gpu_peak_bytes", "driver_peak_bytes", "host_peak_bytes"))
-    row.score = {name: (int(hits), int(n)) for name, (hits, n) in (score or {}).items()}
+    if scored is not None and scored.score is not None:
+        prompts = len(scored.cell.prompts)
+        row.score = {k: Share(int(v[0]), int(v[1]), prompts) for k, v in scored.score.items() if k != "pairs"}
+        row.followed = followed_by(scored.score, scored.pairs)
     row.events = list(dict.fromkeys(str(event) for r in found for event in r.events))
     for result in found:
         if result.frames and result.path and row.frames is None:
             row.frames = result.path.parent / Path(result.frames["file"]).name
-    drifts = [r.drift for r in found if r.drift]
-    prompts = [pair["prompt"] for pair in _first(found, "pairs") or []]
-    _add_drift(row, {part: d[part] for d in reversed(drifts) for part in d if d[part]}, prompts)
+    drifts = [r for r in found if r.drift]
+    parts = {part: d[part] for r in reversed(drifts) if (d := r.drift) for part in d if d[part]}
+    _add_drift(row, parts, drifts[0].pairs if drifts else [])
     return row
 
 
@@ -289,7 +303,7 @@ def _add_speed(row: Row, speed: Mapping[str, Any]) -> None:
     first = speed.get("first_step_seconds")
     if steps:
         row.step = sorted(steps)[len(steps) // 2] if len(steps) % 2 else _middle(steps)
-    row.steps_timed, row.first_step = len(steps), first
+    row.steps_timed, row.step_times, row.first_step = len(steps), steps, first
     row.video_seconds, row.frames_written = speed.get("video_seconds"), speed.get("frames_written")
     row.stages = {name: float(s) for name, s in (speed.get("stages") or {}).items() if s is not None}
     for steps_wanted, found in (speed.get("end_to_end") or {}).items():
@@ -302,76 +316,36 @@ def _middle(values: Sequence[float]) -> float:
     return (ordered[len(ordered) // 2 - 1] + ordered[len(ordered) // 2]) / 2
 
 
-def _add_drift(row: Row, drift: Mapping[str, Any], prompts: Sequence[str]) -> None:
-    for name in DRIFT:
-        values, pairs = _SAMPLES[name](drift) if name in _SAMPLES else _video_samples(drift, name)
-        if values:
-            row.drift[name] = median_interval(values, clusters=_prompts_of(pairs, prompts))
+def _add_drift(row: Row, drift: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) -> None:
+    row.samples = samples_of(drift, pairs)
+    row.drift = {name: summarized(samples) for name, samples in row.samples.items()}
     teacher, free = drift.get("teacher") or {}, drift.get("free") or {}
-    row.teacher_steps, row.free_steps = _by_step(teacher.get("error"), prompts), _by_step(free.get("error"), prompts)
+    row.teacher_steps, row.free_steps = (_steps(part.get("error"), pairs) for part in (teacher, free))
     row.sigmas = [float(s) for s in teacher.get("sigmas") or free.get("sigmas") or []]
     row.diverged = list(free.get("diverged_at") or [])
     blocks = drift.get("blocks") or {}
+    prompts = _prompts_of(blocks.get("samples") or [], pairs)
     for name, errors in zip(blocks.get("names") or [], blocks.get("error") or [], strict=True):
         if errors:
-            row.blocks[str(name)] = _middle(errors)
+            row.block_spans[str(name)] = median_interval(errors, clusters=prompts)
     for name, by_block in (drift.get("operators") or {}).items():
-        values = [float(e) for errors in by_block for e in errors]
+        values = [(float(e), p) for errors in by_block for e, p in zip(errors, prompts, strict=True)]
         if values:
-            row.operators[name] = _middle(values)
+            row.operator_spans[name] = median_interval([v for v, _ in values], clusters=[p for _, p in values])
+    row.blocks = {name: found.median for name, found in row.block_spans.items()}
+    row.operators = {name: found.median for name, found in row.operator_spans.items()}
 
 
-def _prompts_of(pairs: Sequence[int], prompts: Sequence[str]) -> list[str]:
-    """The prompt of each sample: videos of one prompt are alike, and count as one."""
-    return [prompts[pair] if pair < len(prompts) else f"pair {pair}" for pair in pairs]
-
-
-def _by_step(error: Sequence[Sequence[float]] | None, prompts: Sequence[str]) -> list[Interval]:
+def _steps(error: Sequence[Sequence[float]] | None, pairs: Sequence[Mapping[str, Any]]) -> list[Interval]:
     """One interval a step, over the prompts."""
-    if not error:
-        return []
-    clusters = _prompts_of(range(len(error)), prompts)
-    return [median_interval(step, clusters=clusters) for step in zip(*error, strict=True)]
+    rows = [list(row) for row in error or []]
+    return by_step(dict(zip(names_of(pairs, len(rows)), rows, strict=True))) if rows else []
 
 
-Samples = tuple[list[float], list[int]]
-
-
-def _teacher(drift: Mapping[str, Any]) -> Samples:
-    error = (drift.get("teacher") or {}).get("error") or []
-    return [float(e) for pair in error for e in pair], [i for i, pair in enumerate(error) for _ in pair]
-
-
-def _free(drift: Mapping[str, Any]) -> Samples:
-    error = [pair for pair in (drift.get("free") or {}).get("error") or [] if pair]
-    return [float(pair[-1]) for pair in error], list(range(len(error)))
-
-
-def _blocks(drift: Mapping[str, Any]) -> Samples:
-    blocks = drift.get("blocks") or {}
-    pairs = [sample["pair"] for sample in blocks.get("samples") or []]
-    values = [(float(e), i) for errors in blocks.get("error") or [] for e, i in zip(errors, pairs, strict=False)]
-    return [v for v, _ in values], [i for _, i in values]
-
-
-def _video_samples(drift: Mapping[str, Any], name: str) -> Samples:
-    """A measure of the videos. A null is an infinite PSNR, or a measure that this machine could not take: which of the
-    two, PSNR tells, which every machine can take."""
-    video = drift.get("video") or {}
-    identical = [v is None for v in video.get("psnr") or []]
-    values, clusters = [], []
-    for i, value in enumerate(video.get(name) or []):
-        if value is not None:
-            values.append(float(value))
-        elif name in ("psnr", "xpsnr") and i < len(identical) and identical[i]:
-            values.append(math.inf)
-        else:
-            continue
-        clusters.append(i)
-    return values, clusters
-
-
-_SAMPLES: dict[str, Callable[[Mapping[str, Any]], Samples]] = {"teacher": _teacher, "free": _free, "blocks": _blocks}
+def _prompts_of(samples: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The prompt of each sample: those of one prompt are alike, and count as one."""
+    names = names_of(pairs, max((s["pair"] for s in samples), default=-1) + 1)
+    return [names[s["pair"]][0] for s in samples]
 
 
 # --- verdicts -----------------------------------------------------------------------------------------------------
@@ -380,6 +354,7 @@ _SAMPLES: dict[str, Callable[[Mapping[str, Any]], Samples]] = {"teacher": _teach
 def _judge(group: Group) -> None:
     for row in group.modes:
         row.verdict = judge(row, group.floors)
+        row.lost = lost(row.followed, group.reference.followed) if group.reference else None
     for floor in group.floors:
         if floor.drift:
             floor.verdict = Verdict("unknown", "what rounding alone does")
@@ -397,33 +372,3 @@ def _judge(group: Group) -> None:
         group.notes.append(
             "No noise floor was measured here, so no mode has a verdict; run solostep bench with its floors."
         )
-
-
-def yardstick(rows: Sequence[Row]) -> str | None:
-    """The measure by which rows are judged: the strictest that any floor among them has."""
-    return next((m for m in ("teacher", "free", "blocks") if any(m in row.drift for row in rows if row.is_floor)), None)
-
-
-def judge(row: Row, floors: Sequence[Row]) -> Verdict | None:
-    """A mode beside the noise floor, by the error of single steps where there is one. None: nothing was measured."""
-    if not row.drift:
-        return None
-    measure = yardstick(floors)
-    if measure is None or measure not in row.drift:
-        return Verdict("unknown", "no floor to judge by")
-    own, limits = row.drift[measure], [f.drift[measure] for f in floors if measure in f.drift]
-    highest = max(limit.median for limit in limits)
-    ratio = own.median / highest if highest > 0 else None
-    by = "" if measure == "teacher" else f" (by {DRIFT[measure].label})"
-    times = f"{number(ratio, 2)} times the floor" if ratio is not None else "a floor of 0"
-    known = [overlaps(own, limit) for limit in limits]
-    # Below the floor is within it: the floors are samples of what rounding does, and neither is its bound.
-    if any(known) or any(_below(own, limit) for limit in limits):
-        return Verdict("floor", f"indistinguishable from the floor{by}", ratio)
-    if any(k is None for k in known):
-        return Verdict("open", f"{times}{by}; {own.n} prompt{'s' * (own.n != 1)}, {fewest()} make an interval", ratio)
-    return Verdict("above", times + by, ratio)
-
-
-def _below(a: Interval, b: Interval) -> bool:
-    return a.high is not None and b.low is not None and a.high < b.low

@@ -12,6 +12,7 @@ from html import escape
 
 from solostep.benchmarks.report_data import Group, row_of
 from solostep.benchmarks.report_drawing import NARROW, WIDE, Plot
+from solostep.benchmarks.report_headline import Claim, headline
 from solostep.benchmarks.report_measures import DRIFT, OTHER
 from solostep.benchmarks.report_pictures import BUDGET, Gallery, data_url, gallery
 from solostep.benchmarks.report_plots import budgets as budgets_plot
@@ -20,7 +21,6 @@ from solostep.benchmarks.report_style import CSS, SCRIPT
 from solostep.benchmarks.report_tables import (
     Budgets,
     Cell,
-    Claim,
     Table,
     blocks,
     budgets,
@@ -28,11 +28,11 @@ from solostep.benchmarks.report_tables import (
     environment_line,
     environments,
     files,
-    headline,
     operators,
     scores,
     stages,
     summary,
+    verdicts,
 )
 from solostep.benchmarks.results import Result
 
@@ -107,6 +107,7 @@ def _group(group: Group, name: str, share: int) -> Iterator[str]:
     yield "".join(f'<p class="note">{escape(note)}</p>' for note in group.notes)
     yield _claims(headline(group))
     yield f"<h3>All modes</h3>{table(summary(group), sortable=True)}"
+    yield _details("Each mode beside the noise floor, measure by measure", verdicts(group))
     for kind in ("pareto teacher", "pareto blocks", "pareto free"):
         if kind in plots:
             yield figure(plots[kind])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from solostep.benchmarks.report_data import Group, row_of
 from solostep.benchmarks.report_drawing import Plot
+from solostep.benchmarks.report_headline import headline
 from solostep.benchmarks.report_html import LIMITS, only_budgets, settings_text
 from solostep.benchmarks.report_measures import DRIFT, OTHER
 from solostep.benchmarks.report_plots import budgets as budgets_plot
@@ -23,11 +24,11 @@ from solostep.benchmarks.report_tables import (
     commands,
     environment_line,
     files,
-    headline,
     operators,
     scores,
     stages,
     summary,
+    verdicts,
 )
 from solostep.benchmarks.results import Result
 
@@ -66,7 +67,7 @@ def _group(group: Group, plots: Mapping[str, Plot]) -> list[str]:
     lines += ["", *table(summary(group)), ""]
     for plot in plots.values():
         lines += _picture(plot, f"{plot.name}.png")
-    for found in (scores(group), stages(group), operators(group), blocks(group)):
+    for found in (verdicts(group), scores(group), stages(group), operators(group), blocks(group)):
         if found is not None:
             lines += [f"### {plain(found.caption)}", "", *table(found), ""]
     return lines

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from solostep.benchmarks.statistics import Interval
@@ -71,9 +71,17 @@ DRIFT: dict[str, Measure] = {
         "flicker",
         "",
         "lower",
-        "How much more or less consecutive frames differ than the reference's do; 0 is the same.",
+        "Brightness (luma, 0 to 255) that does not change at an even pace: the mean of |y[t-1] - 2 y[t] + y[t+1]| over "
+        "frames and pixels. Here how far it is from the reference's, without the sign, so flickering less counts like "
+        "flickering more; 0 is as much as the reference.",
     ),
-    "motion": Measure("motion", "", "lower", "How much more or less moves than in the reference; 0 is the same."),
+    "motion": Measure(
+        "motion",
+        "",
+        "lower",
+        "Relative L2 distance of the changes from frame to frame to those of the reference: 0 is the same motion, 1 is "
+        "what a video that stands still has, about 1.4 what unrelated motion has.",
+    ),
 }
 VIDEO = ("psnr", "ssim", "vmaf", "xpsnr", "lpips", "flicker", "motion")
 
@@ -86,15 +94,42 @@ OTHER: dict[str, str] = {
     "with the CUDA context and libraries. GB are 10^9 bytes.",
     "host peak": "What the process held of the machine's memory at most.",
     "prompt following": "The demo model's videos are measured pixel by pixel for the kind, colour, background and "
-    "motion that the prompt asked for; intervals are Wilson's.",
+    "motion that the prompt asked for; intervals (95 %) are Wilson's over prompts, of which each counts once, by the "
+    "share of its videos that follow it. A prompt is lost where the reference's video follows it in every aspect and "
+    "the mode's, from the same noise, does not.",
     "noise floor": "The same bf16 numbers computed in another way that is just as right: another attention back end, "
     "or another order of summation. Its distance to the reference is what rounding alone does.",
     "another seed": "How far apart the reference's own videos of one prompt are with different seeds.",
-    "verdict": "A mode is indistinguishable from the floor where its interval overlaps the floor's (or lies below); "
-    "else its median is given as a multiple of the larger floor's.",
+    "verdict": "A mode is indistinguishable from the floor where its interval overlaps the floor's (or lies on the "
+    "better side of it) in the teacher-forced error, the latents at the end and PSNR, as far as they were measured. "
+    "Few prompts make wide intervals, which overlap easily: read it beside the next column.",
+    "times the floor": "The mode's error over the larger floor's of the same prompt, noise and step, so that how hard "
+    "a prompt is cancels: the median over pairs and its interval (of PSNR, the ratio of root mean square differences). "
+    "Only where it holds 1, or lies under 1, can a mode not be told from rounding noise. A step counts as above the "
+    "floor where the interval of its own ratio lies above 1; of a mode that is none the worse, at most one step in "
+    "forty does so by chance.",
     "intervals": "95 % of the median, over prompts: videos of one prompt with several seeds count as one. Fewer than "
     "six prompts make no interval, and then none is shown.",
 }
+
+
+class Share(NamedTuple):
+    """Videos that show what was asked for, all of them, and the prompts that they are of."""
+
+    hits: int
+    tries: int
+    prompts: int
+
+    @property
+    def part(self) -> float:
+        return self.hits / max(self.tries, 1)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's, over prompts: videos of one prompt are alike, so a prompt is one try, in part a hit."""
+        from solostep.engine.demo.rules import wilson
+
+        return wilson(self.part * self.prompts, self.prompts)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -160,9 +195,14 @@ def end_to_end(found: tuple[float, bool] | None) -> str:
     return seconds(value) + ("\u202f†" if extrapolated else "")
 
 
-def share(score: tuple[int, int]) -> str:
-    """``190 of 192 [0.96, 1.00]``, with Wilson's interval."""
-    from solostep.engine.demo.rules import wilson
+def share(score: Share) -> str:
+    """``190 of 192 [0.96, 1.00]``, with the interval over prompts."""
+    low, high = score.interval
+    return f"{score.hits} of {score.tries} [{low:.2f}, {high:.2f}]"
 
-    low, high = wilson(*score)
-    return f"{score[0]} of {score[1]} [{low:.2f}, {high:.2f}]"
+
+def times_span(found: Interval | None) -> str:
+    """The interval of a ratio: ``[1.4, 1.6]``."""
+    if found is None or found.low is None or found.high is None:
+        return ""
+    return f"[{number(found.low)}, {number(found.high)}]"

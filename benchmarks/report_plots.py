@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from solostep.benchmarks.report_data import Group, Row, yardstick
+from solostep.benchmarks.report_data import Group, Row
 from solostep.benchmarks.report_drawing import (
     INK,
     MUTED,
@@ -27,6 +27,7 @@ from solostep.benchmarks.report_drawing import (
 )
 from solostep.benchmarks.report_labels import place_labels
 from solostep.benchmarks.report_measures import DRIFT, amount, number
+from solostep.benchmarks.report_verdicts import yardstick
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from solostep.benchmarks.report_data import Group, Row, card_of, mode_key, model_name, yardstick
+from solostep.benchmarks.report_data import Group, Row, card_of, mode_key, model_name
 from solostep.benchmarks.report_measures import (
     DRIFT,
     MISSING,
@@ -17,11 +17,12 @@ from solostep.benchmarks.report_measures import (
     number,
     share,
     span,
+    times_span,
 )
+from solostep.benchmarks.report_verdicts import Verdict
 from solostep.benchmarks.results import Result
+from solostep.benchmarks.statistics import Interval, fewest
 
-NEAR = 1.1
-"""Without intervals: a median of at most so many times the floor's counts as near it."""
 DAGGER = (
     "† calculated, not run to the end: the other stages as measured, and so many times the median step. "
     "All other times were measured as they stand."
@@ -61,7 +62,7 @@ def without_empty(table: Table) -> Table:
 
 def summary(group: Group) -> Table:
     """One row a mode: time, memory, drift, videos, prompts, verdict; floors, reference and other seed set apart."""
-    heads = [("", "mode"), ("", "verdict")]
+    heads = [("", "mode"), ("", "verdict"), ("", "times the floor")]
     heads += [("time", "seconds a step"), ("time", "50 steps"), ("time", "15 steps")]
     heads += [("peak memory", "GPU"), ("peak memory", "host")]
     heads += [("drift", "teacher-forced error"), ("drift", "latents at the end"), ("drift", "of a block")]
@@ -75,7 +76,7 @@ def summary(group: Group) -> Table:
     if group.measured:
         notes.append(
             f"Drift: medians over {group.prompts} prompt{'s' * (group.prompts != 1)}, "
-            + ("95 % intervals in brackets. " if group.prompts >= 6 else "too few for intervals. ")
+            + ("95 % intervals in brackets. " if group.prompts >= fewest() else "too few for intervals. ")
             + f"{MISSING} was not measured."
         )
     if any(row.score and "all" not in row.score for row in group.rows):
@@ -85,13 +86,13 @@ def summary(group: Group) -> Table:
 
 def _summary_row(group: Group, row: Row) -> list[Cell]:
     ratio = group.ratio(row)
-    found = [Cell(row.name), _verdict(row)]
+    found = [Cell(row.name), _verdict(row), times_cell(row.verdict)]
     found.append(Cell(number(row.step), f"{ratio:.2f}×" if ratio and row.role != "reference" else ""))
     found += [Cell(end_to_end(row.end_to_end.get(steps))) for steps in ("50", "15")]
     found += [_gpu(row), Cell(gigabytes(row.host))]
     for name in ("teacher", "free", "blocks", "", *VIDEO):
         if not name:
-            found.append(followed(row.score))
+            found.append(followed(row))
             continue
         interval = row.drift.get(name)
         found.append(Cell(amount(name, interval.median if interval else None), span(name, interval)))
@@ -107,32 +108,83 @@ def _verdict(row: Row) -> Cell:
     verdict = row.verdict
     if verdict is None:
         return Cell(MISSING)
-    if verdict.kind == "floor" and verdict.ratio is not None:
-        return Cell(verdict.text, f"{number(verdict.ratio, 2)}× its median", "floor")
     text, _, more = verdict.text.partition("; ")
-    return Cell(text, more, verdict.kind if verdict.kind in ("above", "open") else "")
+    more = "; ".join(filter(None, [more, steps_text(verdict)]))
+    return Cell(text, more, verdict.kind if verdict.kind in ("floor", "above", "open") else "")
 
 
-def followed(score: Mapping[str, tuple[int, int]]) -> Cell:
-    """All four aspects where they were counted, else the worst of them."""
-    if not score:
+def times_cell(verdict: Verdict | None) -> Cell:
+    """The ratio to the floor, and its interval."""
+    if verdict is None or verdict.ratio is None:
         return Cell(MISSING)
-    name = "all" if "all" in score else min(score, key=lambda k: score[k][0] / max(score[k][1], 1))
-    text, _, interval = share(score[name]).partition(" [")
-    return Cell(text, f"[{interval}" + ("" if name == "all" else f" {name}"))
+    return Cell(f"{number(verdict.ratio)}×", times_span(verdict.times))
+
+
+def steps_text(verdict: Verdict) -> str:
+    return f"{verdict.steps[0]} of {verdict.steps[1]} steps above the floor" if verdict.steps else ""
+
+
+def verdicts(group: Group) -> Table | None:
+    """Each mode beside the floor in every measure that it is judged by, and at how many steps it lies above."""
+    rows = [row for row in group.modes if row.verdict and row.verdict.parts]
+    if not rows:
+        return None
+    measures = [m for m in DRIFT if any(m in row.verdict.parts for row in rows if row.verdict)]
+    heads = [("", "mode")]
+    for m in measures:
+        heads += [(DRIFT[m].label, "verdict"), (DRIFT[m].label, "times the floor")]
+    heads.append(("", "steps above the floor"))
+    cells = []
+    for row in rows:
+        assert row.verdict is not None
+        line = [Cell(row.name)]
+        for m in measures:
+            part = row.verdict.parts.get(m)
+            text, _, more = part.text.partition("; ") if part else (MISSING, "", "")
+            line += [Cell(text, more, part.kind if part else ""), times_cell(part)]
+        steps = row.verdict.steps
+        cells.append([*line, Cell(f"{steps[0]} of {steps[1]}" if steps else MISSING)])
+    return without_empty(Table("verdicts", "Beside the noise floor, measure by measure", heads, cells))
+
+
+def followed(row: Row) -> Cell:
+    """All four aspects where they were counted, else the worst of them; and how many prompts were lost."""
+    if not row.score:
+        return Cell(MISSING)
+    name = "all" if "all" in row.score else min(row.score, key=lambda k: row.score[k].part)
+    text, _, interval = share(row.score[name]).partition(" [")
+    more = f"[{interval}" + ("" if name == "all" else f" {name}")
+    return Cell(text, more + (f", {lost_text(row)}" if row.lost else ""))
+
+
+def lost_text(row: Row) -> str:
+    """How many of the prompts that the reference follows a mode does not."""
+    prompts = len({prompt for prompt, _ in row.lost or ()})
+    return f"{prompts} prompt{'s' * (prompts != 1)} lost"
 
 
 def scores(group: Group) -> Table | None:
-    """Prompt following, aspect by aspect."""
+    """Prompt following, aspect by aspect, and the prompts that a mode loses."""
     rows = [row for row in group.rows if row.score]
     if not rows:
         return None
     aspects = list(dict.fromkeys(name for row in rows for name in row.score))
     cells = [
-        [Cell(row.name), *(Cell(share(row.score[a])) if a in row.score else Cell(MISSING) for a in aspects)]
+        [
+            Cell(row.name),
+            *(Cell(share(row.score[a])) if a in row.score else Cell(MISSING) for a in aspects),
+            Cell(MISSING if row.lost is None else str(len({prompt for prompt, _ in row.lost}))),
+        ]
         for row in rows
     ]
-    return Table("score", "Prompt following, aspect by aspect", [("", "mode"), *(("", a) for a in aspects)], cells)
+    heads = [("", "mode"), *(("", a) for a in aspects), ("", "prompts lost")]
+    several = any(len({seed for _, seed in row.followed}) > 1 for row in rows)
+    notes = [
+        f"Lost by {row.name}: {prompt}{f' (seed {seed})' if several else ''}: {', '.join(aspects)}."
+        for row in rows
+        for (prompt, seed), aspects in (row.lost or {}).items()
+    ]
+    return without_empty(Table("score", "Prompt following, aspect by aspect", heads, cells, footnotes=notes))
 
 
 def stages(group: Group) -> Table | None:
@@ -163,10 +215,7 @@ def blocks(group: Group) -> Table | None:
     if not rows:
         return None
     names = list(dict.fromkeys(name for row in rows for name in row.blocks))
-    cells = [
-        [Cell(n), *(Cell(amount("blocks", r.blocks[n], unit=False)) if n in r.blocks else Cell(MISSING) for r in rows)]
-        for n in names
-    ]
+    cells = [[Cell(n), *(_error(r.block_spans.get(n), unit=False) for r in rows)] for n in names]
     heads = [("", "block"), *(("", r.name) for r in rows)]
     return Table("blocks", "Error of each block, per cent of what it adds; medians", heads, cells)
 
@@ -176,14 +225,15 @@ def operators(group: Group) -> Table | None:
     if not rows:
         return None
     names = list(dict.fromkeys(name for row in rows for name in row.operators))
-    cells = [
-        [Cell(r.name), *(Cell(amount("blocks", r.operators[n])) if n in r.operators else Cell(MISSING) for n in names)]
-        for r in rows
-    ]
+    cells = [[Cell(r.name), *(_error(r.operator_spans.get(n)) for n in names)] for r in rows]
     heads = [("", "mode"), *(("", n) for n in names)]
     return Table(
         "operators", "Error of each operator, on the reference's input; medians over blocks and samples", heads, cells
     )
+
+
+def _error(found: Interval | None, unit: bool = True) -> Cell:
+    return Cell(amount("blocks", found.median if found else None, unit), span("blocks", found))
 
 
 # --- budgets ------------------------------------------------------------------------------------------------------
@@ -284,82 +334,6 @@ def gigabytes_of(text: str | None) -> float | None:
         return parse_size(text, "--vram") / 1e9
     except ValueError:
         return None
-
-
-# --- headline -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What to use and why: the answer in a few words, then the numbers it rests on."""
-
-    title: str
-    mode: str
-    text: str
-
-
-def headline(group: Group) -> list[Claim]:
-    """Which mode to use, from the numbers alone; an empty list where no mode was measured."""
-    claims = [_choice(group)] if group.measured and group.modes else []
-    timed = sorted((r for r in group.modes if r.step), key=lambda r: r.step or 0.0)
-    fastest = timed[0] if timed else None
-    if fastest and (not claims or claims[0].mode != fastest.name):
-        claims.append(Claim("Fastest", fastest.name, _numbers(group, fastest)))
-    small = min((r for r in group.modes if r.gpu), key=lambda r: r.gpu or 0, default=None)
-    if small and all(c.mode != small.name for c in claims):
-        claims.append(Claim("Least GPU memory", small.name, _numbers(group, small)))
-    return claims
-
-
-def _choice(group: Group) -> Claim:
-    def cost(row: Row) -> tuple[float, float]:
-        return row.step or float("inf"), row.gpu or float("inf")
-
-    within = sorted((r for r in group.modes if r.verdict and r.verdict.kind == "floor"), key=cost)
-    if within:
-        best = within[0]
-        fast = "The fastest" if best.step else "A"
-        return Claim("Use", best.name, f"{fast} mode that cannot be told from rounding noise: {_numbers(group, best)}")
-    ratios = [r for r in group.modes if r.verdict and r.verdict.ratio is not None]
-    if not ratios:
-        return Claim("No verdict", "", "No noise floor was measured, so these numbers do not say which drift is noise.")
-    near = sorted((r for r in ratios if r.verdict and r.verdict.kind == "open" and _ratio(r) <= NEAR), key=cost)
-    if near:
-        text = (
-            f"The fastest mode whose median error is at most {NEAR} times the floor's; {group.prompts} prompt"
-            f"{'s are' if group.prompts != 1 else ' is'} too few for an interval: {_numbers(group, near[0])}"
-        )
-        return Claim("Use, by the medians", near[0].name, text)
-    best = min(ratios, key=_ratio)
-    return Claim("Nearest to the floor", best.name, f"No mode here is within the noise floor; {_numbers(group, best)}")
-
-
-def _ratio(row: Row) -> float:
-    return row.verdict.ratio if row.verdict and row.verdict.ratio is not None else float("inf")
-
-
-def _numbers(group: Group, row: Row) -> str:
-    """The numbers of a mode in a line, each beside what it is compared with."""
-    parts, reference = [], group.reference
-    ratio = group.ratio(row)
-    if row.step:
-        parts.append(
-            f"{number(row.step)} s a step" + (f" ({ratio:.2f} times as fast as the reference)" if ratio else "")
-        )
-    if row.end_to_end.get("50"):
-        parts.append(f"{end_to_end(row.end_to_end['50'])} for 50 steps")
-    if row.gpu:
-        beside = f" (reference: {gigabytes(reference.gpu)})" if reference and reference.gpu else ""
-        parts.append(f"{gigabytes(row.gpu)} of GPU memory{beside}")
-    measure = yardstick(group.rows) or next((m for m in ("teacher", "free", "blocks") if m in row.drift), None)
-    if measure and measure in row.drift:
-        own = row.drift[measure]
-        floors = [f.drift[measure].median for f in group.floors if measure in f.drift]
-        beside = f" (floor: {amount(measure, max(floors))})" if floors else ""
-        parts.append(f"{DRIFT[measure].label} {amount(measure, own.median)} {span(measure, own)}".rstrip() + beside)
-    if row.verdict and row.verdict.kind in ("above", "open"):
-        parts.append(row.verdict.text.partition(";")[0])
-    return ", ".join(parts) + "."
 
 
 # --- environment and files ----------------------------------------------------------------------------------------

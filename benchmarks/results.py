@@ -94,7 +94,8 @@ class Result:
         pairs: prompt and seed of everything that is kept for each pair.
         drift: None for the reference; else ``blocks``, ``operators``, ``teacher``, ``free`` and ``video``, those of the
             levels that were measured.
-        score: hits and tries of the demo model's prompt following by aspect.
+        score: hits and tries of the demo model's prompt following by aspect; ``pairs``: whether each pair's video is
+            one, by aspect.
         frames: the file beside this one that holds a few frames, and which they are.
         synthetic: the generator of weights that nobody trained, or False.
         path: where it was read from.
@@ -235,6 +236,14 @@ _rows = _list(_list(positive))
 _hits = _plainly(
     "[hits, tries]", lambda v: isinstance(v, list) and len(v) == 2 and all(map(_finite, v)) and 0 <= v[0] <= v[1]
 )
+
+
+def _score(value: Any, key: str) -> None:
+    _map(anything)(value, key)
+    _map(_hits)({k: v for k, v in value.items() if k != "pairs"}, key)
+    _map(_list(flag))(value.get("pairs", {}), f"{key}.pairs")
+
+
 CELL = _object(
     {
         "model": filled, "precision": filled, "num_frames": count, "height": count, "width": count,
@@ -277,7 +286,7 @@ RESULT = _object(
         "synthetic": _plainly("false or an object", lambda v: v is False or isinstance(v, dict)),
         "speed": _or_null(SPEED), "memory": _or_null(MEMORY), "plan": _or_null(_map(anything)), "events": _list(text),
         "pairs": _list(_object({"prompt": text, "seed": whole})), "drift": _or_null(DRIFT),
-        "score": _or_null(_map(_hits)), "frames": _or_null(_object({"file": filled}, {"index": anything})),
+        "score": _or_null(_score), "frames": _or_null(_object({"file": filled}, {"index": anything})),
     },
 )  # fmt: skip
 
@@ -301,6 +310,9 @@ def _check_lengths(values: Mapping[str, Any]) -> None:
         found = drift.get("video", {}).get(name)
         if found is not None:
             same(f"video.{name}", found, pairs, "pair")
+    for name, found in ((values.get("score") or {}).get("pairs") or {}).items():
+        if len(found) != pairs:
+            raise _Wrong(f"score.pairs.{name} has {len(found)} entries and has to have {pairs}, one for each pair")
     blocks = drift.get("blocks")
     if blocks is not None:
         rows = {"blocks.error": blocks["error"]}

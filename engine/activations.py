@@ -35,7 +35,20 @@ SEED = 0
 PROMPTS = (
     "A panda in a straw hat rides a bicycle along a rainy street at night, neon signs reflected in the puddles",
     "清晨的海边，一位老人牵着狗慢慢走过沙滩，海浪轻轻拍打礁石，镜头缓缓向前推进",
+    "A young woman in a red raincoat laughs and turns in a wheat field, her hair blown across her face, close-up",
+    "高空航拍，镜头沿着雪山之间蜿蜒的河谷飞行，云影从山坡上缓缓移过",
+    "Two kittens chase a ball of wool down a wooden staircase in warm afternoon light, the camera follows them",
+    "厨师在铁锅里翻炒蔬菜，火焰窜起，蒸汽升腾，手持镜头拍摄特写",
+    "A glass of cold milk is poured over black coffee in slow motion, swirls spreading on a plain grey background",
+    "一群孩子在胡同里放风筝，风筝越飞越高，镜头从地面仰拍并慢慢向左摇",
+    "A steam train crosses a stone bridge in autumn, smoke drifting over orange woods, wide shot from a fixed camera",
+    "水墨画风格，一只白鹤从荷塘中展翅飞起，荷叶轻轻摇晃，水面泛起涟漪",
+    "An astronaut walks slowly through a greenhouse on Mars, dust storms behind the panes, the camera circles around",
+    "夜晚的广场上，一位舞者在喷泉前旋转跳跃，水珠在灯光下闪烁，慢动作",
 )
+"""Of our own wording: people, animals, things and landscapes, still and moving cameras, English and Chinese in turn."""
+STUDIED = 2
+"""So many of them are what activations are taken from where none are given."""
 DEMO_PROMPTS = ("a red circle moving right on a blue background", "一个绿色的三角形在粉色背景上变大")
 
 Progress = Callable[[str, int, int], None]
@@ -113,7 +126,11 @@ def conditions_for(
         raise UsageError(f"--times has to be a whole number above 0, not {times!r}.")
     given = {k: v for k, v in settings.items() if v is not None}
     chosen = (
-        tuple(dict.fromkeys(prompts)) if prompts is not None else DEMO_PROMPTS if preset.name == "demo" else PROMPTS
+        tuple(dict.fromkeys(prompts))
+        if prompts is not None
+        else DEMO_PROMPTS
+        if preset.name == "demo"
+        else PROMPTS[:STUDIED]
     )
     for prompt in chosen:
         check_asked(prompt, **given)

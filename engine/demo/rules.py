@@ -151,7 +151,7 @@ def read_clips(videos: Tensor | Sequence[Tensor]) -> list[Reading]:
     return [read_clip(video, templates) for video in videos]
 
 
-def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % confidence interval of a proportion (Wilson 1927)."""
     if n == 0:
         return 0.0, 1.0

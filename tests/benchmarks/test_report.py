@@ -20,13 +20,14 @@ from typer.testing import CliRunner
 
 from solostep.benchmarks import report as command
 from solostep.benchmarks.report_data import Group, make_groups, row_of
+from solostep.benchmarks.report_headline import headline
 from solostep.benchmarks.report_html import page
 from solostep.benchmarks.report_labels import covered, free_box, spread
 from solostep.benchmarks.report_markdown import markdown, plain
 from solostep.benchmarks.report_measures import amount, end_to_end, gigabytes, number, seconds, share
 from solostep.benchmarks.report_pictures import amplification, read_frames
 from solostep.benchmarks.report_plots import budgets as budgets_plot
-from solostep.benchmarks.report_tables import budgets, gigabytes_of, headline, summary
+from solostep.benchmarks.report_tables import budgets, gigabytes_of, summary
 from solostep.benchmarks.results import read_results
 from solostep.engine.errors import UsageError
 

@@ -1,0 +1,108 @@
+"""The headline of a report: which mode to use, and the numbers that it rests on.
+
+A mode is recommended as rounding noise only where its ratio to the floor, pair by pair, says so in every measure; that
+its intervals overlap the floor's is said, and is no recommendation by itself (report_verdicts.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from solostep.benchmarks.report_data import Group, Row
+from solostep.benchmarks.report_measures import DRIFT, amount, end_to_end, gigabytes, number, span, times_span
+from solostep.benchmarks.report_tables import lost_text
+from solostep.benchmarks.report_verdicts import Verdict, yardstick
+
+NEAR = 1.1
+"""Without intervals: a median of at most so many times the floor's counts as near it."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What to use and why: the answer in a few words, then the numbers it rests on."""
+
+    title: str
+    mode: str
+    text: str
+
+
+def headline(group: Group) -> list[Claim]:
+    """Which mode to use, from the numbers alone; an empty list where no mode was measured."""
+    claims = [_choice(group)] if group.measured and group.modes else []
+    timed = sorted((r for r in group.modes if r.step), key=lambda r: r.step or 0.0)
+    fastest = timed[0] if timed else None
+    if fastest and (not claims or claims[0].mode != fastest.name):
+        claims.append(Claim("Fastest", fastest.name, _numbers(group, fastest)))
+    small = min((r for r in group.modes if r.gpu), key=lambda r: r.gpu or 0, default=None)
+    if small and all(c.mode != small.name for c in claims):
+        claims.append(Claim("Least GPU memory", small.name, _numbers(group, small)))
+    return claims
+
+
+def _choice(group: Group) -> Claim:
+    def cost(row: Row) -> tuple[float, float]:
+        return row.step or float("inf"), row.gpu or float("inf")
+
+    within = sorted((r for r in group.modes if r.verdict and r.verdict.kind == "floor"), key=cost)
+    noise = [r for r in within if r.verdict and r.verdict.is_noise]
+    if within:
+        best = (noise or within)[0]
+        fast, numbers = "The fastest" if best.step else "A", _numbers(group, best)
+        if noise:
+            return Claim("Use", best.name, f"{fast} mode that cannot be told from rounding noise: {numbers}")
+        return Claim("Nearest to noise", best.name, f"{fast} mode whose intervals overlap the floor's: {numbers}")
+    ratios = [r for r in group.modes if r.verdict and r.verdict.ratio is not None]
+    if not ratios:
+        return Claim("No verdict", "", "No noise floor was measured, so these numbers do not say which drift is noise.")
+    near = sorted((r for r in ratios if r.verdict and r.verdict.kind == "open" and _ratio(r) <= NEAR), key=cost)
+    if near:
+        text = (
+            f"The fastest mode whose median error is at most {NEAR} times the floor's; {group.prompts} prompt"
+            f"{'s are' if group.prompts != 1 else ' is'} too few for an interval: {_numbers(group, near[0])}"
+        )
+        return Claim("Near the floor, by the medians", near[0].name, text)
+    best = min(ratios, key=_ratio)
+    return Claim("Nearest to the floor", best.name, f"No mode here is within the noise floor; {_numbers(group, best)}")
+
+
+def _ratio(row: Row) -> float:
+    return row.verdict.ratio if row.verdict and row.verdict.ratio is not None else float("inf")
+
+
+def _numbers(group: Group, row: Row) -> str:
+    """The numbers of a mode in a line, each beside what it is compared with."""
+    parts, reference = [], group.reference
+    ratio = group.ratio(row)
+    if row.step:
+        parts.append(
+            f"{number(row.step)} s a step" + (f" ({ratio:.2f} times as fast as the reference)" if ratio else "")
+        )
+    if row.end_to_end.get("50"):
+        parts.append(f"{end_to_end(row.end_to_end['50'])} for 50 steps")
+    if row.gpu:
+        beside = f" (reference: {gigabytes(reference.gpu)})" if reference and reference.gpu else ""
+        parts.append(f"{gigabytes(row.gpu)} of GPU memory{beside}")
+    measure = yardstick(group.rows) or next((m for m in ("teacher", "free", "blocks") if m in row.drift), None)
+    if measure and measure in row.drift:
+        own = row.drift[measure]
+        floors = [f.drift[measure].median for f in group.floors if measure in f.drift]
+        beside = f" (floor: {amount(measure, max(floors))})" if floors else ""
+        parts.append(f"{DRIFT[measure].label} {amount(measure, own.median)} {span(measure, own)}".rstrip() + beside)
+    parts += _beside_floor(row.verdict) if row.verdict else []
+    parts += [lost_text(row)] if row.lost else []
+    return ", ".join(parts) + "."
+
+
+def _beside_floor(verdict: Verdict) -> list[str]:
+    """Every ratio of a mode to the floor, and what its interval says."""
+    if verdict.kind == "open":
+        return [verdict.text.partition(";")[0]]
+    found = []
+    for measure, part in verdict.parts.items():
+        if part.ratio is None:
+            found.append(f"{DRIFT[measure].label} beside a floor of 0")
+            continue
+        ratio = f"{number(part.ratio)} times the floor {times_span(part.times)}".rstrip()
+        overlap = "" if part.is_noise or part.kind != "floor" else ", intervals overlap"
+        found.append(f"{DRIFT[measure].label} {ratio}{overlap}")
+    return found
