@@ -1,8 +1,10 @@
 """Two sets of results, of two versions or two cards: cell by cell, what changed and what is outside of noise.
 
-A time counts as changed where its median step differs by more than a margin (3 %); a drift where the intervals of its
-medians do not overlap. Where there is no interval (under six prompts), nothing is flagged. Cost: reading the files and
-their bootstraps. Error: none is added.
+A drift counts as changed where the interval of its change, taken pair by pair (the same prompt and noise before and
+after), leaves out no change; prompt following, where a sign test over the prompts that changed says so. A time counts
+as changed where the median step differs by more than three times what single steps of both runs do. What too few
+prompts or steps were measured for is said to be that. Cost: reading the files and their bootstraps. Error: none is
+added.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ from typing import Any
 
 from solostep.benchmarks.report_data import Row, model_name, row_of, size_of
 from solostep.benchmarks.report_measures import DRIFT, MISSING, amount, gigabytes, number, span
+from solostep.benchmarks.report_pairs import more, over, paired
 from solostep.benchmarks.report_tables import Cell, Table, flat, without_empty
 from solostep.benchmarks.results import Result, read_results
-from solostep.benchmarks.statistics import overlaps
+from solostep.benchmarks.statistics import fewest, overlaps, sign_test, spread
 from solostep.engine.errors import UsageError
 
 MARGIN = 0.03
-"""Of times and memory: a smaller difference is taken for noise of the measurement."""
+"""Of memory, and of times of fewer than six steps: a smaller difference is taken for noise of the measurement."""
+LEAST = 0.01
+"""Of times: two runs differ by as much although the steps of each are alike."""
 SHOWN = ("teacher", "free", "psnr", "vmaf")
 
 
@@ -134,7 +139,7 @@ def _facts(results: Sequence[Result]) -> dict[str, str]:
 # --- as tables ----------------------------------------------------------------------------------------------------
 
 
-def table(found: Comparison, margin: float = MARGIN) -> Table:
+def table(found: Comparison) -> Table:
     """A row a cell that both sets have: before, after, and what is outside of noise."""
     measures = [m for m in SHOWN if any(m in c.before.drift and m in c.after.drift for c in found.changes)]
     heads = [("", "mode"), ("", "outside of noise"), ("", "clip")]
@@ -145,8 +150,9 @@ def table(found: Comparison, margin: float = MARGIN) -> Table:
     rows = []
     for change in found.changes:
         a, b = change.before, change.after
-        flags = outside(change, margin)
-        row = [Cell(change.label), Cell("; ".join(flags) or "nothing", mark=_mark(flags)), Cell(change.clip)]
+        flags, few = outside(change), untold(change)
+        told = "; ".join(flags) or ("too few to tell" if few else "nothing")
+        row = [Cell(change.label), Cell(told, "; ".join(few), _mark(flags)), Cell(change.clip)]
         row += [Cell(number(a.step)), Cell(number(b.step)), Cell(f"{change.speed:.2f}×" if change.speed else MISSING)]
         row += [Cell(gigabytes(v)) for v in (a.gpu, b.gpu, a.host, b.host)]
         for m in measures:
@@ -155,9 +161,10 @@ def table(found: Comparison, margin: float = MARGIN) -> Table:
                 row.append(Cell(amount(m, interval.median if interval else None), span(m, interval)))
         rows.append(row)
     notes = [
-        f"Outside of noise: times and memory that differ by more than {margin * 100:g} %, drift whose intervals "
-        f"(95 %) do "
-        "not overlap. Without intervals (fewer than six prompts), drift is never flagged."
+        "Outside of noise: drift whose change, pair by pair, has an interval (95 %) without 0, or as a ratio without "
+        "1; prompt following, where the prompts that changed went one way (sign test, 5 %); seconds a step that differ "
+        f"by more than three times the spread of single steps, and {LEAST * 100:g} % at least (with fewer than "
+        f"{fewest()} steps: by more than {MARGIN * 100:g} %); memory by more than {MARGIN * 100:g} %."
     ]
     return without_empty(
         Table("compare", f"Before: {found.names[0]}; after: {found.names[1]}", heads, rows, footnotes=notes)
@@ -166,39 +173,89 @@ def table(found: Comparison, margin: float = MARGIN) -> Table:
 
 def _mark(flags: Sequence[str]) -> str:
     """What is better, worse, or both looks so."""
-    worse = [flag for flag in flags if flag.endswith(("slower", "worse")) or " more " in flag]
+    worse = [flag for flag in flags if any(word in flag for word in ("slower", " worse", " more "))]
     return "" if not flags else "floor" if not worse else "above" if len(worse) == len(flags) else "open"
 
 
-def outside(change: Change, margin: float = MARGIN) -> list[str]:
+def outside(change: Change) -> list[str]:
     """What of a cell changed by more than noise, in words."""
     flags = []
     a, b = change.before, change.after
+    margin = speed_margin(a, b)
     if change.speed is not None and not 1 / (1 + margin) <= change.speed <= 1 + margin:
         word = "faster" if change.speed > 1 else "slower"
         times = change.speed if change.speed > 1 else 1 / change.speed
         flags.append(f"{times:.2f}× {word}")
     for name, x, y in (("GPU memory", a.gpu, b.gpu), ("host memory", a.host, b.host)):
-        if x and y and abs(y / x - 1) > margin:
+        if x and y and abs(y / x - 1) > MARGIN:
             flags.append(f"{abs(y / x - 1) * 100:.0f} % {'more' if y > x else 'less'} {name}")
-    for name, measure in DRIFT.items():
-        x, y = a.drift.get(name), b.drift.get(name)
-        if x is None or y is None or overlaps(x, y) is not False:
-            continue
-        better = (y.median < x.median) == (measure.better == "lower")
-        flags.append(f"{measure.label} {'better' if better else 'worse'}")
-    for name in a.score.keys() & b.score.keys():
-        if _apart(a.score[name], b.score[name]):
-            better = b.score[name][0] / b.score[name][1] > a.score[name][0] / a.score[name][1]
-            flags.append(f"prompt following ({name}) {'better' if better else 'worse'}")
-    return flags
+    flags += filter(None, (_drifted(name, a, b) for name in DRIFT))
+    return flags + [
+        f"prompt following ({name}) {'better' if b.score[name].part > a.score[name].part else 'worse'}"
+        for name in a.score
+        if name in b.score and _follows_otherwise(name, a, b)
+    ]
 
 
-def _apart(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    """Whether the intervals (Wilson) of two shares do not overlap."""
-    from solostep.engine.demo.rules import wilson
+def untold(change: Change) -> list[str]:
+    """What of a cell was measured on too few prompts or steps to tell noise from a change."""
+    a, b = change.before, change.after
+    measured = [*((a.drift[name].n, b.drift[name].n) for name in DRIFT if name in a.drift and name in b.drift)]
+    measured += [(a.score[name].prompts, b.score[name].prompts) for name in a.score if name in b.score]
+    prompts = min((min(pair) for pair in measured), default=fewest())
+    found = []
+    if prompts < fewest():
+        found.append(f"drift: {prompts} prompt{'s' * (prompts != 1)}, {fewest()} make an interval")
+    steps = min(a.steps_timed, b.steps_timed)
+    if change.speed is not None and steps < fewest():
+        found.append(f"seconds a step: {steps} timed, held against {MARGIN * 100:g} %")
+    return found
 
-    (low_a, high_a), (low_b, high_b) = wilson(*a), wilson(*b)
+
+def speed_margin(a: Row, b: Row) -> float:
+    """How far apart median steps may be, relative: by the spread of the single steps of both runs."""
+    if min(len(a.step_times), len(b.step_times)) < fewest() or not a.step or not b.step:
+        return MARGIN
+    return max(LEAST, 3 * math.hypot(spread(a.step_times) / a.step, spread(b.step_times) / b.step))
+
+
+def _drifted(name: str, a: Row, b: Row) -> str | None:
+    """What a drift did, if that is outside of noise: pair by pair, or where there are no pairs, by both intervals."""
+    if name not in a.drift or name not in b.drift:
+        return None
+    measure = DRIFT[name]
+    as_ratio = measure.unit in ("%", "dB")
+    found = paired(b.samples[name], a.samples[name], (lambda x, y: over(name, x, y)) if as_ratio else more)
+    if found is None:
+        if overlaps(a.drift[name], b.drift[name]) is not False:
+            return None
+        better = (b.drift[name].median < a.drift[name].median) == (measure.better == "lower")
+        return f"{measure.label} {'better' if better else 'worse'}"
+    same = 1.0 if as_ratio else 0.0
+    if found.low is None or found.high is None or found.low <= same <= found.high:
+        return None
+    # A ratio is of errors, also of decibels: more is worse.
+    better = (found.high < same) == (as_ratio or measure.better == "lower")
+    size = _size(found.median) if as_ratio else f"by {amount(name, abs(found.median))}"
+    of = " of the difference" if measure.unit == "dB" else ""
+    return f"{measure.label} {'better' if better else 'worse'} ({size}{of})"
+
+
+def _size(ratio: float) -> str:
+    return f"{(ratio - 1) * 100:+.2g} %" if 0.5 < ratio < 2 else f"{number(ratio)}×"
+
+
+def _follows_otherwise(name: str, a: Row, b: Row) -> bool:
+    """Whether an aspect is followed more or less often: by the prompts that changed, or where results do not keep
+    them, by intervals (Wilson) that do not overlap."""
+    changes: dict[str, int] = {}
+    for pair, before in a.followed.items():
+        if pair in b.followed and name in before and name in b.followed[pair]:
+            changes[pair[0]] = changes.get(pair[0], 0) + b.followed[pair][name] - before[name]
+    if changes:
+        up, down = sum(v > 0 for v in changes.values()), sum(v < 0 for v in changes.values())
+        return sign_test(up, down) <= 0.05
+    (low_a, high_a), (low_b, high_b) = a.score[name].interval, b.score[name].interval
     return high_a < low_b or high_b < low_a
 
 
@@ -244,7 +301,10 @@ def as_page(found: Comparison) -> str:
         body += (
             f'<p class="warn">The environments differ; what changed may come from that.</p>{html.table(environment)}'
         )
+    few = sum(bool(untold(change)) for change in found.changes)
     body += f"<h2>{flagged} of {len(found.changes)} cells changed by more than noise</h2>"
+    if few:
+        body += f'<p class="note">{few} have too few prompts or steps to tell all of it; the table says which.</p>'
     body += html.table(table(found), sortable=True)
     body += "".join(f'<p class="note">{escape(line)}</p>' for line in only_in(found)) + "</main>"
     return html.document(f"Results compared: {found.title}", body)

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from solostep.benchmarks.report_pairs import (
 )
 from solostep.benchmarks.report_verdicts import Verdict, judge
 from solostep.benchmarks.results import Cell, Result
-from solostep.benchmarks.statistics import Interval, median_interval
+from solostep.benchmarks.statistics import Interval
 
 REFERENCE, MODE, OTHER_SEED = "reference", "mode", "other-seed"
 FLOORS = {"floor-backend": "noise floor: another back end", "floor-order": "noise floor: another order"}
@@ -67,8 +68,8 @@ class Row:
     sigmas: list[float] = field(default_factory=list)
     blocks: dict[str, float] = field(default_factory=dict)
     operators: dict[str, float] = field(default_factory=dict)
-    block_spans: dict[str, Interval] = field(default_factory=dict)
-    operator_spans: dict[str, Interval] = field(default_factory=dict)
+    block_samples: dict[str, Samples] = field(default_factory=dict)
+    operator_samples: dict[str, Samples] = field(default_factory=dict)
     score: dict[str, Share] = field(default_factory=dict)
     followed: dict[Pair, dict[str, bool]] = field(default_factory=dict)
     lost: dict[Pair, list[str]] | None = None
@@ -76,6 +77,16 @@ class Row:
     frames: Path | None = None
     events: list[str] = field(default_factory=list)
     verdict: Verdict | None = None
+
+    @cached_property
+    def block_spans(self) -> dict[str, Interval]:
+        """Medians of each block with their intervals; a bootstrap each, so only where they are shown."""
+        return {name: summarized(samples) for name, samples in self.block_samples.items()}
+
+    @cached_property
+    def operator_spans(self) -> dict[str, Interval]:
+        """Those of each operator, over all blocks."""
+        return {name: summarized(samples) for name, samples in self.operator_samples.items()}
 
     @property
     def is_floor(self) -> bool:
@@ -302,7 +313,7 @@ def _add_speed(row: Row, speed: Mapping[str, Any]) -> None:
     steps = [float(s) for s in speed.get("step_seconds") or []]
     first = speed.get("first_step_seconds")
     if steps:
-        row.step = sorted(steps)[len(steps) // 2] if len(steps) % 2 else _middle(steps)
+        row.step = _middle(steps)
     row.steps_timed, row.step_times, row.first_step = len(steps), steps, first
     row.video_seconds, row.frames_written = speed.get("video_seconds"), speed.get("frames_written")
     row.stages = {name: float(s) for name, s in (speed.get("stages") or {}).items() if s is not None}
@@ -313,7 +324,7 @@ def _add_speed(row: Row, speed: Mapping[str, Any]) -> None:
 
 def _middle(values: Sequence[float]) -> float:
     ordered = sorted(values)
-    return (ordered[len(ordered) // 2 - 1] + ordered[len(ordered) // 2]) / 2
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
 def _add_drift(row: Row, drift: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) -> None:
@@ -324,16 +335,15 @@ def _add_drift(row: Row, drift: Mapping[str, Any], pairs: Sequence[Mapping[str, 
     row.sigmas = [float(s) for s in teacher.get("sigmas") or free.get("sigmas") or []]
     row.diverged = list(free.get("diverged_at") or [])
     blocks = drift.get("blocks") or {}
-    prompts = _prompts_of(blocks.get("samples") or [], pairs)
+    labels = blocks.get("samples") or []
     for name, errors in zip(blocks.get("names") or [], blocks.get("error") or [], strict=True):
         if errors:
-            row.block_spans[str(name)] = median_interval(errors, clusters=prompts)
+            row.block_samples[str(name)] = _by_pair([errors], labels, pairs)
     for name, by_block in (drift.get("operators") or {}).items():
-        values = [(float(e), p) for errors in by_block for e, p in zip(errors, prompts, strict=True)]
-        if values:
-            row.operator_spans[name] = median_interval([v for v, _ in values], clusters=[p for _, p in values])
-    row.blocks = {name: found.median for name, found in row.block_spans.items()}
-    row.operators = {name: found.median for name, found in row.operator_spans.items()}
+        if any(by_block):
+            row.operator_samples[name] = _by_pair(by_block, labels, pairs)
+    row.blocks = {name: _median(samples) for name, samples in row.block_samples.items()}
+    row.operators = {name: _median(samples) for name, samples in row.operator_samples.items()}
 
 
 def _steps(error: Sequence[Sequence[float]] | None, pairs: Sequence[Mapping[str, Any]]) -> list[Interval]:
@@ -342,10 +352,20 @@ def _steps(error: Sequence[Sequence[float]] | None, pairs: Sequence[Mapping[str,
     return by_step(dict(zip(names_of(pairs, len(rows)), rows, strict=True))) if rows else []
 
 
-def _prompts_of(samples: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The prompt of each sample: those of one prompt are alike, and count as one."""
-    names = names_of(pairs, max((s["pair"] for s in samples), default=-1) + 1)
-    return [names[s["pair"]][0] for s in samples]
+def _by_pair(
+    rows: Sequence[Sequence[float]], labels: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]
+) -> Samples:
+    """Rows of errors, one for each labelled sample, by the samples' pairs."""
+    names = names_of(pairs, max((label["pair"] for label in labels), default=-1) + 1)
+    found: Samples = {}
+    for row in rows:
+        for error, label in zip(row, labels, strict=True):
+            found.setdefault(names[label["pair"]], []).append(float(error))
+    return found
+
+
+def _median(samples: Samples) -> float:
+    return _middle([value for values in samples.values() for value in values])
 
 
 # --- verdicts -----------------------------------------------------------------------------------------------------

@@ -90,6 +90,18 @@ def overlaps(a: Interval, b: Interval) -> bool | None:
     return a.low <= b.high and b.low <= a.high
 
 
+def sign_test(up: int, down: int) -> float:
+    """How probable it is that so many of up + down pairs, or more, go one way when both are as likely (two-sided)."""
+    n = up + down
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(up, down) + 1)) / 2**n)
+
+
+def spread(values: Sequence[float]) -> float:
+    """The standard deviation that a normal of the same median absolute deviation has; some outliers do not move it."""
+    middle = median_interval(values).median
+    return 1.4826 * median_interval([abs(value - middle) for value in values]).median
+
+
 def _check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise UsageError(f"The confidence must be between 0 and 1, not {confidence}.")

@@ -1,4 +1,5 @@
-"""Made-up results for the tests of the report: plausible shapes and magnitudes, and no measurement of anything."""
+"""Made-up results for the tests of the report: the keys that a cell writes, plausible shapes and magnitudes, and no
+measurement of anything."""
 
 from __future__ import annotations
 
@@ -90,8 +91,15 @@ def environment(card: str | None = CARD, **more: Any) -> dict[str, Any]:
 LEVELS = ("speed", "blocks", "teacher", "free", "video", "score")
 
 
-def pair_list(n: int) -> list[dict[str, Any]]:
-    return [{"prompt": f"test prompt {i} with <b>marks</b> & signs", "seed": 1} for i in range(n)]
+ASPECTS = ("kind", "colour", "background", "motion")
+HARD = 0.1
+"""How much the errors of prompts differ, of all modes alike (of their logarithms)."""
+
+
+def pair_list(n: int, seeds: int = 1) -> list[dict[str, Any]]:
+    """``n`` prompts with each seed, the seeds of a prompt one after the other."""
+    named = [f"test prompt {i} with <b>marks</b> & signs" for i in range(n)]
+    return [{"prompt": prompt, "seed": seed + 1} for prompt in named for seed in range(seeds)]
 
 
 def make_result(
@@ -105,12 +113,17 @@ def make_result(
     levels: tuple[str, ...] = LEVELS,
     env: dict[str, Any] | None = None,
     synthetic: Any = False,
+    seeds: int = 1,
+    hard: float = HARD,
+    lost: tuple[int, ...] = (),
     **cell: Any,
 ) -> dict[str, Any]:
-    """One result in JSON's types. ``cell`` replaces keys of the cell."""
+    """One result in JSON's types, ``pairs`` prompts with each of the seeds. hard: see HARD; lost: pairs whose motion is
+    not the one that was asked for. ``cell`` replaces keys of the cell."""
     mode = dict(MODES[name])
     rng = np.random.default_rng([seed, *name.encode()])
-    the_pairs = pair_list(pairs)
+    seeds = max(seeds, 2) if mode.get("role") == "other-seed" else seeds
+    the_pairs = pair_list(pairs, seeds)
     full_cell = {
         "model": "demo",
         "precision": mode["precision"],
@@ -133,7 +146,7 @@ def make_result(
         **cell,
     }
     label = name if not full_cell["vram"] else f"{name} · {full_cell['vram']}"
-    drift = _drift(mode, rng, pairs, steps, blocks, levels) if "error" in mode else None
+    drift = _drift(mode, rng, pairs, steps, blocks, levels, seeds, hard) if "error" in mode else None
     result: dict[str, Any] = {
         "solostep_bench": 1,
         "id": f"{abs(hash_of(name, seed, full_cell)):016x}",
@@ -154,10 +167,15 @@ def make_result(
     if "speed" in levels and "time" in mode:
         result["speed"] = _speed(step * mode["time"], rng, steps, full_cell["num_frames"])
         result["memory"] = _memory(memory * mode["memory"], full_cell["vram"])
-    if "score" in levels and mode.get("role") not in ("other-seed", "floor-order"):
-        hits = 192 - int(rng.integers(0, 3))
-        result["score"] = {"kind": [192, 192], "colour": [192, 192], "background": [191, 192], "motion": [hits, 192]}
+    if "score" in levels and mode.get("role", "reference") == "reference":  # floors and other seeds have none
+        result["score"] = score(len(the_pairs), lost)
     return result
+
+
+def score(pairs: int, lost: tuple[int, ...] = ()) -> dict[str, Any]:
+    """Every video right, but for the motion of ``lost``."""
+    right = {name: [not (name in ("motion", "all") and i in lost) for i in range(pairs)] for name in (*ASPECTS, "all")}
+    return {name: [sum(hits), pairs] for name, hits in right.items()} | {"pairs": right}
 
 
 def hash_of(*parts: Any) -> int:
@@ -191,26 +209,35 @@ def _memory(peak: float, vram: str | None) -> dict[str, Any]:
 
 
 def _drift(
-    mode: dict[str, Any], rng: np.random.Generator, pairs: int, steps: int, blocks: int, levels: tuple[str, ...]
-) -> dict[str, Any]:
-    e, other = mode["error"], mode.get("role") == "other-seed"
-    own = np.exp(0.10 * rng.standard_normal((pairs, 1)))
-    drift: dict[str, Any] = {}
-    sigmas = [round(float(s), 5) for s in np.linspace(1, 0.05, steps)]
+    mode: dict[str, Any], rng: np.random.Generator, prompts: int, steps: int, blocks: int, levels: tuple[str, ...],
+    seeds: int, hard: float,
+) -> dict[str, Any]:  # fmt: skip
+    e, other, pairs = mode["error"], mode.get("role") == "other-seed", prompts * seeds
+    every = np.random.default_rng(7).standard_normal((prompts, 1))  # of all modes: the same prompts are hard
+    own = np.exp(hard * every).repeat(seeds, 0)
+    drift: dict[str, Any] = dict.fromkeys(("blocks", "operators", "teacher", "free", "video"))
+    sigmas = [round(i / steps, 5) for i in range(steps + 1)]
     if "teacher" in levels and not other:
         shape = e * (0.7 + 0.6 * np.linspace(0, 1, steps) ** 2)
-        drift["teacher"] = {"sigmas": sigmas, "error": (own * shape * _noise(rng, pairs, steps)).round(6).tolist()}
+        error = (own * shape * _noise(rng, pairs, steps)).round(6)
+        drift["teacher"] = {
+            "sigmas": sigmas[:-1], "error": error.tolist(), "cosine": (1 - error**2 / 2).round(9).tolist(),
+        }  # fmt: skip
     if "free" in levels:
         grown = 4 * e * (np.linspace(0.02, 1, steps) ** 1.5) if not other else np.linspace(1.41, e, steps)
         error = own * grown * _noise(rng, pairs, steps)
         drift["free"] = {
-            "sigmas": sigmas,
+            "sigmas": sigmas[1:],
             "error": error.round(6).tolist(),
-            "diverged_at": [None if row[-1] < 0.3 else steps - 2 for row in error],
+            "diverged_at": [next((i for i, value in enumerate(row) if value > 0.3), None) for row in error],
+            "diverged_limit": 0.3,
         }
     if "blocks" in levels and not other:
         samples = [
-            {"pair": p, "step": s, "branch": b} for p in range(pairs) for s in (2, 8) for b in ("text", "negative")
+            {"pair": p * seeds, "step": s, "branch": b}
+            for p in range(min(prompts, 8))
+            for s in (0, steps // 2, steps - 1)
+            for b in ("text", "unconditional")
         ]
         shape = e * (1 + 0.8 * np.sin(np.linspace(0.5, 4, blocks)) + np.linspace(0, 0.6, blocks))[:, None]
         drift["blocks"] = {
@@ -218,22 +245,26 @@ def _drift(
             "samples": samples,
             "error": (shape * _noise(rng, blocks, len(samples))).round(6).tolist(),
         }
-        drift["operators"] = {
-            operator: (k * shape * _noise(rng, blocks, len(samples))).round(6).tolist()
-            for operator, k in (("attn1.wqkv", 0.6), ("attn1.wo", 0.9), ("ff.net.2", 1.1))
-        }
+        if mode["precision"] != "bf16":  # linears that are the reference's own are not measured
+            drift["operators"] = {
+                operator: (k * shape * _noise(rng, blocks, len(samples))).round(6).tolist()
+                for operator, k in (("attn1.wqkv", 0.6), ("attn1.wo", 0.9), ("ff.net.2", 1.1))
+            }
     if "video" in levels:
-        psnr = [-20 * math.log10(4 * e * float(o)) + 14 for o in own[:, 0]]
+        errors = [e * float(o) for o in own[:, 0] * _noise(rng, pairs, 1)[:, 0]]
+        psnr = [-20 * math.log10(4 * error) + 14 for error in errors]
         drift["video"] = {
             "psnr": psnr,
-            "ssim": [1 - min(0.9, e * float(o) * 0.6) for o in own[:, 0]],
-            "vmaf": [max(1.0, 100 - 120 * e * float(o)) for o in own[:, 0]],
+            "ssim": [1 - min(0.9, error * 0.6) for error in errors],
+            "vmaf": [max(1.0, 100 - 120 * error) for error in errors],
             "xpsnr": [p + 1.2 for p in psnr],
-            "lpips": [None] * pairs if other else [0.3 * e * float(o) for o in own[:, 0]],
-            "flicker": [0.01 * e] * pairs,
-            "motion": [0.02 * e] * pairs,
+            "lpips": None if other else [0.3 * error for error in errors],
+            "flicker": [(-1) ** i * error for i, error in enumerate(errors)],
+            "motion": [2 * error for error in errors],
         }
-    return drift
+    if not other:
+        drift["attention_backend"] = None if mode["attention"] == "official" else "torch"
+    return drift if any(drift[level] for level in ("blocks", "teacher", "free", "video")) else {}
 
 
 def _noise(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:

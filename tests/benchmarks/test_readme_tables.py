@@ -57,7 +57,7 @@ def test_what_the_tables_say(root: Path):
     assert "stepvideo-t2v, 204 frames of 544x992, synthetic weights" in modes and "Testcard 9000" in modes
     assert "51 frames" not in modes and "8GB" not in modes
     (row,) = [line for line in drift.splitlines() if line.startswith("| nf4 · bf16 attention |")]
-    assert "times the floor" in row and " of 192 [" in row and " dB " in row
+    assert "times the floor" in row and " of 8 [" in row and " dB " in row and "× [" in row
     assert "noise floor: another order" in drift and "another seed" in drift
     rows = [line for line in budgets.splitlines() if line.startswith("| int8 · int8-fp8 attention |")]
     assert [line.split(" | ")[1:3] for line in rows[:2]] == [["204", "8GB"], ["204", "12GB"]] and len(rows) == 12

@@ -24,7 +24,7 @@ from solostep.benchmarks.report_headline import headline
 from solostep.benchmarks.report_html import page
 from solostep.benchmarks.report_labels import covered, free_box, spread
 from solostep.benchmarks.report_markdown import markdown, plain
-from solostep.benchmarks.report_measures import amount, end_to_end, gigabytes, number, seconds, share
+from solostep.benchmarks.report_measures import Share, amount, end_to_end, gigabytes, number, seconds, share
 from solostep.benchmarks.report_pictures import amplification, read_frames
 from solostep.benchmarks.report_plots import budgets as budgets_plot
 from solostep.benchmarks.report_tables import budgets, gigabytes_of, summary
@@ -245,13 +245,127 @@ def test_other_seed_joins_with_its_own_seeds(tmp_path: Path):
 
 
 def test_verdicts(demo: Path):
-    rows = {row.name: row for row in read(demo)[0].rows}
+    group = read(demo)[0]
+    rows = {row.name: row for row in group.rows}
     kinds = {name: row.verdict.kind for name, row in rows.items() if row.verdict}
     assert kinds["int8 · int8 attention"] == "floor" and kinds["bf16 · bf16 attention"] == "floor"
     assert kinds["nf4 · bf16 attention"] == "above" and kinds["int8 · int8-fp8 attention"] == "above"
-    floor = max(r.drift["teacher"].median for r in rows.values() if r.is_floor)
-    nf4 = rows["nf4 · bf16 attention"]
-    assert nf4.verdict and nf4.verdict.ratio == pytest.approx(nf4.drift["teacher"].median / floor)
+    verdict = rows["nf4 · bf16 attention"].verdict
+    assert verdict and verdict.times and list(verdict.parts) == ["teacher", "free", "psnr"]
+    for part in verdict.parts.values():  # errors were drawn 0.086 / 0.0125 apart; PSNR is of them too
+        assert part.kind == "above" and part.ratio == pytest.approx(0.086 / 0.0125, rel=0.1)
+        assert part.times and part.times.low and part.times.low < 0.086 / 0.0125 < (part.times.high or 0)
+    assert verdict.steps == (12, 12)
+    noise = rows["int8 · int8 attention"].verdict
+    assert noise and noise.is_noise and noise.steps and noise.steps[0] <= 1
+    lines, _ = markdown("t", [], [group])
+    assert "times the floor" in lines and "Beside the noise floor, measure by measure" in lines
+    (line,) = [x for x in lines.splitlines() if x.startswith("| nf4 · bf16 attention |") and "steps above" in x]
+    assert f"| {number(verdict.ratio)}× [" in line and "12 of 12 steps above the floor" in line
+
+
+def compared(tmp_path: Path, error: float, prompts: int, seed: int) -> Group:
+    """A mode with so many times the floor's error, prompts of very different difficulty, little noise of each."""
+    made.MODES["mode under test"] = made.MODES["int8 · int8 attention"] | {"error": 0.0125 * error}
+    names, levels = ("reference", "floor-order", "mode under test"), ("speed", "teacher")
+    results = [made.make_result(n, pairs=prompts, hard=0.5, seed=seed, levels=levels) for n in names]
+    made.write_results(tmp_path / f"{error}-{prompts}-{seed}", results)
+    return read(tmp_path / f"{error}-{prompts}-{seed}")[0]
+
+
+def test_few_prompts_do_not_hide_a_larger_error(tmp_path: Path):
+    """Half as much error again: the intervals of both overlap, and the ratio tells them apart all the same."""
+    for seed in range(5):
+        group = compared(tmp_path, 1.5, 8, seed)
+        verdict, claim = group.modes[0].verdict, headline(group)[0]
+        assert verdict and verdict.kind == "floor" and verdict.text.startswith("indistinguishable from the floor; ")
+        assert verdict.times and verdict.times.low and 1.3 < verdict.times.low <= 1.5 * 1.05 and not verdict.is_noise
+        assert verdict.text.endswith(", intervals overlap")
+        assert "rounding noise" not in claim.text and "intervals overlap" in claim.text and claim.title != "Use"
+        assert f"{number(verdict.ratio)} times the floor [" in claim.text
+
+
+def test_the_floor_itself_is_noise(tmp_path: Path):
+    found = [compared(tmp_path, 1.0, 16, seed) for seed in range(8)]
+    verdicts = [group.modes[0].verdict for group in found]
+    assert all(v and v.kind == "floor" for v in verdicts)
+    assert sum(bool(v and v.is_noise) for v in verdicts) >= 6  # 95 % of them, but for those below
+    claims = [headline(g)[0] for g in found if g.modes[0].verdict and g.modes[0].verdict.is_noise]
+    assert all(c.title == "Use" and "cannot be told from rounding noise" in c.text for c in claims)
+    steps = [v.steps[0] for v in verdicts if v and v.steps]
+    assert sum(steps) <= 10  # of 96, one in forty by chance
+
+
+def test_a_mode_that_one_measure_tells_apart_is_not_noise(tmp_path: Path):
+    """Its steps are the floor's, its videos are not."""
+    results = [made.make_result(n) for n in ("reference", "floor-order", "int8 · int8 attention")]
+    video = results[2]["drift"]["video"]
+    video["psnr"] = [p - 6.02 for p in video["psnr"]]
+    made.write_results(tmp_path, results)
+    verdict = read(tmp_path)[0].modes[0].verdict
+    assert verdict and verdict.kind == "above" and verdict.parts["teacher"].kind == "floor"
+    assert verdict.text == f"PSNR: {number(verdict.parts['psnr'].ratio)} times the floor"
+    video["psnr"] = [p + 6.02 for p in video["psnr"]]
+    made.write_results(tmp_path / "as before", results)
+    before = read(tmp_path / "as before")[0].modes[0].verdict
+    assert before and before.is_noise  # 6 dB are a factor of two
+    assert verdict.parts["psnr"].ratio == pytest.approx(2 * (before.parts["psnr"].ratio or 0), rel=1e-3)
+
+
+def test_equal_runs_are_noise(tmp_path: Path):
+    """Errors of 0 and infinite PSNR, of the mode and then of the floor too."""
+    results = [made.make_result(n) for n in ("reference", "floor-order", "int8 · int8 attention")]
+    for i, result in enumerate(reversed(results[1:])):
+        drift = result["drift"]
+        for level in ("teacher", "free"):
+            drift[level]["error"] = [[0.0] * 12] * 8
+        drift["video"]["psnr"] = [None] * 8
+        made.write_results(tmp_path / str(i), results)
+        verdict = read(tmp_path / str(i))[0].modes[0].verdict
+        assert verdict and verdict.is_noise and {part.ratio for part in verdict.parts.values()} == {float(i)}
+    results[2]["drift"]["free"]["error"] = [[0.1] * 12] * 8
+    made.write_results(tmp_path / "above", results)
+    verdict = read(tmp_path / "above")[0].modes[0].verdict
+    assert verdict and verdict.kind == "above" and verdict.text == "latents at the end: a floor of 0"
+
+
+def test_pairs_are_matched_by_name(tmp_path: Path):
+    """A floor whose pairs stand in another order, and some of which are missing, is divided by the same ones."""
+    mode, floor = (made.make_result(n, levels=("teacher",), hard=1.0) for n in ("int8 · int8 attention", "floor-order"))
+    made.write_results(tmp_path / "a", [mode, floor])
+    before = read(tmp_path / "a")[0].modes[0].verdict
+    teacher = floor["drift"]["teacher"]
+    for values in (floor["pairs"], teacher["error"], teacher["cosine"]):
+        values.reverse()
+    made.write_results(tmp_path / "b", [mode, floor])
+    after = read(tmp_path / "b")[0].modes[0].verdict
+    assert before and after and before.times == after.times and before.times and before.times.n == 8
+
+
+def test_prompts_that_are_lost(tmp_path: Path):
+    """Four seeds of one prompt are one prompt, and what the reference does not follow cannot be lost."""
+    mode = "int8 · int8 attention"
+    results = [made.make_result("reference", pairs=32, seeds=4, lost=(5,)),
+               made.make_result(mode, pairs=32, seeds=4, lost=(4, 5, 6, 20))]  # fmt: skip
+    made.write_results(tmp_path, results)
+    (group,) = read(tmp_path)
+    (row,), reference = group.modes, group.reference
+    assert reference and reference.score["kind"] == (128, 128, 32)
+    assert share(reference.score["kind"]) == "128 of 128 [0.89, 1.00]"  # of 32 prompts, not [0.97, 1] of 128
+    names = [pair["prompt"] for pair in results[0]["pairs"]]
+    assert row.lost == {(names[4], 1): ["motion"], (names[6], 3): ["motion"], (names[20], 1): ["motion"]}
+    text, _ = markdown("t", [], [group])
+    assert f"Lost by {mode}: {plain(names[20])} (seed 1): motion." in text
+    assert "2 prompts lost" in text and "2 prompts lost" in headline(group)[1].text
+
+
+def test_flicker_has_no_good_sign(tmp_path: Path):
+    """Flickering less than the reference is as far from it as flickering more."""
+    result = made.make_result("int8 · int8 attention")
+    result["drift"]["video"]["flicker"] = [-0.5] * 4 + [0.5] * 4
+    made.write_results(tmp_path, [result])
+    found = read(tmp_path)[0].modes[0].drift["flicker"]
+    assert (found.median, found.low, found.high) == (0.5, 0.5, 0.5)
 
 
 def test_verdict_needs_prompts_and_a_floor(tmp_path: Path):
@@ -259,7 +373,7 @@ def test_verdict_needs_prompts_and_a_floor(tmp_path: Path):
     made.write_results(tmp_path / "few", few)
     (group,) = read(tmp_path / "few")
     assert group.modes[0].verdict and group.modes[0].verdict.kind == "open"
-    assert "5 prompts are too few" in headline(group)[0].text
+    assert "5 prompts are too few" in headline(group)[0].text and headline(group)[0].title != "Use"
     made.write_results(tmp_path / "none", [made.make_result("int8 · int8 attention")])
     (group,) = read(tmp_path / "none")
     assert group.modes[0].verdict and group.modes[0].verdict.kind == "unknown"
@@ -332,7 +446,7 @@ def test_numbers():
     assert end_to_end((50.0, True)).endswith("†") and not end_to_end((50.0, False)).endswith("†")
     assert gigabytes(33.04e9) == "33.0 GB" and gigabytes(5.2e8) == "520 MB" and gigabytes(None) == "–"
     assert amount("teacher", 0.0123) == "1.23 %" and amount("psnr", 51.53) == "51.5 dB"
-    assert share((192, 192)) == "192 of 192 [0.98, 1.00]"
+    assert share(Share(192, 192, 192)) == "192 of 192 [0.98, 1.00]"
     assert gigabytes_of("24GB") == 24 and gigabytes_of("none") is None and gigabytes_of(None) is None
     assert plain("a|b <i>*x*") == "a\\|b &lt;i&gt;\\*x\\*" and "](" not in plain("[a](b)")
 

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from solostep.benchmarks import report as command
-from solostep.benchmarks.compare import compare, outside
+from solostep.benchmarks.compare import as_page, compare, outside, speed_margin, table, untold
 from solostep.engine.errors import UsageError
 
 _spec = importlib.util.spec_from_file_location("report_fixtures", Path(__file__).with_name("report_fixtures.py"))
@@ -45,29 +45,75 @@ def test_what_changed_is_flagged(tmp_path: Path):
     before, after = made.make_result(MODE), made.make_result(MODE, step=1.6, memory=90e9)
     for pair in after["drift"]["teacher"]["error"]:
         pair[:] = [3 * e for e in pair]
-    after["score"]["motion"] = [120, 192]
+    after["score"] = made.score(8, lost=(0, 1, 2, 3, 5, 6))
     found = compare(*two(tmp_path, [before], [after]))
     flags = outside(found.changes[0])
-    assert flags == ["1.25× faster", "50 % more GPU memory", "12 % less host memory",
-                     "teacher-forced error worse", "prompt following (motion) worse"]  # fmt: skip
+    assert flags == [
+        "1.25× faster", "50 % more GPU memory", "12 % less host memory", "teacher-forced error worse (3.00×)",
+        "prompt following (motion) worse", "prompt following (all) worse",
+    ]  # fmt: skip
+    assert untold(found.changes[0]) == []
     slower = outside(compare(tmp_path / "after", tmp_path / "before").changes[0])
-    assert "1.25× slower" in slower and "teacher-forced error better" in slower
+    assert "1.25× slower" in slower and "teacher-forced error better (0.333×)" in slower
 
 
-def test_small_changes_are_noise(tmp_path: Path):
-    before, after = made.make_result(MODE), made.make_result(MODE, step=2.0 * 1.02, seed=0)
-    for pair in after["drift"]["teacher"]["error"]:
-        pair[:] = [1.01 * e for e in pair]
+def test_changes_that_go_both_ways_are_noise(tmp_path: Path):
+    """Roundings drawn anew move each error by 2 %, half of them up; a prompt or two is followed otherwise."""
+    before, after = made.make_result(MODE, lost=(1,)), made.make_result(MODE, lost=(2, 3))
+    for i, pair in enumerate(after["drift"]["teacher"]["error"]):
+        pair[:] = [(1.02 if i % 2 else 0.98) * e for e in pair]
     found = compare(*two(tmp_path, [before], [after]))
     assert outside(found.changes[0]) == []
-    assert outside(found.changes[0], margin=0.01) == ["1.02× slower"]
 
 
-def test_few_prompts_are_never_flagged(tmp_path: Path):
+def test_a_small_change_of_every_pair_is_found(tmp_path: Path):
+    """Five per cent, where prompts differ by a factor of three: the intervals of both overlap all but wholly."""
+    before, after = made.make_result(MODE, hard=1.0), made.make_result(MODE, hard=1.0)
+    for level in ("teacher", "free"):
+        for pair in after["drift"][level]["error"]:
+            pair[:] = [1.05 * e for e in pair]
+    after["drift"]["video"]["psnr"] = [p - 0.5 for p in after["drift"]["video"]["psnr"]]
+    after["drift"]["video"]["ssim"] = [s + 0.001 for s in after["drift"]["video"]["ssim"]]
+    found = compare(*two(tmp_path, [before], [after]))
+    assert outside(found.changes[0]) == [
+        "teacher-forced error worse (+5 %)", "latents at the end worse (+5 %)", "PSNR worse (+5.9 % of the difference)",
+        "SSIM better (by 0.0010)",
+    ]  # fmt: skip
+
+
+def test_flicker_is_ranked_by_its_size(tmp_path: Path):
+    before, after = made.make_result(MODE), made.make_result(MODE)
+    before["drift"]["video"]["flicker"], after["drift"]["video"]["flicker"] = [-0.001] * 8, [-0.5] * 8
+    assert outside(compare(*two(tmp_path, [before], [after])).changes[0]) == ["flicker worse (by 0.4990)"]
+
+
+def test_times_are_held_against_the_spread_of_steps(tmp_path: Path):
+    def timed(steps: list[float]) -> dict[str, Any]:
+        result = made.make_result(MODE, levels=("speed",))
+        result["speed"]["step_seconds"] = steps
+        return result
+
+    unsteady = [2.0, 2.1, 1.9, 2.05, 1.95, 2.2, 1.8, 2.0]
+    slower = [1.06 * s for s in unsteady]
+    (change,) = compare(*two(tmp_path / "a", [timed(unsteady)], [timed(slower)])).changes
+    assert outside(change) == [] and speed_margin(change.before, change.after) > 0.06 and untold(change) == []
+    steady = [2.0 + 0.002 * (i % 3) for i in range(8)]
+    (change,) = compare(*two(tmp_path / "b", [timed(steady)], [timed([1.02 * s for s in steady])])).changes
+    assert outside(change) == ["1.02× slower"]
+    (change,) = compare(*two(tmp_path / "c", [timed([2.0])], [timed([2.04])])).changes
+    assert outside(change) == [] and untold(change) == ["seconds a step: 1 timed, held against 3 %"]
+
+
+def test_too_few_prompts_are_said(tmp_path: Path):
     before, after = made.make_result(MODE, pairs=3), made.make_result(MODE, pairs=3)
     for pair in after["drift"]["teacher"]["error"]:
         pair[:] = [10 * e for e in pair]
-    assert outside(compare(*two(tmp_path, [before], [after])).changes[0]) == []
+    found = compare(*two(tmp_path, [before], [after]))
+    assert outside(found.changes[0]) == []
+    assert untold(found.changes[0]) == ["drift: 3 prompts, 6 make an interval"]
+    (row,) = table(found).rows
+    assert row[1].text == "too few to tell" and row[1].more == "drift: 3 prompts, 6 make an interval"
+    assert "1 have too few prompts or steps" in as_page(found)
 
 
 def test_cells_and_environments_that_differ_are_said(tmp_path: Path):
