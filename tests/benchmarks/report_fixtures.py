@@ -194,6 +194,8 @@ def _speed(step: float, rng: np.random.Generator, steps: int, frames: int) -> di
         "stages": {"text": 1.2, "load transformer": 4.5, "denoise": round(sum(times), 3), "decode and write": 6.1},
         "video_seconds": round(11.8 + sum(times), 3),
         "frames_written": frames,
+        "written": "mp4",
+        "ran": dict.fromkeys(("precision", "text_precision", "attention", "device")),
         "end_to_end": {
             "50": {"seconds": round(11.8 + 50 * middle, 3), "extrapolated": True},
             "15": {"seconds": round(11.8 + 15 * middle, 3), "extrapolated": True},

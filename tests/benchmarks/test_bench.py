@@ -278,20 +278,20 @@ def call(bed: Bed, monkeypatch: pytest.MonkeyPatch):
 def test_the_command(bed: Bed, call: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "200")
     result = call("--precision", "int8,fp8", "--precision", "int8", "--seeds", "1", "--dry-run")
-    assert result.exit_code == 0 and "5 cells on cpu, 0 there already" in result.stdout and not bed.folder.exists()
+    assert result.exit_code == 0 and "6 cells on cpu, 0 there already" in result.stdout and not bed.folder.exists()
     bed.behave(fp8="fail")
     result = call("--precision", "int8,fp8", "--seeds", "1")
-    assert result.exit_code == 1 and "4 of 5 cells" in result.stdout and str(bed.folder) in result.stdout
+    assert result.exit_code == 1 and "5 of 6 cells" in result.stdout and str(bed.folder) in result.stdout
     assert "fp8 · official failed: the kernel is wrong on this card" in result.stderr.replace("\n", " ")
     assert "report.html" in result.stdout and "equal" in result.stdout and " 50 " in result.stdout
     bed.behave()
     result = call("--precision", "int8,fp8", "--seeds", "1", "--json")
     rows = json.loads(result.stdout)
-    assert result.exit_code == 0 and [row["status"] for row in rows] == ["skipped"] * 4 + ["done"]
+    assert result.exit_code == 0 and [row["status"] for row in rows] == ["skipped"] * 5 + ["done"]
     found = read_result(rows[-1]["file"])
     assert found.environment["command"] == "solostep bench --precision int8"  # without the place of the program
     assert found.cell.seeds == (1,)
-    assert "5 there already" in call("--precision", "int8,fp8", "--seeds", "1", "--dry-run").stdout
+    assert "6 there already" in call("--precision", "int8,fp8", "--seeds", "1", "--dry-run").stdout
 
 
 @pytest.mark.parametrize(
@@ -318,6 +318,7 @@ def test_options_as_they_are_given(tmp_path: Path):
     })  # fmt: skip
     assert options.prompts == ("a red circle", "一个绿色的三角形") and options.seeds == (1, 2, 3)
     assert options.vram == (None, "12GB", "24GB") and options.size == ((96, 64),) and options.frames == (17, 34)
+    assert bench.read_options({}).seeds == (1,) and bench.read_options({}).n == 8
     assert bench.read_options({"seeds": "7,9"}).seeds == (7, 9) and bench.read_options({"seeds": "7,"}).seeds == (7,)
     file.write_text('{"prompt": "a", "seed": 3}\n')
     with pytest.raises(UsageError, match="line 1: only prompts"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -259,14 +260,50 @@ def test_an_injected_error_of_a_linear_is_read(work: Path, monkeypatch: pytest.M
     assert all(0.02 < e < 0.25 for block in drift["blocks"]["error"] for e in block)
 
 
+def test_the_reports_fixture_has_the_keys_of_a_cell(work: Path) -> None:
+    """What the report is tested with is what there is."""
+    spec = importlib.util.spec_from_file_location("report_fixtures", Path(__file__).with_name("report_fixtures.py"))
+    assert spec is not None and spec.loader is not None
+    made: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    levels = ["speed", *DRIFT, "video"]
+    found = {
+        "int8 · int8 attention": measured(work, levels, precision="int8", attention="int8", **ONE),
+        "floor-backend": measured(work, DRIFT, role="floor-backend", **ONE),
+        "other-seed": measured(work, ["free", "video"], role="other-seed", **ONE | {"seeds": [1, 2]}),
+    }
+    for name, real in found.items():
+        fake = made.make_result(name, pairs=1, steps=STEPS, blocks=2, levels=tuple(real_levels(real)))
+        for part in ("speed", "memory", "drift", "score"):
+            assert shape_of(fake[part]) == shape_of(real[part]), (name, part)
+        assert fake["pairs"] == made.pair_list(1, len(real["pairs"])) and set(real) <= set(fake)
+
+
+def real_levels(result: dict[str, Any]) -> list[str]:
+    return [k for k in ("blocks", "teacher", "free", "video") if result["drift"][k]] + ["speed"] * bool(result["speed"])
+
+
+def shape_of(value: Any, where: str = "") -> Any:
+    """Keys of objects and lengths of lists; of what differs by network and machine only that it is there."""
+    if where in ("ran", "video", "operators", "stages", "end_to_end", "step_seconds"):
+        return type(value)
+    if isinstance(value, dict):
+        return {k: shape_of(v, k) for k, v in value.items() if k != "attention_backend"}
+    if isinstance(value, list):
+        return [shape_of(v) for v in value]
+    return None
+
+
 def test_score_counts_hits() -> None:
     prompts = held_out_prompts(4)
     asked = [p.attributes for p in prompts]
     batch, _ = draw_clips(asked, 0, "cpu", 96)
     readings = read_clips(to_frames(batch.video))
-    assert score_of(readings, asked) == {k: [4, 4] for k in ("kind", "colour", "background", "motion", "all")}
+    names, right = ("kind", "colour", "background", "motion", "all"), score_of(readings, asked)
+    assert right == {k: [4, 4] for k in names} | {"pairs": {k: [True] * 4 for k in names}}
     wrong = [(a[0], (a[1] + 1) % 8, a[2], a[3]) for a in asked[:1]] + asked[1:]
-    assert score_of(readings, wrong) == score_of(readings, asked) | {"colour": [3, 4], "all": [3, 4]}
+    of_pairs = right["pairs"] | {k: [False, True, True, True] for k in ("colour", "all")}
+    assert score_of(readings, wrong) == right | {"colour": [3, 4], "all": [3, 4], "pairs": of_pairs}
 
 
 def test_times_of_a_whole_video() -> None:

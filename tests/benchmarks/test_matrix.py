@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from solostep.benchmarks import matrix
-from solostep.benchmarks.matrix import Options, build, identity, label
+from solostep.benchmarks.matrix import Options, build, built_in_prompts, identity, label
 from solostep.benchmarks.results import Cell
+from solostep.benchmarks.statistics import fewest
 from solostep.engine.convert import quantize_model
 from solostep.engine.errors import SolostepError, UsageError
 
@@ -53,7 +54,7 @@ def test_every_clip_has_its_reference():
 
 
 def test_roles_and_levels():
-    assert of(precision=("int8",), seeds=(1,)) == [
+    assert of(precision=("int8",), levels=("teacher",)) == [
         ("reference", "reference"), ("floor-order", "floor: other order"), ("floor-backend", "floor: other back end"),
         ("mode", "int8 · official"),
     ]  # fmt: skip
@@ -63,12 +64,43 @@ def test_roles_and_levels():
     assert [p.cell.levels for p in made.planned][1:3] == [("free",), ("free",)]  # a floor's prompts are the reference's
 
 
+def test_defaults_give_intervals():
+    """Prompts enough for the interval of a median, one seed of them, and a second of the reference alone."""
+    made = build(Options(device="cpu", precision=("int8",), steps=(4,)))
+    cells = {p.cell.role: p for p in made.planned}
+    assert all(len(p.cell.prompts) == 8 >= fewest() for p in made.planned)
+    assert {role: p.cell.seeds for role, p in cells.items()} == {
+        "reference": (1,), "floor-order": (1,), "floor-backend": (1,), "mode": (1,), "other-seed": (1, 2)
+    }  # fmt: skip
+    assert cells["other-seed"].runs == pytest.approx(8.1) and cells["reference"].runs == 8
+    # Free, teacher-forced, and three steps' blocks of eight pairs, as the reference and as the mode.
+    assert cells["mode"].runs == 8 + 8 + 8 * 3 * 2 / 4
+    several = build(Options(device="cpu", precision=("int8",), seeds=(7, 9)))
+    assert {p.cell.seeds for p in several.planned} == {(7, 9)} and not any(p.fresh for p in several.planned)
+    other = [p.cell for p in build(Options(device="cpu", seeds=(2**63 - 1,), roles=("other-seed",))).planned]
+    assert [c.seeds for c in other] == [(2**63 - 1, 0)]
+
+
+def test_built_in_prompts():
+    for is_demo in (False, True):
+        found = built_in_prompts(12, is_demo)
+        assert len(set(found)) == 12 and found[:8] == built_in_prompts(8, is_demo)
+        chinese = [any("\u4e00" <= c <= "\u9fff" for c in prompt) for prompt in found]
+        assert chinese == [False, True] * 6
+    made = build(Options(device="cpu", model=str(TINY), n=12, precision=("int8",), roles=("mode",)))
+    assert [p.cell.prompts for p in made.planned] == [built_in_prompts(12, False)]
+    with pytest.raises(UsageError, match="-n 13 is more than the 12 prompts that are built in; give --prompts"):
+        build(Options(device="cpu", model=str(TINY), n=13))
+    with pytest.raises(UsageError, match="-n 5000 is more than"):
+        build(Options(device="cpu", n=5000))
+
+
 def test_sizes_are_rounded_as_the_engine_does():
     made = build(Options(device="cpu", precision=("int8",), frames=(20,), size=((100, 64),)))
     assert {(p.cell.num_frames, p.cell.height, p.cell.width) for p in made.planned} == {(17, 96, 64)}
     assert "num_frames 20 rounded down to 17" in made.notes[0]
     # Per pair: latents [3, 8, 6, 4] in fp32 before and after each step, and the frames.
-    steps, pairs = made.planned[0].cell.num_inference_steps, 8
+    steps, pairs = made.planned[0].cell.num_inference_steps, 8 * 2
     assert made.reference_bytes == pairs * ((steps + 1) * 3 * 8 * 6 * 4 * 4 + 17 * 96 * 64 * 3)
 
 

@@ -345,8 +345,8 @@ def test_pairs_are_matched_by_name(tmp_path: Path):
 def test_prompts_that_are_lost(tmp_path: Path):
     """Four seeds of one prompt are one prompt, and what the reference does not follow cannot be lost."""
     mode = "int8 · int8 attention"
-    results = [made.make_result("reference", pairs=32, seeds=4, lost=(5,)),
-               made.make_result(mode, pairs=32, seeds=4, lost=(4, 5, 6, 20))]  # fmt: skip
+    own = {"pairs": 32, "seeds": 4, "levels": ("speed", "score")}
+    results = [made.make_result("reference", **own, lost=(5,)), made.make_result(mode, **own, lost=(4, 5, 6, 20))]
     made.write_results(tmp_path, results)
     (group,) = read(tmp_path)
     (row,), reference = group.modes, group.reference
@@ -356,7 +356,7 @@ def test_prompts_that_are_lost(tmp_path: Path):
     assert row.lost == {(names[4], 1): ["motion"], (names[6], 3): ["motion"], (names[20], 1): ["motion"]}
     text, _ = markdown("t", [], [group])
     assert f"Lost by {mode}: {plain(names[20])} (seed 1): motion." in text
-    assert "2 prompts lost" in text and "2 prompts lost" in headline(group)[1].text
+    assert "2 prompts lost" in text and "2 prompts lost" in headline(group)[0].text
 
 
 def test_flicker_has_no_good_sign(tmp_path: Path):
@@ -391,12 +391,25 @@ def test_headline_is_the_fastest_within_the_floor(demo: Path):
 
 
 def test_seeds_of_one_prompt_count_once(tmp_path: Path):
-    result = made.make_result("int8 · int8 attention", pairs=8)
-    for i, pair in enumerate(result["pairs"]):
-        pair |= {"prompt": f"p{i // 2}", "seed": i % 2}
-    made.write_results(tmp_path, [result])
+    made.write_results(tmp_path, [made.make_result("int8 · int8 attention", pairs=4, seeds=2)])
     interval = read(tmp_path)[0].modes[0].drift["teacher"]
     assert interval.n == 4 and interval.low is None
+
+
+def test_blocks_and_operators_have_intervals_over_prompts(tmp_path: Path):
+    for prompts in (5, 8):
+        result = made.make_result("int8 · int8 attention", pairs=prompts, blocks=2, levels=("blocks",))
+        made.write_results(tmp_path / str(prompts), [result])
+        (row,) = read(tmp_path / str(prompts))[0].modes
+        errors = result["drift"]["blocks"]["error"]
+        assert row.blocks == pytest.approx({str(i): np.median(errors[i]) for i in range(2)})
+        spans = [*row.block_spans.values(), *row.operator_spans.values()]
+        assert len(spans) == 2 + 3 and all(span.n == prompts for span in spans)
+        for span in spans:
+            assert span.low is None if prompts < 6 else span.low and span.low < span.median < (span.high or 0)
+        text, _ = markdown("t", [], read(tmp_path / str(prompts)))
+        lines = [line for line in text.splitlines() if line.startswith(("| 0 |", "| 1 |"))]
+        assert len(lines) == 2 and all(("[" in line) == (prompts == 8) for line in lines)
 
 
 def test_what_was_not_measured_is_a_dash(tmp_path: Path):

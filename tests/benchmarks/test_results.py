@@ -35,7 +35,7 @@ def example() -> dict[str, Any]:
             "free": {"sigmas": [1.0, 0.9, 0.5], "error": steps, "diverged_at": [None, 2]},
             "video": {"psnr": [None, 51.0], "ssim": [1.0, 0.99]},
         },
-        "score": {"kind": [2, 2]}, "frames": None,
+        "score": {"kind": [1, 2], "pairs": {"kind": [True, False]}}, "frames": None,
     }  # fmt: skip
 
 
@@ -80,6 +80,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
         ("drift.blocks.error.0", [], r"drift.blocks.error\[0\] has 0 entries"),
         ("drift.operators.attn1.wqkv", [[0.1]], None),
         ("score.kind", [3, 2], r"score.kind has to be \[hits, tries\]"),
+        ("score.pairs.kind", [True], "score.pairs.kind has 1 entries and has to have 2"),
+        ("score.pairs.kind", [True, 1], r"score.pairs.kind\[1\] has to be true or false"),
         ("drift.video.ssim", [1.0, math.nan], r"drift.video.ssim\[1\] is NaN or infinite"),
         ("drift.teacher.error.0.1", math.inf, "NaN or infinite"),
     ],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from solostep.benchmarks import statistics
-from solostep.benchmarks.statistics import Interval, fewest, median_interval, overlaps
+from solostep.benchmarks.statistics import Interval, fewest, median_interval, overlaps, sign_test, spread
 from solostep.engine.errors import UsageError
 
 
@@ -159,3 +159,19 @@ def test_overlaps() -> None:
     assert overlaps(a, Interval(4.0, 3.1, 5.0, 9)) is False and overlaps(Interval(4.0, 3.1, 5.0, 9), a) is False
     assert overlaps(a, Interval(2.0, None, None, 2)) is None and overlaps(Interval(2.0, None, None, 2), a) is None
     assert overlaps(Interval(math.inf, 40.0, math.inf, 9), Interval(math.inf, math.inf, math.inf, 9))
+
+
+# --- changes ------------------------------------------------------------------------------------------------------
+
+
+def test_sign_test() -> None:
+    """Tables of the binomial with p = 1/2: 5 of 5 are no proof at 5 %, 6 of 6 are, and 8 of 9."""
+    found = [sign_test(0, 0), sign_test(5, 0), sign_test(0, 6), sign_test(8, 1), sign_test(7, 2), sign_test(3, 3)]
+    assert found == pytest.approx([1, 0.0625, 0.03125, 0.0390625, 0.1796875, 1])
+
+
+def test_spread_is_that_of_a_normal_and_robust() -> None:
+    values = np.random.default_rng(0).normal(5, 0.3, 4001).tolist()
+    assert spread(values) == pytest.approx(0.3, rel=0.05)
+    assert spread([*values, *[1000.0] * 200]) == pytest.approx(0.3, rel=0.1)
+    assert spread([2.0] * 9) == 0
