@@ -126,8 +126,8 @@ def block_pairs(parameters: int) -> int:
 
 
 def spread_steps(steps: int, count: int = BLOCK_STEPS) -> list[int]:
-    """``count`` of the steps, the first and the last among them."""
-    count = min(count, steps)
+    """``count`` of the steps, the first and the last among them; of fewer than twice as many, only those two."""
+    count = min(count if steps >= 2 * count else 2, steps)
     return [round(i * (steps - 1) / max(count - 1, 1)) for i in range(count)]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from solostep.benchmarks.drift import BLOCK_STEPS, block_pairs
+from solostep.benchmarks.drift import block_pairs, spread_steps
 from solostep.benchmarks.results import LEVELS, ROLES, Cell
 from solostep.engine.activations import PROMPTS
 from solostep.engine.checkpoint import ModelFolder, open_model
@@ -101,7 +101,7 @@ class Planned:
         seen = {"free", "video", "score"} & set(cell.levels)
         videos = float(pairs if seen else "speed" in cell.levels) + pairs * ("teacher" in cell.levels)
         # A block's sample is one guidance branch, half a step, once as the reference and once as the mode.
-        samples = 2 * min(self.block_pairs, len(cell.prompts)) * min(BLOCK_STEPS, cell.num_inference_steps)
+        samples = 2 * min(self.block_pairs, len(cell.prompts)) * len(spread_steps(cell.num_inference_steps))
         return videos + ("blocks" in cell.levels) * samples / cell.num_inference_steps
 
     @property

@@ -238,7 +238,7 @@ def _drift(
         samples = [
             {"pair": p * seeds, "step": s, "branch": b}
             for p in range(min(prompts, 8))
-            for s in (0, steps // 2, steps - 1)
+            for s in ((0, steps // 2, steps - 1) if steps >= 6 else (0, steps - 1))
             for b in ("text", "unconditional")
         ]
         shape = e * (1 + 0.8 * np.sin(np.linspace(0.5, 4, blocks)) + np.linspace(0, 0.6, blocks))[:, None]

@@ -48,7 +48,7 @@ def test_when_a_run_has_diverged() -> None:
 
 def test_steps_are_spread() -> None:
     assert drift.spread_steps(50) == [0, 24, 49]
-    assert drift.spread_steps(2) == [0, 1]
+    assert drift.spread_steps(6) == [0, 2, 5] and drift.spread_steps(5) == [0, 4] and drift.spread_steps(2) == [0, 1]
     assert drift.spread_steps(1) == [0]
 
 

@@ -66,7 +66,7 @@ def test_roles_and_levels():
 
 def test_defaults_give_intervals():
     """Prompts enough for the interval of a median, one seed of them, and a second of the reference alone."""
-    made = build(Options(device="cpu", precision=("int8",), steps=(4,)))
+    made = build(Options(device="cpu", precision=("int8",), steps=(8,)))
     cells = {p.cell.role: p for p in made.planned}
     assert all(len(p.cell.prompts) == 8 >= fewest() for p in made.planned)
     assert {role: p.cell.seeds for role, p in cells.items()} == {
@@ -74,7 +74,7 @@ def test_defaults_give_intervals():
     }  # fmt: skip
     assert cells["other-seed"].runs == pytest.approx(8.1) and cells["reference"].runs == 8
     # Free, teacher-forced, and three steps' blocks of eight pairs, as the reference and as the mode.
-    assert cells["mode"].runs == 8 + 8 + 8 * 3 * 2 / 4
+    assert cells["mode"].runs == 8 + 8 + 8 * 3 * 2 / 8
     several = build(Options(device="cpu", precision=("int8",), seeds=(7, 9)))
     assert {p.cell.seeds for p in several.planned} == {(7, 9)} and not any(p.fresh for p in several.planned)
     other = [p.cell for p in build(Options(device="cpu", seeds=(2**63 - 1,), roles=("other-seed",))).planned]
