@@ -17,7 +17,7 @@ MODES: dict[str, dict[str, Any]] = {
     "floor-backend": {
         "role": "floor-backend",
         "precision": "bf16",
-        "attention": "bf16",
+        "attention": "official",
         "time": 0.8,
         "memory": 0.95,
         "error": 0.011,
@@ -247,11 +247,10 @@ def _drift(
             "samples": samples,
             "error": (shape * _noise(rng, blocks, len(samples))).round(6).tolist(),
         }
-        if mode["precision"] != "bf16":  # linears that are the reference's own are not measured
-            drift["operators"] = {
-                operator: (k * shape * _noise(rng, blocks, len(samples))).round(6).tolist()
-                for operator, k in (("attn1.wqkv", 0.6), ("attn1.wo", 0.9), ("ff.net.2", 1.1))
-            }
+        drift["operators"] = {
+            operator: (k * shape * _noise(rng, blocks, len(samples))).round(6).tolist()
+            for operator, k in (("attn1.wqkv", 0.6), ("attn1.attention", 0.9), ("ff.net.2", 1.1))
+        }
     if "video" in levels:
         errors = [e * float(o) for o in own[:, 0] * _noise(rng, pairs, 1)[:, 0]]
         psnr = [-20 * math.log10(4 * error) + 14 for error in errors]
