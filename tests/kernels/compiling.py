@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,8 +47,11 @@ def resources(kernel: Any) -> tuple[int, int, int]:
     return int(registers), int(stack), kernel.metadata.shared
 
 
-def compile_for(arch: int, kernels: list[tuple[ModuleType, str]], run: Callable[[], object]) -> None:
-    """Runs launchers with their kernels compiled in place of started; prints a line for each compilation."""
+def compile_for(
+    arch: int, kernels: list[tuple[ModuleType, str]], run: Callable[[], object], only: Collection[str]
+) -> None:
+    """Runs launchers with their kernels compiled in place of started, those of other names than ``only`` not even that;
+    prints a line for each compilation."""
     driver.set_active(Card(arch))
     real = {(module, name): getattr(module, name) for module, name in kernels}
 
@@ -58,7 +61,8 @@ def compile_for(arch: int, kernels: list[tuple[ModuleType, str]], run: Callable[
 
         def __getitem__(self, grid: Any) -> Callable[..., None]:
             def start(*args: Any, **options: Any) -> None:
-                print(self.name, arch, *resources(self.kernel.warmup(*args, grid=grid, **options)))
+                if self.name in only:
+                    print(self.name, arch, *resources(self.kernel.warmup(*args, grid=grid, **options)))
 
             return start
 

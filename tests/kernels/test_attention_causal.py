@@ -3,14 +3,12 @@ the references (interpreted here, real on a card). test_attention_triton.py comp
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from separate import run_separately
 from torch import Tensor
 
 from solostep.engine.models import step_llm, vae
@@ -126,10 +124,8 @@ def test_wrong_operands_are_refused() -> None:
 def test_the_interpreted_kernels_are_close_to_the_references(tmp_path: Path) -> None:
     """fp16: the interpreter multiplies bf16 wrongly."""
     pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    errors = [float(line) for line in done.stdout.split()]
+    told = run_separately(INTERPRETED, tmp_path, TRITON_INTERPRET="1")
+    errors = [float(line) for line in told.split()]
     assert len(errors) == 12 and max(errors) < 4e-4
 
 

@@ -5,13 +5,11 @@ The compile test also covers the kernels of attention_causal.py, whose numbers t
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from separate import run_separately
 from torch import Tensor
 
 from solostep.kernels import attention_triton as portable
@@ -97,16 +95,12 @@ for job in sys.argv[1:]:
         causal.launch_wide(wide, wide, wide, 1, 0.1, wide, portable.tile_for(causal.WIDE_TILES, arch, ""))
 """
 
+CARDS = 80, 86, 89, 90, 100, 120
+JOBS = {"16": (86, 90, 100), "int8": (80, 120), "fp8": (89, 90), "biased": CARDS, "wide": CARDS}
+"""What every run compiles: each kernel for each card, the modes of attention in turn; --all: each mode for each."""
+
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB that a block may have."""
-
-
-def _run(code: str, tmp_path: Path, *args: str, **env: str) -> str:
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"} | env
-    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def quantized(mode: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
@@ -210,19 +204,20 @@ def test_a_card_without_e4m3_is_named() -> None:
 
 
 def test_the_interpreted_kernel_is_close_to_the_reference(tmp_path: Path) -> None:
-    lines = _run(INTERPRETED, tmp_path, __file__, TRITON_INTERPRET="1", OMP_NUM_THREADS="1").splitlines()
+    pytest.importorskip("triton")
+    lines = run_separately(INTERPRETED, tmp_path, __file__, TRITON_INTERPRET="1").splitlines()
     assert len(lines) == 30
     for line in lines:
         mode, value = line.split()
         assert float(value) < (0.1 if mode == "int8-fp8" else 4e-4), line  # the interpreter cuts e4m3 off
 
 
-def test_compiles_for_every_card_in_registers_and_shared_memory(tmp_path: Path) -> None:
-    """sm_86 and sm_89 have the same tiles: modes alternate between them."""
-    jobs = [f"{name}:{arch}" for name in ("16", "int8") for arch in (80, 86 if name == "16" else 89, 90, 100, 120)]
-    jobs += [f"fp8:{arch}" for arch in (89, 90, 100, 120)]
-    jobs += [f"biased:{arch}" for arch in (80, 90, 100)] + [f"wide:{arch}" for arch in (80, 86, 90, 100, 120)]
-    log = _run(COMPILE, tmp_path, *jobs, TRITON_DUMP_PTXAS_LOG="1", OMP_NUM_THREADS="1")
+def test_compiles_for_every_card_in_registers_and_shared_memory(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    pytest.importorskip("triton")
+    jobs = [f"{name}:{arch}" for name, cards in JOBS.items() for arch in cards]
+    if request.config.getoption("--all"):  # e4m3 is from sm_89 on
+        jobs = [f"{name}:{arch}" for name in JOBS for arch in CARDS[2 if name == "fp8" else 0 :]]
+    log = run_separately(COMPILE, tmp_path, *jobs, TRITON_DUMP_PTXAS_LOG="1")
     parts = log.split("made ")
     assert len(parts) == len(jobs) + 1
     for job, report, made in zip(jobs, parts, parts[1:], strict=False):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from separate import run_separately
 
 from solostep.engine.models.transformer import RMSNorm, apply_rope, rope_table
 from solostep.kernels import adaln, qk_norm_rope, values
@@ -86,13 +84,13 @@ print(json.dumps(found))
 """
 
 
-def _compare(device: str, rows: list[tuple[int, int]], roped: list[tuple[int, int]]) -> dict[str, dict[str, float]]:
+def _compare(
+    folder: Path, device: str, rows: list[tuple[int, int]], roped: list[tuple[int, int]]
+) -> dict[str, dict[str, float]]:
     """Largest differences between kernels and references, by case and operator."""
-    env = os.environ | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {})
-    run = [sys.executable, "-c", COMPARE, device, json.dumps(rows), json.dumps(roped)]
-    done = subprocess.run(run, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, dict[str, float]] = json.loads(done.stdout)
+    env = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+    told = run_separately(COMPARE, folder, device, json.dumps(rows), json.dumps(roped), **env)
+    found: dict[str, dict[str, float]] = json.loads(told)
     assert len(found) == len(rows) + len(roped)
     return found
 
@@ -105,9 +103,9 @@ def _limit(name: str, rounding: float) -> float:
     return 1.1e-3 if "int8" in name or name == "scales" else 3.3e-2 if name == "v" else rounding
 
 
-def test_kernels_under_the_interpreter() -> None:
+def test_kernels_under_the_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    found = _compare("cpu", [(12, 256), (2, 300), (1, 17)], [(3, 1), (131, 2)])
+    found = _compare(tmp_path, "cpu", [(12, 256), (2, 300), (1, 17)], [(3, 1), (131, 2)])
     for case, worsts in found.items():
         for name, worst in worsts.items():
             assert worst <= _limit(name, 2e-5), (case, name, worst)
@@ -115,14 +113,35 @@ def test_kernels_under_the_interpreter() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
-def test_kernels_on_a_card() -> None:
-    found = _compare("cuda", [(1000, 6144), (77, 24_576), (5, 300), (1, 17), (64, 5120)], [(3, 1), (131, 2), (5007, 3)])
+def test_kernels_on_a_card(tmp_path: Path) -> None:
+    rows = [(1000, 6144), (77, 24_576), (5, 300), (1, 17), (64, 5120)]
+    found = _compare(tmp_path, "cuda", rows, [(3, 1), (131, 2), (5007, 3)])
     for case, worsts in found.items():
         for name, worst in worsts.items():
             assert worst <= _limit(name, 5e-5), (case, name, worst)
 
 
-COMPILED = """
+CARDS = 80, 86, 89, 90, 100, 120
+HAVE_E4M3 = 89, 90, 100, 120
+ROPE = "_qk_norm_rope_kernel"
+COMPILED: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]] = {
+    "norm int8": (("_row_kernel",), (86, 90), CARDS),
+    "gelu e4m3": (("_row_kernel",), CARDS, CARDS),  # bf16 where there is no e4m3
+    "gelu int8": (("_row_kernel",), (80, 90), CARDS),
+    "rows rotated": (("_quantize_rows_kernel",), (80, 90, 120), CARDS),
+    "rows plain": (("_quantize_rows_kernel",), (86, 89, 100), CARDS),
+    "gate": (("_gate_residual_kernel",), CARDS, CARDS),
+    "qk": ((ROPE,), (86, 90, 100), CARDS),
+    "qk int8": (("_k_mean_kernel", ROPE), (80, 89, 90, 120), CARDS),
+    "qk mean": (("_k_mean_kernel",), (86, 100), ()),  # where the one above does not bring it
+    "heads": (("_norm_heads_kernel",), CARDS, CARDS),
+    "v": (("_ranges_kernel", "_quantize_v_kernel"), HAVE_E4M3, HAVE_E4M3),
+}
+"""By variant: its kernels, and the cards that it is compiled for, in every run and with --all. In every run, each
+kernel is for each card; variants that take long are for sm_90, where registers are limited, and for one or two others."""
+
+COMPILE = """
+import json
 import sys
 import torch
 from compiling import compile_for
@@ -134,46 +153,53 @@ x, wide = torch.empty(300, 6144, dtype=torch.bfloat16), torch.empty(300, 24_576,
 vector = torch.empty(6144, dtype=torch.float16)
 qkv, weight, table = torch.empty(300, 6, 384).bfloat16(), torch.empty(128).bfloat16(), torch.empty(300, 128).bfloat16()
 
-def run():
-    e4m3 = torch.float8_e4m3fn if arch >= 89 else torch.bfloat16
-    adaln.launch(x, torch.int8, 256, vector, vector, 1e-5)
-    adaln.launch(wide, e4m3, 1, None, None, 0.0)
-    if arch in (80, 90):  # what follows GELU is what follows the norm
-        adaln.launch(wide, torch.int8, 256, None, None, 0.0)
-    quantize._launch(wide, torch.empty(wide.shape, dtype=torch.int8), torch.empty(300), 256)
-    adaln.launch_gate(x, x, weight.new_empty(6144))
-    for quantized in (False, True):
-        plan = qk_norm_rope.plan_for(quantized, arch, 75_888)
-        qk_norm_rope.launch(qkv, weight, weight, table, table, quantized, 1e-6, plan=plan)
-    qk_norm_rope.launch_norm(qkv[..., :128].contiguous(), weight, 1e-6)
-    if arch >= 89:
-        values.launch(qkv[..., 256:])
+def rows(group):
+    quantize._launch(wide, torch.empty(wide.shape, dtype=torch.int8), torch.empty(300), group)
 
+def gelu():
+    adaln.launch(wide, torch.float8_e4m3fn if arch >= 89 else torch.bfloat16, 1, None, None, 0.0)
+
+def rope(quantized):
+    plan = qk_norm_rope.plan_for(quantized, arch, 75_888)
+    qk_norm_rope.launch(qkv, weight, weight, table, table, quantized, 1e-6, plan=plan)
+
+runs = {
+    "norm int8": lambda: adaln.launch(x, torch.int8, 256, vector, vector, 1e-5),
+    "gelu e4m3": gelu,
+    "gelu int8": lambda: adaln.launch(wide, torch.int8, 256, None, None, 0.0),
+    "rows rotated": lambda: rows(256),
+    "rows plain": lambda: rows(1),
+    "gate": lambda: adaln.launch_gate(x, x, weight.new_empty(6144)),
+    "qk": lambda: rope(False),
+    "qk int8": lambda: rope(True),
+    "qk mean": lambda: rope(True),
+    "heads": lambda: qk_norm_rope.launch_norm(qkv[..., :128].contiguous(), weight, 1e-6),
+    "v": lambda: values.launch(qkv[..., 256:]),
+}
 kernels = [(adaln, "_row_kernel"), (adaln, "_gate_residual_kernel"), (quantize, "_quantize_rows_kernel"),
            (qk_norm_rope, "_qk_norm_rope_kernel"), (qk_norm_rope, "_k_mean_kernel"),
            (qk_norm_rope, "_norm_heads_kernel"), (values, "_ranges_kernel"), (values, "_quantize_v_kernel")]
-for arch in map(int, sys.argv[1:]):
-    compile_for(arch, kernels, run)
+for name, only, arch in json.loads(sys.argv[1]):
+    compile_for(arch, kernels, runs[name], only)
 """
 
 
-def test_compiles_for_every_card(tmp_path: Path) -> None:
+def test_compiles_for_every_card(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Nothing is spilled, and shared memory is within what every card has, 99 KiB; on sm_90, 227."""
     pytest.importorskip("triton")
-    cards = [80, 86, 89, 90, 100, 120]
-    here = str(Path(__file__).parent)
-    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore", "PYTHONPATH": here}
-    run = [sys.executable, "-c", COMPILED, *map(str, cards)]
-    done = subprocess.run(run, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    seen = set()
-    for line in done.stdout.splitlines():
+    whole = request.config.getoption("--all")
+    chosen = [(name, only, every if whole else cards) for name, (only, cards, every) in COMPILED.items()]
+    jobs = [(name, only, arch) for name, only, cards in chosen for arch in cards]
+    lines = run_separately(COMPILE, tmp_path, json.dumps(jobs)).splitlines()
+    seen = []
+    for line in lines:
         name, arch, _, stack, shared = line.split()
         # Where registers are limited, on sm_90, Triton 3.6 spills nothing; its 3.9 puts 80 bytes of GELU's row aside.
         assert int(stack) <= (96 if arch == "90" else 16), line
         assert int(shared) <= (227 if arch == "90" else 99) * 1024, line
-        seen.add((name, int(arch)))
-    assert len(seen) == 6 * 6 + 2 * 4
+        seen.append((name, int(arch)))
+    assert seen == [(name, arch) for _, only, arch in jobs for name in only]
+    assert len(set(seen)) == 6 * 6 + 2 * 4
 
 
 # --- the references are the network's own numbers -----------------------------------------------------------------

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from separate import run_separately
 from torch import Tensor
 
 from solostep.kernels import quantize
@@ -45,14 +43,6 @@ quantize._launch(x, q, scale, 4)
 assert scale.isnan().tolist() == [False, True, True, True]
 print("equal")
 """
-
-
-def _run(code: str, tmp_path: Path, *args: str, **env: str) -> str:
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"} | env
-    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def test_hadamard_is_sylvesters_orthonormal_and_its_own_inverse() -> None:
@@ -149,7 +139,8 @@ def test_wrong_arguments_are_named() -> None:
 
 
 def test_the_interpreted_kernel_gives_the_reference_bits(tmp_path: Path) -> None:
-    assert _run(INTERPRETED, tmp_path, TRITON_INTERPRET="1").split() == ["equal"]
+    pytest.importorskip("triton")
+    assert run_separately(INTERPRETED, tmp_path, TRITON_INTERPRET="1").split() == ["equal"]
 
 
 # --- on a card ----------------------------------------------------------------------------------------------------

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from separate import run_separately
 from torch import Tensor
 
 from solostep.kernels import scaled_mm
@@ -79,14 +77,15 @@ scaled_mm._scaled_mm_int8_kernel = Compile(scaled_mm._scaled_mm_int8_kernel)
 scaled_mm._scaled_mm_hopper_kernel = Compile(scaled_mm._scaled_mm_hopper_kernel)
 a, b = torch.empty(192, 256, dtype=torch.int8), torch.empty(512, 256, dtype=torch.int8)
 operands = a, b, torch.empty(192), torch.empty(512), None, torch.empty(192, 512, dtype=torch.bfloat16)
-for arch in map(int, sys.argv[1:]):
+for arch in (80, 86, 89, 90, 100, 120):
     driver.set_active(Card(arch))
     scaled_mm._launch(*operands)
-    if arch == 90:
-        for kind in (torch.int8, torch.float8_e4m3fn):
-            a, b, *rest = operands
-            for after in (scaled_mm.NOTHING, scaled_mm.After(rest[-1], rest[-1][0])):
-                scaled_mm._launch_hopper(a.to(kind), b.to(kind), *rest, 132, after)
+driver.set_active(Card(90))
+a, b, *rest = operands
+for job in sys.argv[1:]:
+    kind = torch.int8 if "int8" in job else torch.float8_e4m3fn
+    after = scaled_mm.After(rest[-1], rest[-1][0]) if "gated" in job else scaled_mm.NOTHING
+    scaled_mm._launch_hopper(a.to(kind), b.to(kind), *rest, 132, after)
 for kernel, told in made:
     ptx, arch = kernel.asm["ptx"], kernel.metadata.target.arch
     spills = "-"
@@ -96,14 +95,6 @@ for kernel, told in made:
         spills = sum(map(int, found))
     print(arch, len(kernel.asm["cubin"]) > 1000, kernel.metadata.shared, spills)
 """
-
-
-def _run(code: str, tmp_path: Path, *args: str, **env: str) -> str:
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"} | env
-    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def _int8(m: int, n: int, k: int, device: str = "cpu", bias: bool = True) -> list[Tensor | None]:
@@ -249,23 +240,26 @@ def test_every_tile_is_walked_once(rows: int, columns: int) -> None:
 
 
 def test_the_interpreted_kernel_gives_the_reference_bits(tmp_path: Path) -> None:
-    assert _run(INTERPRETED, tmp_path, TRITON_INTERPRET="1").split() == ["equal"]
+    pytest.importorskip("triton")
+    assert run_separately(INTERPRETED, tmp_path, TRITON_INTERPRET="1").split() == ["equal"]
 
 
-def test_compiles_for_every_card(tmp_path: Path) -> None:
-    """Shared memory within each card's: 99 KiB on sm_86, sm_89 and sm_120, 227 KiB on Hopper."""
-    cards = "80", "86", "89", "90", "100", "120"
-    told = _run(CARD, tmp_path, *cards, TRITON_DUMP_PTXAS_LOG="1")
+def test_compiles_for_every_card(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Shared memory within each card's: 99 KiB on sm_86, sm_89 and sm_120, 227 KiB on Hopper, whose own kernel is
+    compiled for both types and with both ends, with --all for each of both."""
+    pytest.importorskip("triton")
+    jobs = ["fp8", "int8 gated"] + (["int8", "fp8 gated"] if request.config.getoption("--all") else [])
+    told = run_separately(CARD, tmp_path, *jobs, TRITON_DUMP_PTXAS_LOG="1")
     lines = [line.split() for line in told.splitlines()]
-    assert [int(line[0]) for line in lines] == [80, 86, 89, *[90] * 5, 100, 120]
+    assert [int(line[0]) for line in lines] == [80, 86, 89, 90, 100, 120] + [90] * len(jobs)
     assert all(line[1] == "True" for line in lines)
     for line in lines:
         assert int(line[2]) <= (99 if line[3] == "-" else 227) * 1024
-    spilled = [int(line[3]) for line in lines if line[3] != "-"]
-    portable, *plain_and_gated = spilled
-    assert portable == 0 and len(plain_and_gated) == 4
-    # Once a tile, in all three warpgroups together, stores and loads.
-    assert plain_and_gated[::2] == [0, 0] and max(plain_and_gated[1::2]) <= 1000, spilled
+    portable, *hopper = [int(line[3]) for line in lines if line[3] != "-"]
+    assert portable == 0
+    for job, spilled in zip(jobs, hopper, strict=True):
+        # The gated end: once a tile, in all three warpgroups together, stores and loads.
+        assert spilled <= (1000 if "gated" in job else 0), (job, spilled)
 
 
 # --- on a card ----------------------------------------------------------------------------------------------------
