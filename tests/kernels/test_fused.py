@@ -46,7 +46,7 @@ for tokens, d in rows:
     vectors = shift.bfloat16(), scale.bfloat16()
     want = adaln.layer_norm_modulate_reference(half, *vectors, 1e-5)
     case["norm pairs"] = worst(adaln.launch(half, torch.float32, 1, *vectors, 1e-5), want)
-    sizes = 10.0 ** (torch.arange(tokens) % 12 - 6)  # also such as fp16 does not hold
+    sizes = 10.0 ** (torch.arange(tokens) * 7 % 12 - 6)  # also such as fp16 does not hold, in the first six rows too
     odd = x * sizes.to(device)[:, None]
     group = min(256, d & -d)
     q, s = adaln.launch(odd, torch.int8, group, None, None, 0.0)
@@ -105,7 +105,7 @@ def _limit(name: str, rounding: float) -> float:
 
 def test_kernels_under_the_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    found = _compare(tmp_path, "cpu", [(12, 256), (2, 300), (1, 17)], [(3, 1), (131, 2)])
+    found = _compare(tmp_path, "cpu", [(6, 256), (2, 300), (1, 17)], [(3, 1), (131, 2)])
     for case, worsts in found.items():
         for name, worst in worsts.items():
             assert worst <= _limit(name, 2e-5), (case, name, worst)
@@ -128,8 +128,8 @@ COMPILED: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]] = 
     "norm int8": (("_row_kernel",), (86, 90), CARDS),
     "gelu e4m3": (("_row_kernel",), CARDS, CARDS),  # bf16 where there is no e4m3
     "gelu int8": (("_row_kernel",), (80, 90), CARDS),
-    "rows rotated": (("_quantize_rows_kernel",), (80, 90, 120), CARDS),
-    "rows plain": (("_quantize_rows_kernel",), (86, 89, 100), CARDS),
+    "rows rotated": (("_quantize_rows_kernel",), (80, 90), CARDS),
+    "rows plain": (("_quantize_rows_kernel",), (86, 89, 100, 120), CARDS),
     "gate": (("_gate_residual_kernel",), CARDS, CARDS),
     "qk": ((ROPE,), (86, 90, 100), CARDS),
     "qk int8": (("_k_mean_kernel", ROPE), (80, 89, 90, 120), CARDS),
@@ -137,8 +137,8 @@ COMPILED: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]] = 
     "heads": (("_norm_heads_kernel",), CARDS, CARDS),
     "v": (("_ranges_kernel", "_quantize_v_kernel"), HAVE_E4M3, HAVE_E4M3),
 }
-"""By variant: its kernels, and the cards that it is compiled for, in every run and with --all. In every run, each
-kernel is for each card; variants that take long are for sm_90, where registers are limited, and for one or two others."""
+"""By variant: its kernels, and the cards that it is compiled for, in every run and with --all. Every run compiles each
+kernel for each card, and variants that take long for sm_90, where registers are limited, and one or two others."""
 
 COMPILE = """
 import json
