@@ -221,10 +221,10 @@ def test_compiles_for_every_card_in_registers_and_shared_memory(
     if request.config.getoption("--all"):
         chosen = {name: CARDS[2:] if name == "fp8" else CARDS for name in JOBS}  # e4m3 is from sm_89 on
     jobs = [f"{name}:{arch}" for name, archs in chosen.items() for arch in archs if arch in cards]
-    seen = {
-        ({"biased": "biased", "wide": "wide"}.get(job.split(":")[0], "attention"), job.split(":")[1]) for job in jobs
+    kernels = {
+        (name if name in ("biased", "wide") else "attention", arch) for name, arch in (x.split(":") for x in jobs)
     }
-    assert len(seen) == 3 * len(cards)  # each kernel for each card
+    assert len(kernels) == 3 * len(cards)  # each for each card
     log = run_separately(COMPILE, tmp_path, *jobs, TRITON_DUMP_PTXAS_LOG="1")
     parts = log.split("made ")
     assert len(parts) == len(jobs) + 1
