@@ -332,6 +332,15 @@ class GenerationSettings:
         return {n: getattr(self, n) for n in names + ["motion_score"] * self.image_to_video}
 
 
+VRAM, HOST_RAM = "SOLOSTEP_VRAM", "SOLOSTEP_HOST_RAM"
+"""Environment variables with default budgets."""
+
+
+def from_environment(variable: str) -> str | None:
+    """What an environment variable says; None where it says nothing."""
+    return os.environ.get(variable) or None
+
+
 def cache_dir() -> Path:
     """Where embeddings and unfinished runs are kept: ``$SOLOSTEP_CACHE``, else ``~/.cache/solostep``."""
     given = os.environ.get("SOLOSTEP_CACHE")

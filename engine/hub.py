@@ -66,8 +66,8 @@ def resolve_model(model: str | Path) -> tuple[Path, str]:
     name = HUB_IDS.get(str(model), str(model))
     if not _is_id(name):
         raise UsageError(
-            f"{model or repr(model)} is neither a folder nor a Hugging Face id such as {HUB_IDS['t2v']}; "
-            "check --model for a typo."
+            f"{model or repr(model)} is neither a folder nor a Hugging Face id such as {HUB_IDS['t2v']}, "
+            f"nor one of {', '.join(HUB_IDS)}; check --model for a typo."
         )
     return _download(name), name
 

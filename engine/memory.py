@@ -7,7 +7,6 @@ torch itself (:meth:`Memory.capped`); where other programs take memory meanwhile
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
@@ -15,17 +14,27 @@ from typing import Any
 import torch
 
 from .checkpoint import ModelFolder
-from .config import GenerationSettings
-from .errors import SolostepError
-from .plan import CONTEXT, PROGRAM, Decoding, Plan, Sizes, as_placed, choose_decoding, make_plan, parse_size, sizes_of
+from .config import HOST_RAM, VRAM, GenerationSettings, from_environment
+from .errors import SolostepError, UsageError
+from .plan import (
+    CONTEXT,
+    PROGRAM,
+    Decoding,
+    Limits,
+    Plan,
+    Rated,
+    as_placed,
+    choose_decoding,
+    make_plan,
+    parse_size,
+)
 from .precision import Mode
 from .progress import Progress, stage_of
 from .request import Job
 from .runtime import free_memory, host_room, measured, ran_out, release_memory, require_memory
+from .sizes import Sizes, sizes_of
 from .streaming import NotPinned, PlacedTransformer, place
 
-VRAM, HOST_RAM = "SOLOSTEP_VRAM", "SOLOSTEP_HOST_RAM"
-"""Environment variables with default budgets."""
 SPARE = 200 << 20
 """Of a card's free memory, what is not planned with: kernels take some when they are first used."""
 Modes = Callable[[], tuple[Mode, Mode, str]]
@@ -40,8 +49,8 @@ def read_budgets(vram: str | int | None, host_ram: str | int | None) -> tuple[in
     """
     found = []
     for given, option, variable in ((vram, "--vram", VRAM), (host_ram, "--host-ram", HOST_RAM)):
-        if given is None and os.environ.get(variable):
-            given, option = os.environ[variable], f"${variable}"
+        if given is None and (set_there := from_environment(variable)) is not None:
+            given, option = set_there, f"${variable}"
         found.append(None if given is None else parse_size(given, option))
     return found[0], found[1]
 
@@ -54,13 +63,32 @@ class Memory:
         keep_loaded: bool, modes: Modes,
     ) -> None:  # fmt: skip
         self.model, self.device, self.dtype = model, device, dtype
-        self.vram, self.host_ram = vram, host_ram
+        self.vram, self.host_ram = vram, host_ram  # checked, see below
         self.keep_loaded = keep_loaded
         self.modes = modes
-        self.pinned: int | None = (
-            None  # bytes of host memory that blocks may take, where the system refused to pin more
-        )
+        self.pinned: int | None = None  # what blocks may take of host memory, where the system refused to pin more
         self.networks: dict[str, Any] = {}
+
+    @property
+    def vram(self) -> int | None:
+        """Bytes of the card to stay in; None: what is free."""
+        return self._vram
+
+    @vram.setter
+    def vram(self, size: str | int | None) -> None:
+        count = None if size is None else parse_size(size, "--vram")
+        if self.device.type == "cuda" and count is not None and count < 2 * CONTEXT:
+            raise UsageError(f"--vram {count / 1e9:.3g} GB is less than any card's driver and a model take.")
+        self._vram = count
+
+    @property
+    def host_ram(self) -> int | None:
+        """Bytes of host memory to stay in; None: what is free."""
+        return self._host_ram
+
+    @host_ram.setter
+    def host_ram(self, size: str | int | None) -> None:
+        self._host_ram = None if size is None else parse_size(size, "--host-ram")
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -128,32 +156,46 @@ class Memory:
         Raises:
             SolostepError: nothing fits.
         """
-        mode, _, attention = self.modes()
         held = self.placed if moves else None
-        found = None
-        if self.device.type == "cuda":
-            from .rates import known_rates, measured_rates
-
-            found = (measured_rates if rated else known_rates)(self.device, mode, attention)
-        if self.host_ram is None:
-            host = host_room() + (0 if held is None else held.host_bytes)
-        else:  # a budget is for the whole process
-            host = max(0, self.host_ram - (PROGRAM if self.device.type == "cuda" else 0))
         itemsize = 4 if self.dtype == torch.float32 else 2
-        if self.pinned is not None:
-            host = min(host, self.pinned)
         if room is None:
             room = self.room() + (0 if held is None else held.device_bytes)
-        return make_plan(self.sizes, settings, attention, room, host, found, itemsize, self.vram is not None)
+        context, program = (CONTEXT, PROGRAM) if self.device.type == "cuda" else (0, 0)
+        host = self.host_room(held)
+        limits = Limits(room, host, context, program, self.vram is not None, self.pinned)
+        return make_plan(self.sizes, settings, self.modes()[2], limits, self._rated(measure=rated), itemsize)
 
-    def refuse_early(self, settings: GenerationSettings) -> None:
-        """Raises SolostepError if a clip cannot be made in the memory that there is."""
+    def host_room(self, held: PlacedTransformer | None = None) -> int:
+        """Bytes of host memory that may be taken beside the program, what ``held`` has of it among them."""
+        if self.host_ram is None:
+            return host_room() + (0 if held is None else held.host_bytes)
+        # A budget is for the whole process; on a CPU, whose memory stands for a card's, the program is not counted.
+        room = self.host_ram - (PROGRAM if self.device.type == "cuda" else 0)
+        if self.placed is not None and held is None:
+            room -= self.placed.host_bytes
+        return max(0, room)
+
+    def _rated(self, measure: bool) -> Rated | None:
+        if self.device.type != "cuda":
+            return None
+        from .rates import known_rates, measured_rates, with_disk
+
+        mode, _, attention = self.modes()
+        found = (measured_rates if measure else known_rates)(self.device, mode, attention)
+        return with_disk(found, self.model.components["transformer"].files)
+
+    def refuse_early(self, settings: GenerationSettings, rated: bool = False) -> Plan | None:
+        """The plan for a clip, where memory is planned; see :meth:`plan`.
+
+        Raises:
+            SolostepError: the clip cannot be made in the memory that there is.
+        """
         if self.is_planned:
-            self.plan(settings)
-        else:
-            mode = self.modes()[0]
-            weights = mode.memory_bytes(self.model.components["transformer"])
-            require_memory(weights, self.device, f"The transformer in {mode.name}")
+            return self.plan(settings, rated=rated)
+        mode = self.modes()[0]
+        weights = mode.memory_bytes(self.model.components["transformer"])
+        require_memory(weights, self.device, f"The transformer in {mode.name}")
+        return None
 
     def make_room(self, needed: int) -> None:
         """Lets a kept transformer go if a stage that comes before it has no room beside it."""
@@ -161,11 +203,14 @@ class Memory:
             self.free("transformer", always=True)
 
     def decoding(
-        self, settings: GenerationSettings, room: int, dtype: torch.dtype | None = None
-    ) -> tuple[Decoding, int]:
-        """How the VAE decodes in so much room beside its weights, and what it takes."""
+        self, settings: GenerationSettings, room: int, dtype: torch.dtype | None = None,
+        without: PlacedTransformer | None = None,
+    ) -> tuple[Decoding, int]:  # fmt: skip
+        """How the VAE decodes in so much room beside its weights, and what it takes; ``without`` the transformer, if
+        that is to go."""
         itemsize = (dtype or self.dtype).itemsize
-        return choose_decoding(self.model.vae_config, settings.height, settings.width, room, itemsize)
+        host = self.host_room(without) if self.is_planned else None
+        return choose_decoding(self.model.vae_config, settings.height, settings.width, room, itemsize, host)
 
     def decodes_better_alone(self, settings: GenerationSettings) -> bool:
         """Whether decoding beside the transformer is slower than without it, or has no room at all."""
@@ -173,13 +218,14 @@ class Memory:
             return False
         room = self.room() - (0 if "vae" in self.networks else self.sizes.vae)
         beside, needed = self.decoding(settings, room)
-        return needed > room or beside != self.decoding(settings, room + self.placed.device_bytes)[0]
+        alone, _ = self.decoding(settings, room + self.placed.device_bytes, None, self.placed)
+        return needed > room or beside != alone
 
     # --- the transformer ------------------------------------------------------------------------------------------
 
     def transformer(self, job: Job, say: Progress) -> PlacedTransformer:
         """The transformer, placed for a clip; loaded, if it is not there."""
-        settings, placed = job.request.settings, self.placed
+        settings, placed = job.left, self.placed
         if placed is not None and not self.is_planned:
             return placed
         if placed is not None:
@@ -243,13 +289,13 @@ class Memory:
         if refused is not None:
             self.pinned = job.plan.blocks.host // 2
             try:
-                job.plan = self.plan(job.request.settings)
+                job.plan = self.plan(job.left)
             except SolostepError:
                 raise refused from None
             job.event("So much host memory cannot be pinned: more blocks come from their files; loading begins anew.")
             return None
         # Other programs took memory meanwhile.
-        job.plan = self.plan(job.request.settings, min(self.room(), int(job.plan.budget * 0.9)))
+        job.plan = self.plan(job.left, min(self.room(), int(job.plan.budget * 0.9)))
         job.event("Out of memory while the transformer was loaded; it is loaded again, more of it elsewhere.")
         return None
 
@@ -279,6 +325,8 @@ def report(job: Job) -> list[dict[str, Any]]:
         said = planned.get(stage.name)
         lines.append(stage.as_dict() | {
             "planned_gpu_bytes": None if said is None else said.device,
+            "planned_host_bytes": None if said is None else said.host,
+            "planned_disk_bytes": None if said is None else said.disk,
             "planned_seconds": None if said is None else said.seconds,
         })  # fmt: skip
     return lines

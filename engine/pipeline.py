@@ -26,7 +26,7 @@ from .errors import UsageError
 from .failures import latents_are_kept, nothing_left_of, readable_errors
 from .latents import SavedLatents
 from .memory import Memory, read_budgets, report
-from .plan import CONTEXT, Plan
+from .plan import Plan
 from .precision import (
     AUTO,
     OFFICIAL,
@@ -64,6 +64,8 @@ StepCallback = Callable[["StepVideoPipeline", int, float, dict[str, Tensor]], "d
 """As in diffusers: ``(pipe, step, timestep, {"latents"})``, may return ``{"latents": changed}``."""
 
 
+PlanShown = Callable[[Plan], None]
+"""Gets the plan of a video before it is made."""
 OpenSink = Callable[[int, Request, dict[str, Any]], contextlib.AbstractContextManager[FrameSink]]
 
 
@@ -97,8 +99,6 @@ class StepVideoPipeline:
         self.text_mode = choose_mode(llm, text_precision, default, "--text-precision", self.dtype)
         budgets = read_budgets(vram, host_ram)
         self.device = pick_device(device)
-        if self.device.type == "cuda" and budgets[0] is not None and budgets[0] < 2 * CONTEXT:
-            raise UsageError(f"--vram {budgets[0] / 1e9:.3g} GB is less than any card's driver and a model take.")
         self._attention, self.attention_backend = attention, attention_backend
         me = weakref.proxy(self)  # a pipeline that nobody holds is gone at once, and its networks with it
         self.memory = Memory(
@@ -220,13 +220,17 @@ class StepVideoPipeline:
         return self.memory.vram
 
     @vram.setter
-    def vram(self, count: int | None) -> None:
-        self.memory.vram = count
+    def vram(self, size: str | int | None) -> None:
+        self.memory.vram = size
 
     @property
     def host_ram(self) -> int | None:
-        """Bytes of host memory to stay in; None: what is free."""
+        """Bytes of host memory to stay in; None: what is free. Holds from the next video on."""
         return self.memory.host_ram
+
+    @host_ram.setter
+    def host_ram(self, size: str | int | None) -> None:
+        self.memory.host_ram = size
 
     @property
     def keep_loaded(self) -> bool:
@@ -238,7 +242,9 @@ class StepVideoPipeline:
         return self.memory.networks
 
     def memory_report(self) -> list[dict[str, Any]]:
-        """Of the last video: what each stage was to take at most, by the plan, and what it took. Bytes and seconds."""
+        """Of the last video: what each stage was to take at most, by the plan, and what it took: bytes of the card, of
+        host memory (of the whole process; the program's own part is planned with on a card only) and from files, and
+        seconds."""
         return list(self._report)
 
     # --- asking for a video ---------------------------------------------------------------------------------------
@@ -375,14 +381,16 @@ class StepVideoPipeline:
         open_sink: OpenSink | None,
         callback: StepCallback | None = None,
         progress: Progress | None = None,
+        planned: PlanShown | None = None,
     ) -> Iterator[tuple[dict[str, Any], Tensor]]:
         """Makes videos one after the other and gives each one's record and final latents when it is done.
 
         All texts are encoded first, in one pass of the encoders. Frames go to ``open_sink(i, request, record)`` while
-        they are decoded; None leaves out the decoding.
+        they are decoded; None leaves out the decoding. ``planned`` gets the plan of each video before anything is
+        loaded, where memory is planned; on a new card its speed is measured for that.
         """
         say = progress or (lambda stage, done, total: None)
-        work = self._generate(requests, open_sink, callback, say)
+        work = self._generate(requests, open_sink, callback, say, planned)
         try:
             while True:
                 with self.memory.capped():  # only while work is done, however long the caller takes
@@ -394,23 +402,27 @@ class StepVideoPipeline:
             work.close()
 
     def _generate(
-        self, requests: Sequence[Request], open_sink: OpenSink | None, callback: StepCallback | None, say: Progress
-    ) -> Generator[tuple[dict[str, Any], Tensor], None, None]:
+        self, requests: Sequence[Request], open_sink: OpenSink | None, callback: StepCallback | None, say: Progress,
+        planned: PlanShown | None,
+    ) -> Generator[tuple[dict[str, Any], Tensor], None, None]:  # fmt: skip
         with contextlib.ExitStack() as locks:
             self._decided(say)
             with readable_errors(self.device):
                 jobs = [self._open(request, i, locks) for i, request in enumerate(requests)]
-            yield from self._all(jobs, open_sink, callback, say)
+            yield from self._all(jobs, open_sink, callback, say, planned)
 
     def _all(
-        self, jobs: list[Job], open_sink: OpenSink | None, callback: StepCallback | None, say: Progress
-    ) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        self, jobs: list[Job], open_sink: OpenSink | None, callback: StepCallback | None, say: Progress,
+        planned: PlanShown | None,
+    ) -> Iterator[tuple[dict[str, Any], Tensor]]:  # fmt: skip
         shared: list[Stage] = []
         embeddings: dict[str, PromptEmbedding] = {}
         waiting = [job for job in jobs if not job.done]
         if self.memory.placed is None:  # the largest network: refuse now, not after the texts
             for job in waiting:
-                self.memory.refuse_early(job.request.settings)
+                plan = self.memory.refuse_early(job.left, rated=planned is not None)
+                if planned is not None and plan is not None:
+                    planned(plan)
         begun = waiting[0] if waiting and waiting[0].resumed_from is None else None
         if begun is not None:
             # Shows now, not after the first step, whether the latents can be kept; and keeps a seed that was drawn.

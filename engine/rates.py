@@ -14,6 +14,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,16 +176,52 @@ def decode_rate(device: torch.device) -> float:
     return CHUNK_FRAMES * height * width / ms * 1e3
 
 
-def disk_rate(files: Sequence[Path], most: int = 512 << 20) -> float | None:
-    """Bytes a second of reading the largest of some files past the page cache; None where that cannot be done, or it is
-    too small to tell."""
+def with_disk(rated: Rated | None, files: Sequence[Path]) -> Rated | None:
+    """A card's rates with that of the disk that a model's files are on, if it can be told."""
+    rate = None if rated is None else folder_rate(files)
+    if rated is None or rate is None:
+        return rated
+    return replace(rated, blocks=replace(rated.blocks, disk=rate), disk="measured")
+
+
+def folder_rate(files: Sequence[Path]) -> float | None:
+    """Bytes a second of reading from the folder that files are in: measured once, in a second at most, and kept. None
+    where that is not possible."""
+    if not files:
+        return None
+    folder = files[0].parent.resolve()
+    key = json.dumps([str(folder), files[0].stat().st_dev])
+    kept = cache_dir() / "rates" / f"disk-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        rate = float(json.loads(kept.read_text(encoding="utf-8"))["bytes_per_second"])
+        if 0 < rate < float("inf"):
+            return rate
+    with one_at_a_time(kept):
+        found = disk_rate(files)
+        if found is not None:
+            with contextlib.suppress(OSError), replacing(kept) as temporary:
+                values = {"folder": str(folder), "bytes_per_second": found}
+                temporary.write_text(json.dumps(values) + "\n", encoding="utf-8")
+    return found
+
+
+def disk_rate(files: Sequence[Path], most: int = 512 << 20, seconds: float = 1.0) -> float | None:
+    """Bytes a second of reading the largest of some files past the page cache, for so many bytes or seconds; None where
+    that cannot be done, or it is too small to tell."""
     largest = [f for f in sorted(files, key=lambda f: f.stat().st_size)[-1:] if f.stat().st_size >= PIECE]
-    return read_rate(largest, most=most)
+    found = read_rate(largest, most=most, seconds=seconds)
+    if found is None and largest and hasattr(os, "posix_fadvise"):  # a file system without direct reads
+        with contextlib.suppress(OSError), largest[0].open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, most, os.POSIX_FADV_DONTNEED)
+            found = read_rate(largest, direct=False, most=most, seconds=seconds)
+    return found
 
 
-def read_rate(files: Sequence[Path], direct: bool = True, most: int | None = None) -> float | None:
-    """Bytes a second of reading files one after the other in pieces of 16 MiB, ``most`` of each; ``direct`` is past the
-    page cache. None where that cannot be done, or there is nothing to read."""
+def read_rate(
+    files: Sequence[Path], direct: bool = True, most: int | None = None, seconds: float = float("inf")
+) -> float | None:
+    """Bytes a second of reading files one after the other in pieces of 16 MiB, ``most`` of each and no longer than
+    ``seconds``; ``direct`` is past the page cache. None where that cannot be done, or there is nothing to read."""
     buffer, count, start = mmap.mmap(-1, PIECE), 0, time.perf_counter()
     for file in files:
         try:
@@ -197,6 +234,8 @@ def read_rate(files: Sequence[Path], direct: bool = True, most: int | None = Non
             while got == PIECE and (most is None or of_file + PIECE <= most):
                 got = os.readv(handle, [buffer])
                 of_file += got
+                if time.perf_counter() - start > seconds:
+                    break
         except OSError:
             return None
         finally:

@@ -8,7 +8,7 @@ import json
 import logging
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -148,6 +148,11 @@ class Job:
     plan: Plan | None = None
     events: list[str] = field(default_factory=list)
     """What did not go as planned, for the record."""
+
+    @property
+    def left(self) -> GenerationSettings:
+        """The settings with the steps that are left to make, of which there is one at least: what a plan is for."""
+        return replace(self.request.settings, num_inference_steps=max(1, self.saved.steps - self.saved.step))
 
     def __post_init__(self) -> None:
         if self.saved.finished and self.path.name:

@@ -37,6 +37,8 @@ CHUNK = 18_972
 SMALL_CHUNK = CHUNK // 4
 GROUP_SECONDS = 1e-3
 """What a further group of heads costs in a block: smaller products, more kernels."""
+STAGING = 2
+"""Blocks in host memory while others are read from files."""
 GUESS = (800e12, 1300e12, 50e9, 2e9)
 """Rates that plans are compared by where none were measured: those of an H200 with int8, about."""
 
@@ -170,7 +172,7 @@ def plan_blocks(
         for plan in _placements(network, clip, budget, fixed, savings, slots):
             placed = _tiers(network, clip, plan, host, from_files)
             if placed is None:
-                needed = (network.blocks - plan.resident) * network.block + parked_bytes(clip, savings)
+                needed = _least_host(network, clip, plan, from_files)
                 wanted = needed if wanted is None else min(wanted, needed)
                 continue
             seconds = step_seconds(network, clip, placed, rates)
@@ -202,17 +204,24 @@ def parked_bytes(clip: Clip, savings: Savings) -> int:
     return clip.itemsize * clip.tokens * clip.width * clip.rows if savings.park else 0
 
 
+def _least_host(network: Network, clip: Clip, plan: BlockPlan, from_files: bool) -> int:
+    """Host memory without which a plan is none: for all that streams, or two buffers that it passes through."""
+    streamed = network.blocks - plan.resident
+    there = min(streamed, STAGING) if from_files else streamed
+    return there * network.block + parked_bytes(clip, plan.savings)
+
+
 def _tiers(network: Network, clip: Clip, plan: BlockPlan, host: int | None, from_files: bool) -> BlockPlan | None:
     """The plan with its streamed blocks in host memory, or as many as go there; None if the others have no place."""
     parked = parked_bytes(clip, plan.savings)
     streamed = network.blocks - plan.resident
     needed = streamed * network.block + parked
-    if host is None or needed <= host or not streamed:
+    if host is None or needed <= host:
         return BlockPlan(plan.resident, plan.slots, plan.device, needed, 0, plan.savings)
-    staging = 2 * network.block
-    there = max(0, (host - parked - staging) // network.block)
-    if not from_files or staging + parked > host:
+    staging = STAGING * network.block
+    if not from_files or not streamed or staging + parked > host:
         return None
+    there = max(0, (host - parked - staging) // network.block)
     count = staging + parked + there * network.block
     return BlockPlan(plan.resident, plan.slots, plan.device, count, streamed - there, plan.savings)
 

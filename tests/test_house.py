@@ -145,6 +145,13 @@ def import_violations(root: Path) -> list[str]:
     return found
 
 
+def test_the_environment_is_read_in_one_place():
+    """Rule 2 of the house: what the environment sets stands in engine/config.py."""
+    files = [path for folder in ("engine", "kernels", "quant", "offload") for path in _python_files(ROOT / folder)]
+    read = [path for path in files if re.search(r"\b(environb?|getenv)\b", path.read_text(encoding="utf-8"))]
+    assert [path.relative_to(ROOT).as_posix() for path in read] == ["engine/config.py"]
+
+
 def test_import_directions():
     assert not import_violations(ROOT)
 

@@ -27,7 +27,8 @@ from .quantize import register as register_quantize
 from .sensitivity import register as register_sensitivity
 
 if TYPE_CHECKING:
-    from ..pipeline import StepVideoPipeline
+    from ..pipeline import PlanShown, StepVideoPipeline
+    from ..plan import Plan
     from ..request import Request
 
 app = typer.Typer(
@@ -393,12 +394,28 @@ def _run(
         if overwrite and request.latents_path is not None and pipe.is_finished(request):
             request.latents_path.unlink()  # else it would only be decoded anew
     with ConsoleProgress(console) as progress:
-        results = pipe.generate([request for request, _ in todo], open_sink, progress=progress)
+        shown = None if as_json else _show_plan(pipe)
+        results = pipe.generate([request for request, _ in todo], open_sink, progress=progress, planned=shown)
         for i, (_, path) in enumerate(todo):
             if len(todo) > 1:
                 progress.label = f"[{i + 1}/{len(todo)}] "
             record, _ = next(results)
             _print_result(path, record | {"output": str(path)}, as_json)
+
+
+def _show_plan(pipe: StepVideoPipeline) -> PlanShown:
+    """Says in a line what a run is going to take; plans that are alike once."""
+    from ..forecast import plan_line
+
+    said: set[str] = set()
+
+    def show(plan: Plan) -> None:
+        line = plan_line(plan, pipe.vram is not None)
+        if line not in said:
+            said.add(line)
+            say(console, "plan", line)
+
+    return show
 
 
 def _print_result(path: Path, record: dict[str, Any] | None, as_json: bool) -> None:

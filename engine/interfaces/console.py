@@ -20,7 +20,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 def say(console: Console, kind: str, text: str) -> None:
     """One message, never cut to the terminal's width where it is not a terminal."""
-    style = {"error": "bold red", "note": "yellow"}.get(kind, "")
+    style = {"error": "bold red", "note": "yellow"}.get(kind, "bold")
     console.print(f"[{style}]{kind}:[/{style}] {escape(text)}", soft_wrap=True, highlight=False)
 
 

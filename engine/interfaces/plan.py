@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,8 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import SolostepError, UsageError
-from .console import guarded
-from .tables import size
+from ..forecast import described, size, time_text
+from .console import console, guarded, say
+
+if TYPE_CHECKING:
+    from ..asked import Asked
 
 GB = 10**9
 SWEEP = (6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141)
@@ -31,7 +34,10 @@ def plan(
         str | None, typer.Option(help="Memory of the card to stay in, such as 24GB. Default: what is free here.")
     ] = None,
     host_ram: Annotated[
-        str | None, typer.Option("--host-ram", help="Memory of the host to stay in. Default: what the run wants.")
+        str | None,
+        typer.Option(
+            "--host-ram", help="Memory of the host to stay in. Default: what is free; without a card here, any."
+        ),
     ] = None,
     frames: Annotated[int | None, typer.Option(help="As in generate.")] = None,
     height: Annotated[int | None, typer.Option(help="As in generate.")] = None,
@@ -44,14 +50,23 @@ def plan(
     device: Annotated[
         str | None, typer.Option(help="The card whose speed counts: cuda, cuda:1. Default: the first, if there is one.")
     ] = None,
-    sweep: Annotated[bool, typer.Option("--sweep", help="A table over budgets, from the smallest possible.")] = False,
+    like: Annotated[
+        str | None, typer.Option(help="Times by the stored rates of another card, measured on it: h200.")
+    ] = None,
+    converted: Annotated[
+        bool, typer.Option("--converted", help="As if the model were stored in its precision (`solostep quantize`).")
+    ] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="A table over budgets, from the smallest possible, --vram among them.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan (JSON) in place of the table.")] = False,
 ) -> None:
     """Show what a video takes before it is made: memory, disk and time of each stage within a budget."""
     import torch
 
+    from ..asked import ask
     from ..memory import read_budgets
-    from ..plan import CONTEXT, ask
+    from ..plan import CONTEXT
     from ..runtime import free_memory, pick_device
 
     budget, host = read_budgets(vram, host_ram)
@@ -59,105 +74,52 @@ def plan(
     if there is not None and there.type != "cuda":
         raise UsageError(f"--device {device}: a plan is for a CUDA card; leave --device out to plan for any.")
     asked = ask(
-        model, precision, text_precision, attention, there, num_frames=frames, height=height, width=width,
-        num_inference_steps=steps, guidance_scale=guidance,
+        model, precision, text_precision, attention, there, converted=converted, like=like, num_frames=frames,
+        height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
     )  # fmt: skip
-    if budget is None and not sweep:
-        if there is None:
-            raise UsageError("There is no CUDA card here; say with --vram which memory to plan for, or give --sweep.")
-        budget = free_memory(there) + CONTEXT
+    if there is None and budget is None and not sweep:
+        raise UsageError("There is no CUDA card here; say with --vram which memory to plan for, or give --sweep.")
+    if asked.rated is None and (there is None or like is not None):
+        known = "give --like h200 for those of that card" if like is None else f"none stored of {like} for this mode"
+        say(console, "note", f"Times are not known here: {known}.")
+    if host is None and asked.room is None:
+        say(console, "note", "Host memory is planned without limit; say with --host-ram what the machine has.")
     out = Console(emoji=False)
     if not out.is_terminal:
         out.width = 160  # a file has no width; cut names help nobody
+    title = f"{asked.mode.name}, attention {asked.attention}"
     if sweep:
-        rows = _sweep(asked, host)
+        rows = _sweep(asked, budget, host)
         print(json.dumps(rows, indent=1)) if as_json else sweep_table(out, rows)
+        if any("refused" in row for row in rows) and asked.sizes.streams and not asked.sizes.from_files:
+            say(console, "note", "A converted model (`solostep quantize`) takes less host memory: see --converted.")
         return
-    assert budget is not None
+    if budget is None:
+        assert there is not None
+        budget = free_memory(there) + CONTEXT
     found = asked.plan(budget, host)
     if as_json:
         print(json.dumps({"vram_bytes": budget, "attention": asked.attention, **found.as_dict()}, indent=1))
     else:
-        plan_table(out, found, budget, f"{asked.mode.name}, attention {asked.attention}")
+        out.print(f"[bold]within {size(budget)} of the card, {escape(title)}[/bold]", highlight=False)
+        out.print(str(found), soft_wrap=True, highlight=False, markup=False)
 
 
-def _sweep(asked: Any, host: int | None) -> list[dict[str, Any]]:
-    """Plans from the smallest budget to the first that keeps everything on the card."""
+def _sweep(asked: Asked, vram: int | None, host: int | None) -> list[dict[str, Any]]:
+    """Plans from the smallest budget to the first that keeps everything on the card, ``vram`` among them."""
     rows = []
     least = asked.smallest()
-    for budget in [least, *(gb * GB for gb in SWEEP if gb * GB > least)]:
+    wanted = {least, *(gb * GB for gb in SWEEP if gb * GB > least), *([] if vram is None else [vram])}
+    for budget in sorted(wanted):
         try:
             found = asked.plan(budget, host)
-        except SolostepError:
-            continue  # for want of host memory
+        except SolostepError as error:
+            rows.append({"vram_bytes": budget, "refused": str(error)})
+            continue
         rows.append({"vram_bytes": budget, **found.as_dict()})
-        if not found.blocks.streams and found.decode == (None, 1):
+        if not found.blocks.streams and found.decode == (None, 1) and budget >= (vram or 0):
             break
     return rows
-
-
-# --- tables -------------------------------------------------------------------------------------------------------
-
-
-def time_text(seconds: float | None) -> str:
-    """Seconds in the unit that one would say."""
-    if seconds is None:
-        return "?"
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def described(values: dict[str, Any]) -> str:
-    """What a plan does, in words; from Plan.as_dict()."""
-    from ..plan import how_decoded
-
-    streamed = values["streamed_blocks"]
-    parts = [f"{values['resident_blocks']} of {values['resident_blocks'] + streamed} blocks stay on the card"]
-    if streamed:
-        slots = "1 slot" if values["slots"] == 1 else f"{values['slots']} slots"
-        tier = f", {values['blocks_from_disk']} of them from disk" if values["blocks_from_disk"] else ""
-        parts.append(f"{streamed} are streamed through {slots}{tier}")
-    parts += spared(values)
-    if values["decode_frames"] is not None:
-        parts.append(f"decoding {how_decoded(values['decode_frames'], values['decode_strips'])}")
-    return "; ".join(parts)
-
-
-def spared(values: dict[str, Any]) -> list[str]:
-    """What a plan does to take less memory."""
-    found = []
-    if values["head_groups"] > 1:
-        found.append(f"attention in {values['head_groups']} groups of heads")
-    if not values["keep_text"]:
-        found.append("text keys computed anew")
-    if values["park"]:
-        found.append("one guidance branch waits in host memory")
-    return found
-
-
-def plan_table(out: Console, plan: Any, vram: int, title: str) -> None:
-    """The stages, and what is done to fit."""
-    from ..plan import CONTEXT
-
-    values = plan.as_dict()
-    out.print(f"[bold]within {size(vram)}[/bold] of the card, {escape(title)}", highlight=False)
-    table = Table(show_edge=False, pad_edge=False)
-    table.add_column("stage", no_wrap=True)
-    for heading in ("card", "host", "from disk", "time"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for stage in plan.stages:
-        disk = size(stage.disk) if stage.disk else ""
-        host = size(stage.host) if stage.host else ""
-        table.add_row(stage.name, size(stage.device + CONTEXT), host, disk, time_text(stage.seconds))
-    table.add_row(
-        "whole run", size(plan.device + CONTEXT), size(plan.host) if plan.host else "", "", time_text(plan.seconds),
-        style="bold",
-    )  # fmt: skip
-    out.print(table)
-    out.print(f"{described(values)}.", soft_wrap=True, highlight=False)
-    if plan.step_seconds is not None:
-        out.print(f"A step takes {time_text(plan.step_seconds)}.", highlight=False)
 
 
 def sweep_table(out: Console, rows: list[dict[str, Any]]) -> None:
@@ -167,6 +129,10 @@ def sweep_table(out: Console, rows: list[dict[str, Any]]) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("what is done", overflow="fold")
     for row in rows:
+        if "refused" in row:
+            why = row["refused"].split("; ")[0]
+            table.add_row(size(row["vram_bytes"]), "-", "-", "-", "-", f"not possible: {escape(why)}")
+            continue
         table.add_row(
             size(row["vram_bytes"]), str(row["resident_blocks"]), size(row["host_bytes"]),
             time_text(row["step_seconds"]), time_text(row["seconds"]), "; ".join(described(row).split("; ")[1:]),

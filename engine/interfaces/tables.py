@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..forecast import size
+
 if TYPE_CHECKING:
     from ..golden import Result
 
@@ -80,11 +82,3 @@ def info_table(console: Console, found: Mapping[str, Any]) -> None:
         console.print(f"[bold red]problem:[/bold red] {escape(problem)}", soft_wrap=True, highlight=False)
     if found.get("note"):
         console.print(f"[yellow]note:[/yellow] {escape(found['note'])}", soft_wrap=True, highlight=False)
-
-
-def size(count: int) -> str:
-    """Bytes in decimal units."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count} B"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable
@@ -15,9 +16,12 @@ import typer
 
 from solostep import StepVideoPipeline
 from solostep.engine import machine, memory, rates, runtime, stages, streaming
+from solostep.engine.asked import ask
 from solostep.engine.errors import SolostepError, UsageError
 from solostep.engine.interfaces import cli
-from solostep.engine.plan import CONTEXT, Rated, ask, parse_size
+from solostep.engine.latents import SavedLatents
+from solostep.engine.plan import CONTEXT, Plan, Rated, parse_size
+from solostep.engine.request import Collect, Job
 from solostep.engine.sampling import GuidedVelocity
 from solostep.engine.streaming import more_of
 from solostep.offload import planner
@@ -297,10 +301,35 @@ def test_more_blocks_leave_and_none_comes_back() -> None:
 def test_the_report_is_beside_the_plan() -> None:
     pipe = StepVideoPipeline.from_pretrained(T2V, device="cpu", vram="40GB")
     assert pipe.memory_report() == []
-    pipe("a red panda", seed=7, **SMALL)
+    request = pipe.request("a red panda", seed=7, **SETTINGS)
+    shown: list[Plan] = []
+    ((record, _),) = pipe.generate([request], lambda *_: contextlib.nullcontext(Collect()), planned=shown.append)
+    assert [plan.as_dict() for plan in shown] == [record["plan"]]  # told before, and kept to
     lines = {line["stage"]: line for line in pipe.memory_report()}
+    assert all(line["planned_gpu_bytes"] is not None for line in lines.values())
+    for name, line in lines.items():
+        said = shown[0].stage(name)
+        assert (line["planned_host_bytes"], line["planned_disk_bytes"]) == (said.host, said.disk)
+    assert lines["load vae"]["planned_disk_bytes"] > 0 == lines["decode and write"]["planned_disk_bytes"]
     assert {"text", "load transformer", "denoise", "load vae", "decode and write"} <= set(lines)
     assert lines["denoise"]["planned_gpu_bytes"] > 0 and lines["denoise"]["seconds"] > 0
+
+
+def test_the_line_before_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = StepVideoPipeline.from_pretrained(T2V, device="cpu", vram="40GB")
+    show = cli._show_plan(pipe)
+    for _ in range(2):
+        show(pipe.plan(**SETTINGS))
+    said = capsys.readouterr().err
+    assert said.startswith("plan: memory ") and " of 40.0 GB, beside it " in said and len(said.splitlines()) == 1
+    assert "blocks stay on the card" in said
+
+
+def test_a_plan_is_for_the_steps_that_are_left() -> None:
+    pipe = StepVideoPipeline.from_pretrained(T2V, device="cpu")
+    request = pipe.request("a red panda", seed=7, **SETTINGS | {"num_inference_steps": 5})
+    saved = SavedLatents(torch.zeros(1), 3, 5, 7, True, {}, {})
+    assert Job(request, Path(), saved).left == replace(request.settings, num_inference_steps=2)
 
 
 # --- plans --------------------------------------------------------------------------------------------------------
@@ -309,7 +338,7 @@ def test_the_report_is_beside_the_plan() -> None:
 def test_sizes_of_the_release_are_those_of_its_files() -> None:
     bf16 = ask("t2v", "bf16").sizes
     assert bf16.on_disk["transformer"] == pytest.approx(58.6e9, rel=0.01)
-    assert bf16.on_disk["step_llm"] == pytest.approx(39.2e9, rel=0.01)
+    assert bf16.on_disk["text"] == pytest.approx(39.2e9 + 1.4e9, rel=0.01)
     assert bf16.network.blocks == 48 and bf16.network.block == pytest.approx(1.208e9, rel=0.01)
     fp8 = ask("t2v", "fp8").sizes
     assert fp8.network.block == pytest.approx(0.604e9, rel=0.01) and not fp8.from_files

@@ -89,6 +89,9 @@ def test_the_past_of_one_chunk_is_not_that_of_the_next(decoder: vae.Decoder) -> 
     z = latents(3, 3, 2).transpose(1, 2)
     first, second = (torch.cat(list(decoder.slices(z, 1, 4, host)), dim=2) for _ in range(2))
     assert torch.equal(first, second)
+    held = sum(t.nbytes for t in host.kept.values())
+    assert held == vae.host_bytes(CONFIG, 48, 32, 4, itemsize=4) > vae.host_bytes(CONFIG, 48, 32, 2, itemsize=4)
+    assert vae.host_bytes(CONFIG, 48, 32, 1) == 0
     host.close()
     assert not host.kept
 

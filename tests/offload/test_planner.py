@@ -101,6 +101,28 @@ def test_little_host_memory_means_reading_from_disk() -> None:
         plan_blocks(REAL, FULL, 12 * GB, "int8", host=4 * GB, from_files=False)
 
 
+@pytest.mark.parametrize("from_files", [True, False])
+def test_too_little_host_memory_says_the_least(from_files: bool) -> None:
+    with pytest.raises(BudgetError) as refused:
+        plan_blocks(REAL, FULL, 12 * GB, "int8", host=GB, from_files=from_files)
+    least = refused.value.least
+    assert refused.value.host and (least == 2 * REAL.block if from_files else least > 30 * REAL.block)
+    assert plan_blocks(REAL, FULL, 12 * GB, "int8", host=least, from_files=from_files).host <= least
+    with pytest.raises(BudgetError):
+        plan_blocks(REAL, FULL, 12 * GB, "int8", host=least - 1, from_files=from_files)
+
+
+def test_a_parked_row_needs_host_memory_too() -> None:
+    few = Network(blocks=2, block=1000, rest=1000)
+    fixed = activation_bytes(few, FULL, "int8")
+    assert plan_blocks(few, FULL, fixed + 10**4, "int8", host=0).host == 0
+    budget = min(activation_bytes(few, FULL, "int8", s) for s in all_savings(few, FULL, "int8")) + 10**4
+    assert plan_blocks(few, FULL, budget, "int8").savings.park
+    with pytest.raises(BudgetError) as refused:
+        plan_blocks(few, FULL, budget, "int8", host=10**6)
+    assert refused.value.host and refused.value.least > 10**9
+
+
 def test_an_impossible_budget_says_the_least() -> None:
     with pytest.raises(BudgetError, match=r"1\.0 GB are too little: 4\.\d GB are the least that would do"):
         plan_blocks(REAL, FULL, GB, "int8")

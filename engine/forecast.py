@@ -1,0 +1,107 @@
+"""Plans in words: the table of `solostep plan` and of ``print(pipe.plan())``, and the line before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .plan import how_decoded
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} B"
+
+
+def time_text(seconds: float | None) -> str:
+    """Seconds in the unit that one would say."""
+    if seconds is None:
+        return "?"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def described(values: dict[str, Any]) -> str:
+    """What a plan does, in words; from Plan.as_dict()."""
+    streamed = values["streamed_blocks"]
+    parts = [f"{values['resident_blocks']} of {values['resident_blocks'] + streamed} blocks stay on the card"]
+    if streamed:
+        slots = "1 slot" if values["slots"] == 1 else f"{values['slots']} slots"
+        tier = f", {values['blocks_from_disk']} of them from disk" if values["blocks_from_disk"] else ""
+        parts.append(f"{streamed} are streamed through {slots}{tier}")
+    parts += spared(values)
+    if values["decode_frames"] is not None:
+        parts.append(f"decoding {how_decoded(values['decode_frames'], values['decode_strips'])}")
+    return "; ".join(parts)
+
+
+def spared(values: dict[str, Any]) -> list[str]:
+    """What a plan does to take less memory."""
+    found = []
+    if values["head_groups"] > 1:
+        found.append(f"attention in {values['head_groups']} groups of heads")
+    if not values["keep_text"]:
+        found.append("text keys computed anew")
+    if values["park"]:
+        found.append("one guidance branch waits in host memory")
+    return found
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column begins, the others end, at the same place."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("   ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+    return lines
+
+
+def plan_text(plan: Plan) -> str:
+    """The stages, and what is done to fit."""
+    rows = [("stage", "card", "host", "from disk", "time")]
+    for stage in plan.stages:
+        disk = size(stage.disk) if stage.disk else ""
+        rows.append(
+            (stage.name, size(stage.device + plan.context), size(stage.host), disk, time_text(stage.seconds))
+        )  # fmt: skip
+    rows.append(("whole run", size(plan.device + plan.context), size(plan.host), "", time_text(plan.seconds)))
+    lines = columns(rows)
+    lines.insert(1, "-" * max(map(len, lines)))
+    lines += ["", f"{described(plan.as_dict())}.", *notes(plan)]
+    return "\n".join(lines)
+
+
+def notes(plan: Plan) -> list[str]:
+    """What the figures of a plan hold, and where its times come from."""
+    found = []
+    if plan.step_seconds is not None:
+        found.append(f"A step takes {time_text(plan.step_seconds)}.")
+    if plan.program:
+        found.append(
+            f"Counted in: of the card {size(plan.context)} outside of torch, of the host {size(plan.program)} of the "
+            "program itself."
+        )
+    if plan.rated is not None:
+        disk = f"{plan.rated.blocks.disk / 1e9:.3g} GB/s ({plan.rated.disk})"
+        found.append(f"Rates: {plan.rated.source}; of the disk {disk}: files in the system's cache come faster.")
+    return found
+
+
+def plan_line(plan: Plan, given: bool) -> str:
+    """What a run is going to take, in one line; ``given`` is whether a user set the budget."""
+    of = f" of {size(plan.budget + plan.context)}" + ("" if given else " free")
+    where, beside = ("card", "host") if plan.context else ("memory", "beside it")  # of a card, or of a CPU
+    parts = [f"{where} {size(plan.device + plan.context)}{of}", f"{beside} {size(plan.host)}"]
+    if plan.step_seconds is not None:
+        parts.append(f"{time_text(plan.step_seconds)} a step")
+    if plan.seconds is not None:
+        parts.append(f"{time_text(plan.seconds)} in all")
+    return f"{', '.join(parts)}; {described(plan.as_dict())}"

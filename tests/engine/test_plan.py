@@ -1,0 +1,276 @@
+"""Plans without a card: they keep to every limit, say what would do, and agree with what was measured on an H200."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import solostep.engine.asked
+from solostep.engine import cards, rates
+from solostep.engine.asked import Asked, ask
+from solostep.engine.errors import SolostepError, UsageError
+from solostep.engine.forecast import plan_line
+from solostep.engine.interfaces import cli
+from solostep.engine.pipeline import StepVideoPipeline
+from solostep.engine.plan import CONTEXT, PROGRAM, Plan, parse_size
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+T2V = Path(__file__).parents[1] / "golden" / "tiny-stepvideo-t2v"
+GB = 10**9
+Run = Callable[..., tuple[int, str, str]]
+
+
+once = functools.cache(ask)
+"""What is counted once need not be again."""
+
+
+def asked(precision: str, attention: str | None = None, converted: bool = False, timed: bool = False) -> Asked:
+    """A released model, as the command asks for it; ``timed`` by the stored rates of an H200."""
+    settings = dict.fromkeys(("num_frames", "height", "width", "num_inference_steps", "guidance_scale"))
+    found = once("t2v", precision, "int8", None, None, converted=converted, like=None, **settings)
+    found = replace(found, attention=attention or found.attention)
+    return replace(found, rated=cards.H200.rated(precision, found.attention)) if timed else found
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOLOSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(solostep.engine.asked, "ask", once)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """`solostep plan t2v` in this process: exit code, stdout, stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            typer.main.get_command(cli.app).main(["plan", *arguments], prog_name="solostep")
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    return call
+
+
+# --- limits -------------------------------------------------------------------------------------------------------
+
+
+def test_every_stage_keeps_to_the_host_s_memory() -> None:
+    bf16 = asked("bf16", "int8")
+    assert bf16.rated is None
+    wide, narrow = bf16.plan(8 * GB, 100 * GB), bf16.plan(8 * GB, 6 * GB)
+    assert wide.decode[1] >= 8 and wide.stage("decode and write").host > 6 * GB  # strips keep frames there
+    assert narrow.decode[1] < wide.decode[1] and narrow.host <= 6 * GB
+    for vram, host in ((8, 5), (12, 5), (16, 5), (80, 3)):
+        plan = bf16.plan(vram * GB, host * GB)
+        assert max(stage.host for stage in plan.stages) <= host * GB
+        assert plan.device + CONTEXT <= vram * GB
+
+
+def test_the_program_is_counted_in_every_stage() -> None:
+    plan = asked("fp8", "int8").plan(48 * GB)
+    assert [stage.host - PROGRAM for stage in plan.stages] == [65_536 * 6144 * 2, 0, 0, 0, 0]
+    assert plan.as_dict()["program_bytes"] == PROGRAM and plan.host > PROGRAM
+    assert [stage.name for stage in plan.stages][3] == "load vae" and plan.stage("load vae").disk > 5e8
+
+
+def test_host_memory_is_what_is_free_here() -> None:
+    elsewhere = asked("bf16", "int8")
+    here = replace(elsewhere, room=5 * GB)
+    assert here.plan(12 * GB) == elsewhere.plan(12 * GB, 5 * GB + PROGRAM)
+    assert here.plan(12 * GB).blocks.disk > 0 == elsewhere.plan(12 * GB).blocks.disk
+    assert here.plan(12 * GB, 100 * GB) == elsewhere.plan(12 * GB)
+
+
+@pytest.mark.parametrize("vram", [2, 6])
+def test_the_least_of_the_card_is_in_units_of_the_option(vram: int) -> None:
+    with pytest.raises(SolostepError, match=rf"there are {vram} GB; give --vram more") as refused:
+        asked("bf16", "int8").plan(vram * GB)
+    least = parse_size(re.findall(r"takes ([\d.]+ GB) at least", str(refused.value))[0], "")
+    assert asked("bf16", "int8").plan(least).device + CONTEXT <= least
+    with pytest.raises(SolostepError):
+        asked("bf16", "int8").plan(least - 2 * 10**7)
+    assert least <= asked("bf16", "int8").smallest() <= least + 10**8
+
+
+@pytest.mark.parametrize(("precision", "converts"), [("bf16", False), ("fp8", True)])
+def test_the_least_of_the_host_is_what_would_do(precision: str, converts: bool) -> None:
+    made = asked(precision, "int8")
+    with pytest.raises(SolostepError, match="there are 3 GB") as refused:
+        made.plan(8 * GB, 3 * GB)
+    said = str(refused.value)
+    assert ("convert the model first" in said) is converts  # bf16 is in the files already
+    host, vram = (
+        parse_size(re.findall(pattern, said)[0], "") for pattern in (r"--host-ram to (\S+)", r"--vram (\S+GB)")
+    )
+    assert made.plan(8 * GB, host).host <= host
+    assert made.plan(vram, 3 * GB).device + CONTEXT <= vram
+    for less in ((8 * GB, host - 2 * 10**8), (vram - 2 * 10**8, 3 * GB)):
+        with pytest.raises(SolostepError):
+            made.plan(*less)
+
+
+def test_a_converted_model_s_blocks_are_in_its_files() -> None:
+    plain, converted = asked("fp8", "int8").sizes, asked("fp8", "int8", converted=True).sizes
+    assert not plain.from_files and converted.from_files and plain.network == converted.network
+    assert converted.on_disk["transformer"] == pytest.approx(29.7 * GB, rel=0.01)
+    assert converted.on_disk["text"] < 0.6 * plain.on_disk["text"]
+    assert asked("fp8", "int8", converted=True).plan(12 * GB, 6 * GB).blocks.disk > 0
+
+
+# --- figures that were measured -----------------------------------------------------------------------------------
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+
+
+def test_stored_rates_are_those_of_the_results() -> None:
+    card = cards.like("H200")
+    (block,) = [line for line in lines("block-h200.jsonl") if line["commit"] == card.commit]
+    for precision, (attention, seconds) in card.blocks.items():
+        assert block["seconds"][f"{precision}/{attention}"] == seconds
+    assert block["seconds"]["official"] == card.official and block["tokens"] == cards.TOKENS
+    decode = [line for line in lines("vae-h200.jsonl") if "at_once" not in line and line["commit"] == card.commit]
+    assert [line["seconds"] for line in decode] == [card.decode]
+    table = (RESULTS / "kernels-h200-passes.md").read_text()
+    assert f"commit {card.commit}" in table
+    for kind, seconds in card.attention.items():
+        variant = "bf16, sdpa + passes" if kind == "official" else f"{kind}, hopper + passes"
+        assert f"| {variant} | {seconds * 1e3:.3f} |" in table
+    readme = (RESULTS.parents[1] / "README.md").read_text()
+    assert f"pinned copies: {card.bus / 1e9} GB/s" in readme and f"the disk: {card.disk / 1e9} GB/s" in readme
+
+
+@pytest.mark.parametrize("n", range(11))
+def test_plans_agree_with_runs(n: int) -> None:
+    """Of runs on an H200: host memory while denoising, a step, and decoding; whose precisions have stored rates."""
+    line = lines("whole-h200.jsonl")[n]
+    found = asked(line["precision"], line["attention"], line["precision"] == "fp8", True)
+    found = replace(found, settings=replace(found.settings, num_frames=line["settings"]["num_frames"]))
+    # At that commit a budget of the host was beside the program.
+    host = None if line["host_ram"] is None else parse_size(line["host_ram"], "") + PROGRAM
+    plan = found.plan(parse_size(line["vram"], ""), host)
+    took = {stage["stage"]: stage for stage in line["stages"]}
+    assert plan.stage("denoise").host == pytest.approx(took["denoise"]["host_peak_bytes"], rel=0.1, abs=0.55 * GB)
+    assert plan.step_seconds == pytest.approx(line["step_seconds"][1], rel=0.15)
+    if "decode and write" in took:
+        assert plan.stage("decode and write").seconds == pytest.approx(took["decode and write"]["seconds"], rel=0.05)
+
+
+def test_what_was_not_measured_has_no_time() -> None:
+    assert cards.H200.rated("nf4", "bf16") is None and cards.H200.rated("fp8", "official") is None
+    official = replace(asked("bf16", "int8"), attention="official", rated=cards.H200.rated("bf16", "official"))
+    assert official.plan(80 * GB).step_seconds == pytest.approx(38.1, rel=0.05)
+    with pytest.raises(UsageError, match="--like h100 is unknown; rates are stored of h200"):
+        cards.like("h100")
+
+
+# --- what is shown ------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_a_plan() -> None:
+    plan = asked("fp8", timed=True).plan(24 * GB)
+    said = str(plan)
+    assert "whole run" in said and "blocks stay on the card" in said and f"{plan.host / 1e9:.1f} GB" in said
+    assert "of the host 1.8 GB of the program itself" in said and "commit 3f05888" in said
+    assert "of the disk 2.06 GB/s (that machine's)" in said
+    assert len({len(line) for line in said.splitlines()[2:8]}) == 1  # columns end at one place
+    line = plan_line(plan, True)
+    assert line.startswith(f"card {(plan.device + CONTEXT) / 1e9:.1f} GB of 24.0 GB, host {plan.host / 1e9:.1f} GB")
+    assert "s a step" in line and "in all" in line and "\n" not in line
+    assert "a step" not in plan_line(replace(plan, step_seconds=None), True)
+
+
+def test_the_command_prints_the_plan_s_own_table(run: Run) -> None:
+    code, out, err = run("t2v", "--vram", "24GB", "--precision", "fp8", "--text-precision", "int8", "--like", "h200")
+    assert code == 0 and out.split("\n", 1)[1].rstrip("\n") == str(asked("fp8", timed=True).plan(24 * GB))
+    assert "planned without limit; say with --host-ram" in err
+    code, _, err = run("t2v", "--vram", "24GB", "--precision", "nf4", "--text-precision", "int8", "--like", "h200")
+    assert code == 0 and "none stored of h200 for this mode" in err
+
+
+def test_a_sweep_tells_what_it_refuses(run: Run) -> None:
+    arguments = (
+        "t2v",
+        "--sweep",
+        "--vram",
+        "9GB",
+        "--host-ram",
+        "4GB",
+        "--precision",
+        "fp8",
+        "--text-precision",
+        "int8",
+        "--json",
+    )
+    code, out, err = run(*arguments)
+    rows = json.loads(out)
+    refused = [row for row in rows if "refused" in row]
+    assert code == 0 and 9 * GB in [row["vram_bytes"] for row in rows]
+    assert len(refused) == len(rows) - 1 and "of host memory" in refused[0]["refused"] and "see --converted" in err
+    rows = json.loads(run(*arguments, "--converted")[1])
+    assert {row["vram_bytes"] for row in rows if "refused" not in row} >= {n * GB for n in (9, 12, 24, 40)}
+    assert "not possible: 4." in run(*arguments[:-1], "--converted")[1].replace("│", " ")
+
+
+def test_an_unknown_model_s_message_lists_those_that_are_known(run: Run) -> None:
+    code, _, err = run("t3v", "--vram", "24GB")
+    assert code == 2 and "nor one of t2v, turbo, ti2v" in " ".join(err.split())
+
+
+# --- a pipeline's budgets -----------------------------------------------------------------------------------------
+
+
+def test_budgets_are_checked_where_they_are_set() -> None:
+    pipe = StepVideoPipeline.from_pretrained(T2V, device="cpu")
+    pipe.vram, pipe.host_ram = "12GB", "3 GB"
+    assert (pipe.vram, pipe.host_ram) == (12 * GB, 3 * GB)
+    plan = pipe.plan(num_frames=17, height=32, width=48)
+    assert isinstance(plan, Plan) and (plan.budget, plan.program, plan.context) == (12 * GB, 0, 0)
+    assert str(plan).splitlines()[0].split() == ["stage", "card", "host", "from", "disk", "time"]
+    for wrong in ([1], "12", True, float("nan"), {}):
+        with pytest.raises(UsageError, match=r"--vram .*is no size"):
+            pipe.vram = wrong  # type: ignore[assignment]
+        with pytest.raises(UsageError, match=r"--host-ram .*is no size"):
+            pipe.host_ram = wrong  # type: ignore[assignment]
+    with pytest.raises(UsageError, match=r"--vram \[1\] is no size"):
+        StepVideoPipeline.from_pretrained(T2V, device="cpu", vram=[1])  # type: ignore[arg-type]
+    pipe.vram = pipe.host_ram = None
+    assert (pipe.vram, pipe.host_ram) == (None, None)
+
+
+# --- the disk -----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_s_disk_is_timed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(rates.PIECE * 2))
+    calls: list[Any] = []
+    real = rates.disk_rate
+    monkeypatch.setattr(rates, "disk_rate", lambda files: calls.append(files) or real(files))
+    found = rates.folder_rate([file])
+    assert found is not None and found > 1e6 and rates.folder_rate([file]) == found and len(calls) == 1
+    rated = rates.with_disk(cards.H200.rated("fp8", "int8"), [file])
+    assert rated is not None and (rated.blocks.disk, rated.disk) == (found, "measured")
+    small = tmp_path / "small" / "model.safetensors"
+    small.parent.mkdir()
+    small.write_bytes(b"0")
+    assert rates.folder_rate([small]) is None and rates.folder_rate([]) is None
+
+
+def test_timing_a_disk_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(rates.PIECE * 3))
+    reads: list[int] = []
+    monkeypatch.setattr(rates.os, "readv", lambda *_: reads.append(1) or rates.PIECE)
+    assert rates.read_rate([file], direct=False, seconds=0) is not None and len(reads) == 1
+    monkeypatch.setattr(rates, "read_rate", lambda files, direct=True, **_: None if direct else 1e9)
+    assert rates.disk_rate([file]) == 1e9  # a file system without direct reads
