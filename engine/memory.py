@@ -156,14 +156,14 @@ class Memory:
         Raises:
             SolostepError: nothing fits.
         """
-        held = self.placed if moves else None
+        held, speed = self.placed if moves else None, self._rated(measure=rated)  # before room is looked at
         itemsize = 4 if self.dtype == torch.float32 else 2
         if room is None:
             room = self.room() + (0 if held is None else held.device_bytes)
         context, program = (CONTEXT, PROGRAM) if self.device.type == "cuda" else (0, 0)
         host = self.host_room(held)
         limits = Limits(room, host, context, program, self.vram is not None, self.pinned)
-        return make_plan(self.sizes, settings, self.modes()[2], limits, self._rated(measure=rated), itemsize)
+        return make_plan(self.sizes, settings, self.modes()[2], limits, speed, itemsize)
 
     def host_room(self, held: PlacedTransformer | None = None) -> int:
         """Bytes of host memory that may be taken beside the program, what ``held`` has of it among them."""
