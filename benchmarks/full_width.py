@@ -41,7 +41,7 @@ from solostep.engine.sampling import GuidedVelocity
 from solostep.engine.scheduler import euler_step, make_sigmas
 from solostep.engine.streaming import LAST
 from solostep.engine.text import PromptEmbedding
-from solostep.kernels.attention import one_line
+from solostep.kernels.cards import one_line
 from solostep.offload.streamer import BlockStreamer, spread
 from solostep.quant.convert import Spec
 from solostep.quant.formats import quantize, stored

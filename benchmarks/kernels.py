@@ -48,8 +48,9 @@ from solostep.benchmarks.linear_speed import DIM, milliseconds
 from solostep.engine.doctor import plain
 from solostep.engine.files import replacing
 from solostep.engine.machine import copy_rate, gpu_facts
-from solostep.kernels.attention import BACKENDS, HEAD_DIM, MODES, Operands, one_line
+from solostep.kernels.attention import BACKENDS, HEAD_DIM, MODES, Operands
 from solostep.kernels.attention_check import exact, relative_error
+from solostep.kernels.cards import one_line
 from solostep.kernels.qk_norm_rope import k_mean_reference, quantize_qk_reference
 from solostep.kernels.values import quantize_v
 

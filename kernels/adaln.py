@@ -20,7 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .packed import _fits, _rotated, _shift, _store_packed
-from .quantize import BLOCK, FLOOR, QMAX, _columns, _jit, _on_card, _plan, _store_quantized, quantize_rows_reference
+from .quantize import (
+    BLOCK,
+    FLOOR,
+    QMAX,
+    _columns,
+    _has_kernel,
+    _jit,
+    _on_card,
+    _plan,
+    _store_quantized,
+    quantize_rows_reference,
+)
+from .refused import by_rows, form
 
 try:
     import triton
@@ -310,18 +322,24 @@ def layer_norm_modulate(
     _vector("shift", shift, x.shape[1])
     _vector("scale", scale, x.shape[1])
     dtype = x.dtype if dtype is None else dtype
-    if not _on_card(x):
-        y = layer_norm_modulate_reference(x, shift, scale, eps)
-        return quantize_rows_reference(y, dtype, group) if dtype in QMAX else y.to(dtype)
+    if not _has_kernel(f"layer_norm_modulate {form(dtype)}", x):
+
+        def plain(rows: Tensor) -> Tensor | Quantized:
+            y = layer_norm_modulate_reference(rows, shift, scale, eps)
+            return quantize_rows_reference(y, dtype, group) if dtype in QMAX else y.to(dtype)
+
+        return by_rows(plain, x)
     return launch(x, dtype, group, shift, scale, eps)
 
 
 def gelu(x: Tensor, *, dtype: torch.dtype | None = None, group: int = 1) -> Tensor | Quantized:
     """tanh-GELU of rows ``x [S, d]``: in place if ``dtype`` is None, or quantized as in layer_norm_modulate()."""
     _rows("x", x)
-    if not _on_card(x):
-        y = gelu_reference(x)
-        return x.copy_(y) if dtype is None else quantize_rows_reference(y, dtype, group)
+    if not _has_kernel(f"gelu {form(dtype or x.dtype)}", x):
+        if dtype is None:
+            by_rows(lambda rows: rows.copy_(gelu_reference(rows)), x)
+            return x
+        return by_rows(lambda rows: quantize_rows_reference(gelu_reference(rows), dtype, group), x)
     return launch(x, dtype or x.dtype, group, None, None, 0.0, in_place=dtype is None and x.is_contiguous())
 
 
@@ -343,7 +361,7 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     _vector("gate", gate, x.shape[1])
     if y.shape != x.shape or not x.is_contiguous() or not y.is_contiguous():
         raise ValueError(f"x and y must be contiguous and of one shape, not {list(x.shape)} and {list(y.shape)}")
-    if not _on_card(x):
+    if not _has_kernel("gate_residual", x):
         return x.copy_(x.float() + gate.float() * y.float())
     launch_gate(x, y, gate)
     return x

@@ -30,22 +30,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import cards
 from .qk_norm_rope import qk_norm_rope, scale_of_keys
 from .quantize import warn_once
+from .refused import is_refused
 from .values import quantize_v
-
-try:
-    import triton
-except ImportError:  # a CPU build of torch brings none
-    triton = None
 
 KEY_GROUPS = {"int8": 32, "int8-fp8": 64}
 """Keys that share a scale: in the fast mode P and V err more than K does, and a scale for 64 saves a few percent."""
 MODES = ("bf16", "int8", "int8-fp8")
 HEAD_DIM = 128
-HOPPER_TRITON = ((3, 6), (3, 9))
-"""First and last Triton that the Gluon kernels are known to work with: run with 3.6, compiled without a card in 3.9.
-Gluon's interface changes without notice, and so do the registers that ptxas gives a schedule."""
 
 
 @dataclass(frozen=True)
@@ -92,59 +86,8 @@ class Backend:
 # ---------------------------------------------------------------- the back ends
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-def _dotted(version: tuple[int, int]) -> str:
-    return f"{version[0]}.{version[1]}"
-
-
-def _needs(device: torch.device, least: tuple[int, int], what: str) -> str | None:
-    if device.type != "cuda":
-        return f"{what} needs a CUDA card"
-    if _capability(device) < least:
-        return f"{what} needs compute capability {_dotted(least)}; this card has {_dotted(_capability(device))}"
-    return None
-
-
-def _triton_version() -> tuple[int, int] | None:
-    if triton is None:
-        return None
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)
-
-
-def _loads(module: str) -> str | None:
-    """None if a module of this package, or an installed one, can be imported; else why not."""
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # another package's import may raise anything: a missing symbol, a wrong CUDA
-        return f"{module.rsplit('.', 1)[-1]} does not load: {one_line(error)}"
-    return None
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's text, cut to what fits a table."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
-def _package(name: str) -> str:
-    return f"{__name__.rpartition('.')[0]}.{name}"
-
-
 def _hopper_available(device: torch.device, mode: str) -> str | None:
-    if device.type != "cuda":
-        return "it needs a CUDA card"
-    if _capability(device) != (9, 0):
-        return f"its products exist on compute capability 9.0 only; this card has {_dotted(_capability(device))}"
-    version = _triton_version()
-    if version is None:
-        return "Triton is not installed"
-    if not HOPPER_TRITON[0] <= version <= HOPPER_TRITON[1]:
-        return f"it was tested with Triton {' to '.join(map(_dotted, HOPPER_TRITON))}; this is {triton.__version__}"
-    return _loads(_package("attention_hopper"))
+    return cards.hopper_missing(device, ".attention_hopper")
 
 
 def _hopper(x: Operands, mode: str, scale: float | None, out: Tensor | None) -> Tensor:
@@ -158,10 +101,8 @@ def _hopper(x: Operands, mode: str, scale: float | None, out: Tensor | None) -> 
 
 def _triton_available(device: torch.device, mode: str) -> str | None:
     least = (8, 9) if mode == "int8-fp8" else (8, 0)
-    reason = _needs(device, least, "e4m3 V" if mode == "int8-fp8" else "it")
-    if reason is None and triton is None:
-        reason = "Triton is not installed"
-    return reason or _loads(_package("attention_triton"))
+    reason = cards.needs(device, least, "e4m3 V" if mode == "int8-fp8" else "it")
+    return reason or cards.triton_missing(device) or cards.loads(".attention_triton")
 
 
 def _triton(x: Operands, mode: str, scale: float | None, out: Tensor | None) -> Tensor:
@@ -192,7 +133,7 @@ def _forced(kind: str) -> Backend:
             return "torch was built without cuDNN"
         if kind == "flash" and not torch.backends.cuda.is_flash_attention_available():
             return "torch was built without it"
-        return _needs(device, (8, 0), "it") if kind in ("cudnn", "flash") else None
+        return cards.needs(device, (8, 0), "it") if kind in ("cudnn", "flash") else None
 
     def run(x: Operands, mode: str, scale: float | None, out: Tensor | None) -> Tensor:
         with sdpa_kernel(backend):
@@ -210,7 +151,7 @@ def _installed(
     def available(device: torch.device, mode: str) -> str | None:
         if importlib.util.find_spec(package) is None:
             return f"the package {package} is not installed"
-        return _needs(device, least, "it") or _loads(package)
+        return cards.needs(device, least, "it") or cards.loads(package)
 
     def run(x: Operands, mode: str, scale: float | None, out: Tensor | None) -> Tensor:
         call = getattr(importlib.import_module(package), function)
@@ -221,7 +162,7 @@ def _installed(
 
 
 def _emulation_available(device: torch.device, mode: str) -> str | None:
-    if device.type == "cuda" and triton is not None and _capability(device) >= (8, 0):
+    if cards.triton_missing(device) is None and cards.capability(device) >= (8, 0):
         return "it only emulates 8 bits, in fp32; there are kernels for this card"
     return None
 
@@ -275,6 +216,30 @@ def default_backend(device: torch.device, mode: str, tokens: int) -> str:
         if _backend(name, mode).available(device, mode) is None:
             return name
     raise ValueError(f"no attention back end for {mode} on {device}")
+
+
+CROSS = ("sdpa", "cudnn", "flash", "efficient", "math")
+"""What computes attention to few keys, as to a text: torch's own choice, else the first of its kernels that is right.
+Ours are made for as many keys as queries."""
+
+
+def cross_name(backend: str) -> str:
+    """How refused.py calls a back end of attention to few keys."""
+    return f"cross-attention {backend}"
+
+
+def cross_backend(device: torch.device) -> str:
+    """The back end for attention to few keys.
+
+    Raises:
+        ValueError: all were found wrong on this card.
+    """
+    for name in CROSS:
+        if not is_refused(cross_name(name), device) and (
+            name == "sdpa" or BACKENDS[name].available(device, "bf16") is None
+        ):
+            return name
+    raise ValueError(f"every attention of torch's to few keys is wrong on {device}; see `solostep doctor`")
 
 
 def _on(x: Tensor) -> AbstractContextManager[Any]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .attention_triton import Tile, tile_for
+from .refused import is_refused
 
 try:
     import triton
@@ -29,6 +30,8 @@ TYPES = (torch.bfloat16, torch.float16)
 WIDTHS = (16, 32, 64, 128)
 WIDE = 512
 """Channels of the VAE's head."""
+BIASED, FRAMES = "biased causal attention", "512-wide causal attention"
+"""Their names in refused.py."""
 
 
 # Shared memory is what bounds them: 163 KiB on sm_80, 99 on sm_86, sm_89 and sm_120, 227 on sm_90 and sm_100.
@@ -148,16 +151,16 @@ if triton is not None:
 
 def has_biased_kernel(x: Tensor, width: int) -> bool:
     """Whether :func:`biased_causal_attention` has a kernel for activations like ``x`` and heads of this width."""
-    return _has_kernel(x) and width in WIDTHS
+    return _has_kernel(x, BIASED) and width in WIDTHS
 
 
 def has_wide_kernel(x: Tensor, channels: int) -> bool:
     """Whether :func:`frame_causal_attention` has a kernel for activations like ``x`` of so many channels."""
-    return _has_kernel(x) and channels == WIDE
+    return _has_kernel(x, FRAMES) and channels == WIDE
 
 
-def _has_kernel(x: Tensor) -> bool:
-    card = x.is_cuda and triton is not None
+def _has_kernel(x: Tensor, name: str) -> bool:
+    card = x.is_cuda and triton is not None and not is_refused(name, x.device)
     return card and x.dtype in TYPES and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 

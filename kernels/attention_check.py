@@ -7,6 +7,7 @@ inputs are qkv products that go through the same passes as in use:
     normal      N(0, 1), queries and keys normed and turned, at the length asked for and at 1,003 tokens
     outliers    four channels with eight times the gain, means in keys and values: as activations are
     growing     scores that grow ninety-fold along the sequence: what a stale running maximum has to notice
+    spikes      one key in 500 six times larger, and its query: a maximum that jumps between two refreshes
     local means values whose mean comes and goes three times along the sequence, and scores that follow it a little:
                 sums with one sign for thousands of keys, of which an accumulator with few bits loses a part each time
 
@@ -31,16 +32,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import BACKENDS, HEAD_DIM, MODES, Backend, Operands, one_line, prepare
+from .attention import BACKENDS, HEAD_DIM, MODES, Backend, Operands, prepare
+from .cards import one_line
 
 LIMITS = {
-    "bf16": {"normal": 4e-3, "outliers": 4e-3, "growing": 5e-3, "local means": 4e-3},
-    "int8": {"normal": 1.6e-2, "outliers": 1e-2, "growing": 6e-2, "local means": 1e-2},
-    "int8-fp8": {"normal": 5e-2, "outliers": 2e-2, "growing": 9e-2, "local means": 2e-2},
+    "bf16": {"normal": 4e-3, "outliers": 4e-3, "growing": 5e-3, "spikes": 4e-3, "local means": 4e-3},
+    "int8": {"normal": 1.6e-2, "outliers": 1e-2, "growing": 6e-2, "spikes": 6e-2, "local means": 1e-2},
+    "int8-fp8": {"normal": 5e-2, "outliers": 2e-2, "growing": 9e-2, "spikes": 7e-2, "local means": 2e-2},
 }
 """Relative L2 errors above which a result is wrong, not just rounded: about 1.5 times what the formats cost."""
 
 
+SPIKE = 6.0
+"""How many times larger one key in 500 is."""
 FOLLOWING = 4.0
 """How far queries and keys lean towards the phase of the local means, beside noise of length 11."""
 
@@ -96,6 +100,9 @@ def make_inputs(kind: str, tokens: int, heads: int, device: torch.device, seed: 
     elif kind == "growing":
         growth = torch.linspace(0.3, 3.0, tokens, device=device)[:, None]
         cos, sin = cos * growth, sin * growth
+    elif kind == "spikes":
+        cos[::500] *= SPIKE
+        sin[::500] *= SPIKE
     elif kind == "local means":
         phase = torch.linspace(0, 6 * math.pi, tokens, device=device)
         follow = torch.randn(2, heads, HEAD_DIM, **like) * (FOLLOWING / HEAD_DIM**0.5)
@@ -109,7 +116,7 @@ def make_inputs(kind: str, tokens: int, heads: int, device: torch.device, seed: 
             values[:, h] = 0.5 * values[:, h] + (2 * (phase[:, None] + shift[h]).sin() + 1)
         cos, sin = torch.ones_like(cos), torch.zeros_like(sin)  # a rotation would take the phase away
     elif kind != "normal":
-        raise ValueError(f"kind must be normal, outliers, growing or local means, not {kind!r}")
+        raise ValueError(f"kind must be normal, outliers, growing, spikes or local means, not {kind!r}")
     return Inputs(kind, qkv, weight, weight, cos.contiguous(), sin.contiguous())
 
 
@@ -309,6 +316,7 @@ def examine(
     few = min(heads, 4)
     odd = 1003 if tokens > 1003 else tokens | 1
     cases = [("normal", odd, few), ("outliers", min(tokens, 8192), min(few, 2)), ("growing", min(tokens, 5007), 1)]
+    cases += [("spikes", min(tokens, 5007), 1)]
     cases.append(("local means", min(tokens, 32_768), 1))
     with torch.inference_mode(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for i, (kind, length, width) in enumerate([*cases, ("normal", tokens, heads)]):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .quantize import hadamard
+from .quantize import _has_kernel, hadamard
 
 try:
     import triton
@@ -296,7 +296,7 @@ def qk_norm_rope(
             raise ValueError(f"{name} has to be [128], not {list(weight.shape)}")
     if key_group not in (16, 32, 64):
         raise ValueError(f"key_group has to be 16, 32 or 64, not {key_group}")
-    if not qkv.is_cuda or triton is None:
+    if not _has_kernel(f"qk_norm_rope {'int8' if quantize else '16 bits'}", qkv):
         q, k, *scales = _on_cpu(qkv, q_weight, k_weight, cos, sin, quantize, eps, key_group)
         if overwrite and not quantize:
             q, k = qkv[..., :HEAD_DIM].copy_(q), qkv[..., HEAD_DIM : 2 * HEAD_DIM].copy_(k)
@@ -352,7 +352,7 @@ def norm_heads(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """RMS-norm of each head of ``x``, contiguous ``[S, H, 128]``, in place: the query of cross-attention."""
     if x.ndim != 3 or not x.is_contiguous() or weight.shape != x.shape[2:]:
         raise ValueError(f"x has to be a contiguous [S, H, {weight.shape[0]}], not {list(x.shape)}")
-    if not x.is_cuda or triton is None or x.shape[2] != HEAD_DIM:
+    if x.shape[2] != HEAD_DIM or not _has_kernel("norm_heads", x):
         y = x.float()
         return x.copy_(y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.float())
     return launch_norm(x, weight, eps)

@@ -27,6 +27,8 @@ import logging
 import torch
 from torch import Tensor
 
+from .refused import by_rows, form, is_refused
+
 try:
     import triton
     import triton.language as tl
@@ -216,6 +218,11 @@ def _on_card(x: Tensor) -> bool:
     return x.is_cuda and triton is not None
 
 
+def _has_kernel(name: str, x: Tensor) -> bool:
+    """Whether an operator takes its kernel: on a card, where that was not found wrong."""
+    return _on_card(x) and not is_refused(name, x.device)
+
+
 def _check(x: Tensor, dtype: torch.dtype, group: int) -> None:
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"x must be float32, bfloat16 or float16, not {x.dtype}")
@@ -271,8 +278,9 @@ def quantize_rows(x: Tensor, dtype: torch.dtype, group: int = 1) -> tuple[Tensor
     e4m3_missing = dtype != torch.int8 and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9)
     if e4m3_missing or (x.is_cuda and triton is None):
         warn_once(f"quantize_rows: no kernel for {dtype} on this card, plain torch instead")
-    if not x.is_cuda or triton is None or e4m3_missing:
-        return quantize_rows_reference(x.contiguous(), dtype, group)  # as the kernel's, whose results are so
+    if e4m3_missing or not _has_kernel(f"quantize_rows {form(dtype)}", x):
+        # Contiguous, as the kernel's results are.
+        return by_rows(lambda rows: quantize_rows_reference(rows, dtype, group), x.contiguous())
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(-1) != 1:
         rows = rows.contiguous()

@@ -6,34 +6,36 @@
 follows the product is fp32 and in this order, each part only if asked for. (GELU does not belong here: in the epilogue
 of the FFN's first product it costs an H200 5 ms, in a pass of its own 2.)
 
-int8: the dot product is exact (int32), then one fp32 multiplication by each scale, one addition of the bias, one
-rounding; every path gives the same bits. Hopper has its own kernel (Gluon): a producer
-warp feeds a ring of three stages by TMA, three consumer warpgroups hold 64 x 256 accumulators each, so that a tile is
-192 x 256 and moves a fifth fewer bytes from L2 than 128 x 256. Nothing keeps the three in step but the ring, and so
-one's epilogue hides behind the others' products. Programs stay on their multiprocessor and walk over tiles in groups of
-`GROUP` rows of tiles. All other cards, and shapes that TMA cannot address (K no multiple of 16, N none of 8), take a
-plain Triton kernel.
+Several back ends compute it, and a registry of them says which are to be had where (PRODUCTS). Whether one is right on
+a card, and which is the fastest, scaled_mm_check.py measures; the engine keeps that, and passes the names of those that
+are right, the fastest first. Operands take the first of them that they fit: the Hopper kernel wants addresses that TMA
+has, more than 64 rows, and 16-bit outputs.
 
-fp8: the same Hopper kernel; elsewhere torch._scaled_mm, on the CPU too. With fast accumulation Hopper adds in some
-14 bits: 2e-3 against exact sums at K = 6,144, 4e-3 at 24,576, where e4m3 itself costs 3.7e-2. Emulated at K = 24,576
-(benchmarks/fp8_sums.py), adding to a true fp32 sum every 16 k-steps of 32 would turn 3.9e-3 with N(0, 1) and 4.2e-3
-after GELU into 4e-4, which the 4e-2 of the format hide; with weights of a common mean besides, whose sums all have one
-sign, 5.7e-3 into 1e-4, where the format costs 5.9e-3. Cards without FP8 units multiply in bf16.
+int8: the dot product is exact (int32), then one fp32 multiplication by each scale, one addition of the bias, one
+rounding; every back end gives the same bits: ``hopper`` (scaled_mm_hopper.py); ``triton``, a plain kernel for every
+card and every shape; ``torch`` (_int_mm); and ``float64``, which is slow and always there.
+
+fp8: the same Hopper kernel; ``torch`` (_scaled_mm), on the CPU too; and ``bf16``, which cards without FP8 units have.
+With fast accumulation Hopper adds in some 14 bits: 2e-3 against exact sums at K = 6,144, 4e-3 at 24,576, where e4m3
+itself costs 3.7e-2. Emulated at K = 24,576 (benchmarks/fp8_sums.py), adding to a true fp32 sum every 16 k-steps of 32
+would turn 3.9e-3 with N(0, 1) and 4.2e-3 after GELU into 4e-4, which the 4e-2 of the format hide; with weights of a
+common mean besides, whose sums all have one sign, 5.7e-3 into 1e-4, where the format costs 5.9e-3.
 
 On an H200 (700 W, 75,888 rows) the int8 kernel runs at 1,450-1,520 TFLOP/s, cuBLAS at 1,300-1,340 in fp8 and 700 in
 bf16: the power limit binds, and of the three int8 takes least of it.
 
-Memory: the output, and for fp8 copies of operands whose K or N is no multiple of 16.
+Memory: the output; in torch, copies of operands whose K or N is no multiple of 16 (8 for int8) and what it follows up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from . import cards
 from .quantize import _jit, warn_once
 
 try:
@@ -41,38 +43,15 @@ try:
     import triton.language as tl
 except ImportError:  # a CPU build of torch brings none
     triton = None
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    # Triton 3.6 and 3.7 know them by their older names.
-    _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-    _tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-except (ImportError, AttributeError):
-    gluon = None
 
 MAX_K = 131_071
 """The longest int8 dot product that cannot overflow int32: (2^31 - 1) / 128^2."""
 GROUP = 12
 """Rows of tiles that programs walk over together: 12 x 11 tiles are one wave of an H200, and their operands fit L2."""
-
-
 ROWS = 2048
 """Rows of a product in place of its residual that plain torch follows up at once: it takes 16 bytes a value."""
 FEW = 128
 """Rows that are no part of their own behind others: their product may be another kernel's, which rounds otherwise."""
-
-
-def _gluon_jit(function):
-    return function if gluon is None else gluon.jit(function)
 
 
 @dataclass(frozen=True)
@@ -110,17 +89,20 @@ def scaled_mm_int8_reference(
 ) -> Tensor:  # fmt: skip
     """What `scaled_mm_int8` computes, in plain torch."""
     _check(a, b, scale_a, scale_b, bias, out_dtype, torch.int8, after)
+    return _scaled(_exact_sums(a, b), scale_a, scale_b, bias, after, out_dtype)
+
+
+def _exact_sums(a: Tensor, b: Tensor) -> Tensor:
+    """The int8 product, rounded to fp32."""
     if a.is_cuda:  # fp64 holds these sums exactly; torch._int_mm has rules about shapes there
-        product = (a.double() @ b.double().t()).float()
-    elif a.shape[1] == 1:  # on a CPU _int_mm reads past such operands (torch 2.13)
-        product = a.float() * b.float().t()
-    elif "AVX512" in torch.backends.cpu.get_cpu_capability():
-        product = torch._int_mm(a, b.t()).float()
-    elif a.shape[1] <= 1024:  # without such instructions _int_mm takes 50 times as long as floats that are exact, too
-        product = a.float() @ b.float().t()
-    else:
-        product = (a.double() @ b.double().t()).float()
-    return _scaled(product, scale_a, scale_b, bias, after, out_dtype)
+        return (a.double() @ b.double().t()).float()
+    if a.shape[1] == 1:  # on a CPU _int_mm reads past such operands (torch 2.13)
+        return a.float() * b.float().t()
+    if "AVX512" in torch.backends.cpu.get_cpu_capability():
+        return torch._int_mm(a, b.t()).float()
+    if a.shape[1] <= 1024:  # without such instructions _int_mm takes 50 times as long as floats that are exact, too
+        return a.float() @ b.float().t()
+    return (a.double() @ b.double().t()).float()
 
 
 @_jit
@@ -165,151 +147,6 @@ def _scaled_mm_int8_kernel(
         gate = tl.load(gate_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         y = tl.load(out_ptrs, mask=keep, other=0.0).to(tl.float32) + gate[None, :] * y
     tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=keep)
-
-
-@_gluon_jit
-def _quarters(x):
-    """Four tensors of a quarter of the columns each; a renaming of registers."""
-    M: gl.constexpr = x.shape[0]
-    N: gl.constexpr = x.shape[1]
-    left, right = gl.split(gl.permute(gl.reshape(x, [M, 2, N // 2]), (0, 2, 1)))
-    a, b = gl.split(gl.permute(gl.reshape(left, [M, 2, N // 4]), (0, 2, 1)))
-    c, d = gl.split(gl.permute(gl.reshape(right, [M, 2, N // 4]), (0, 2, 1)))
-    return a, b, c, d
-
-
-@_gluon_jit
-def _load_part(desc, smem, arrived, row, column, at: gl.constexpr):
-    mbarrier.expect(arrived.index(at), desc.block_type.nbytes)
-    _tma_load(desc, [row, column], arrived.index(at), smem.index(at))
-
-
-@_gluon_jit
-def _hopper_consumer(
-    WG: gl.constexpr, a_ring, b_ring, full, empty, out_desc, out_smem, arrived, scale_a_ptr, scale_b_ptr, bias_ptr,
-    gate_ptr, M, N, rows_of_tiles, columns_of_tiles, k_tiles,
-    STAGES: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr, GATED: gl.constexpr,
-):  # fmt: skip
-    """A warpgroup: rows WG x 64 of each tile; products, then scales, then out through shared memory by TMA."""
-    BN: gl.constexpr = b_ring.shape[1]
-    INT8: gl.constexpr = b_ring.dtype == gl.int8
-    # Each product is two of 128 columns: Triton has no int8 one of 256, and ptxas no registers for an e4m3 one.
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
-    sums: gl.constexpr = gl.int32 if INT8 else gl.float32
-    stage = 0
-    phase = 0
-    for tile in range(gl.program_id(0), rows_of_tiles * columns_of_tiles, gl.num_programs(0)):
-        tile_row, tile_column = _tile(tile, rows_of_tiles, columns_of_tiles, GROUP)
-        row = tile_row * 192 + WG * 64
-        if GATED:  # half of the residual comes while the products run
-            tma.store_wait(0)
-            _load_part(out_desc, out_smem, arrived, row, tile_column * BN, 2 * WG)
-            _load_part(out_desc, out_smem, arrived, row, tile_column * BN + BN // 4, 2 * WG + 1)
-        total = gl.zeros([64, BN], sums, layout=layout)
-        for k in range(0, k_tiles):
-            mbarrier.wait(full.index(stage), phase)
-            b = b_ring.index(stage).permute((1, 0))
-            total = warpgroup_mma(a_ring.index(stage * 3 + WG), b, total, is_async=True)
-            total = warpgroup_mma_wait(1, deps=(total,))  # the product before this one is done: its stage is free
-            # By arithmetic: a copy of `stage` from the last round starts equal to it, and Triton 3.6 merges the two.
-            mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1, pred=k > 0)
-            stage += 1
-            if stage == STAGES:
-                stage = 0
-                phase ^= 1
-        total = warpgroup_mma_wait(0, deps=(total,))
-        mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1)
-        parts = _quarters(total)
-        part: gl.constexpr = parts[0].type.layout
-        rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, part))
-        scale_a = gl.load(scale_a_ptr + rows, mask=rows < M, other=0.0)
-        for i in gl.static_range(4):
-            column = tile_column * BN + i * (BN // 4)
-            columns = column + gl.arange(0, BN // 4, layout=gl.SliceLayout(0, part))
-            # Volatile, or ptxas brings all four quarters' scales forward and spills.
-            scale_b = gl.load(scale_b_ptr + columns, mask=columns < N, other=0.0, volatile=True)
-            y = parts[i].to(gl.float32) * scale_a[:, None] * scale_b[None, :]
-            if BIAS:
-                y = y + gl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
-            buffer = out_smem.index(2 * WG + i % 2)
-            if GATED:
-                gate = gl.load(gate_ptr + columns, mask=columns < N, other=0.0, volatile=True).to(gl.float32)
-                mbarrier.wait(arrived.index(2 * WG + i % 2), i // 2)
-                y = buffer.load(part).to(gl.float32) + gate[None, :] * y
-            else:
-                tma.store_wait(1)  # the store before last has read its buffer
-            buffer.store(y.to(out_desc.dtype))
-            fence_async_shared()
-            _tma_store(out_desc, [row, column], buffer)
-            if GATED:
-                if i == 1:  # the other half, as soon as its buffers have been read
-                    tma.store_wait(1)
-                    _load_part(out_desc, out_smem, arrived, row, tile_column * BN + BN // 2, 2 * WG)
-                    tma.store_wait(0)
-                    _load_part(out_desc, out_smem, arrived, row, tile_column * BN + 3 * (BN // 4), 2 * WG + 1)
-    tma.store_wait(0)
-
-
-@_gluon_jit
-def _hopper_producer(
-    a_desc, b_desc, a_ring, b_ring, full, empty, rows_of_tiles, columns_of_tiles, k_tiles,
-    STAGES: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
-    """One warp that keeps the ring full; it runs ahead into the next tile while the consumers store theirs."""
-    BN: gl.constexpr = b_ring.shape[1]
-    BK: gl.constexpr = b_ring.shape[2]
-    stage = 0
-    phase = 1
-    for tile in range(gl.program_id(0), rows_of_tiles * columns_of_tiles, gl.num_programs(0)):
-        tile_row, tile_column = _tile(tile, rows_of_tiles, columns_of_tiles, GROUP)
-        for k in range(0, k_tiles):
-            mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(full.index(stage), (192 + BN) * BK)
-            _tma_load(b_desc, [tile_column * BN, k * BK], full.index(stage), b_ring.index(stage))
-            for i in gl.static_range(3):
-                at = [tile_row * 192 + i * 64, k * BK]
-                _tma_load(a_desc, at, full.index(stage), a_ring.index(stage * 3 + i))
-            stage += 1
-            if stage == STAGES:
-                stage = 0
-                phase ^= 1
-
-
-@_gluon_jit
-def _scaled_mm_hopper_kernel(
-    a_desc, b_desc, out_desc, scale_a_ptr, scale_b_ptr, bias_ptr, gate_ptr, M, N, rows_of_tiles, columns_of_tiles,
-    k_tiles,
-    STAGES: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr, GATED: gl.constexpr,
-):  # fmt: skip
-    """Three consumer warpgroups of 160 registers a thread (128 of them accumulators) and a producer warp."""
-    BN: gl.constexpr = b_desc.block_type.shape[0]
-    BK: gl.constexpr = b_desc.block_type.shape[1]
-    a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES * 3, 64, BK], a_desc.layout)
-    b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BN, BK], b_desc.layout)
-    out_smem = gl.allocate_shared_memory(out_desc.dtype, [6, 64, BN // 4], out_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=3)
-    arrived = gl.allocate_shared_memory(gl.int64, [6, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(6):
-        mbarrier.init(arrived.index(i), count=1)
-    fence_async_shared()
-    # Spelled out three times: numbers that go through a tuple of the kernel's are constants no more.
-    gl.warp_specialize([
-        (_hopper_consumer, (0, a_ring, b_ring, full, empty, out_desc, out_smem, arrived, scale_a_ptr, scale_b_ptr,
-                            bias_ptr, gate_ptr, M, N, rows_of_tiles, columns_of_tiles, k_tiles, STAGES, GROUP, BIAS,
-                            GATED)),
-        (_hopper_consumer, (1, a_ring, b_ring, full, empty, out_desc, out_smem, arrived, scale_a_ptr, scale_b_ptr,
-                            bias_ptr, gate_ptr, M, N, rows_of_tiles, columns_of_tiles, k_tiles, STAGES, GROUP, BIAS,
-                            GATED)),
-        (_hopper_consumer, (2, a_ring, b_ring, full, empty, out_desc, out_smem, arrived, scale_a_ptr, scale_b_ptr,
-                            bias_ptr, gate_ptr, M, N, rows_of_tiles, columns_of_tiles, k_tiles, STAGES, GROUP, BIAS,
-                            GATED)),
-        (_hopper_producer, (a_desc, b_desc, a_ring, b_ring, full, empty, rows_of_tiles, columns_of_tiles, k_tiles,
-                            STAGES, GROUP)),
-    ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
 def _check(
@@ -361,80 +198,6 @@ def _launch(
     )  # fmt: skip
 
 
-def _launch_hopper(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out: Tensor, processors: int,
-    after: After = NOTHING,
-) -> None:  # fmt: skip
-    """Tiles of 192 x 256 x 128, three stages of 56 KiB; 48 KiB more take the output on its way."""
-    (m, k), n, bn, bk = a.shape, len(b), 256, 128
-    kind = gl.int8 if a.dtype == torch.int8 else gl.float8e4nv
-    out_type = gl.bfloat16 if out.dtype == torch.bfloat16 else gl.float16
-
-    def describe(x: Tensor, block: list[int], kind: object) -> TensorDescriptor:
-        layout = gl.NVMMASharedLayout.get_default_for(block, kind)
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
-
-    rows, columns = triton.cdiv(m, 192), triton.cdiv(n, bn)
-    _scaled_mm_hopper_kernel[(min(rows * columns, processors),)](
-        describe(a, [64, bk], kind), describe(b, [bn, bk], kind), describe(out, [64, bn // 4], out_type),
-        scale_a, scale_b, scale_b if bias is None else bias, out if after.gate is None else after.gate, m, n, rows,
-        columns, triton.cdiv(k, bk), STAGES=3, GROUP=GROUP, BIAS=bias is not None, GATED=after.gate is not None,
-        num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
-
-
-def _hopper_fits(a: Tensor, b: Tensor, out: Tensor) -> bool:
-    """Whether the card is a Hopper and TMA can address the operands: 16-byte rows and starts."""
-    if gluon is None or torch.cuda.get_device_capability(a.device) != (9, 0) or out.dtype == torch.float32:
-        return False
-    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in (a, b, out))
-    return aligned and len(a) > 64
-
-
-def _on_hopper(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out: Tensor, after: After
-) -> bool:
-    """Runs the Hopper kernel if it can; false if something else has to."""
-    if not _hopper_fits(a, b, out):
-        return False
-    try:
-        processors = torch.cuda.get_device_properties(a.device).multi_processor_count
-        with torch.cuda.device(a.device):
-            _launch_hopper(a, b, scale_a, scale_b, bias, out, processors, after)
-    except triton.CompilationError as error:  # Gluon's interface is not settled
-        reason = str(error).strip().splitlines()[-1]
-        warn_once(f"scaled_mm: the Hopper kernel does not compile for {a.dtype}, another instead: {reason}")
-        return False
-    return True
-
-
-def _output(a: Tensor, b: Tensor, out_dtype: torch.dtype, after: After) -> Tensor:
-    if after.residual is not None:
-        return after.residual
-    return torch.empty((len(a), len(b)), dtype=out_dtype, device=a.device)
-
-
-def scaled_mm_int8(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None = None,
-    out_dtype: torch.dtype = torch.bfloat16, after: After = NOTHING,
-) -> Tensor:  # fmt: skip
-    """The product `[M, N]` of int8 `a` `[M, K]` and `b` `[N, K]` with fp32 scales `[M]` and `[N]`, bias `[N]` or None.
-
-    `out_dtype` is bfloat16, float16 or float32; `after` is what follows before the rounding (with a residual, the
-    result takes its place). Raises ValueError, naming the argument, for what does not fit.
-    """
-    _check(a, b, scale_a, scale_b, bias, out_dtype, torch.int8, after)
-    if not a.is_cuda or triton is None:
-        if a.is_cuda:
-            warn_once("scaled_mm_int8: Triton is missing, plain torch instead")
-        return scaled_mm_int8_reference(a, b, scale_a, scale_b, bias, out_dtype, after)
-    out = _output(a, b, out_dtype, after)
-    if out.numel() and not _on_hopper(a, b, scale_a, scale_b, bias, out, after):
-        with torch.cuda.device(a.device):
-            _launch(a, b, scale_a, scale_b, bias, out, after)
-    return out
-
-
 # ---------------------------------------------------------------- fp8
 
 
@@ -455,31 +218,138 @@ def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
     return out
 
 
-def scaled_mm_fp8(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None = None,
-    out_dtype: torch.dtype = torch.bfloat16, after: After = NOTHING, *, use_fast_accum: bool = True,
-) -> Tensor:  # fmt: skip
-    """The product `[M, N]` of e4m3 `a` `[M, K]` and `b` `[N, K]` with fp32 scales `[M]` and `[N]`, bias `[N]` or None.
+# ---------------------------------------------------------------- the back ends
 
-    `out_dtype` is bfloat16, float16 or float32; `after` is what follows before the rounding (with a residual, the
-    result takes its place). Without `use_fast_accum` CUDA adds in fp32 and takes a tenth longer. Raises ValueError,
-    naming the argument, for what does not fit.
-    """
-    _check(a, b, scale_a, scale_b, bias, out_dtype, torch.float8_e4m3fn, after)
-    if not len(a) or not len(b):
-        return _output(a, b, out_dtype, after)
-    if a.is_cuda and use_fast_accum and triton is not None:
-        out = _output(a, b, out_dtype, after)
-        if _on_hopper(a, b, scale_a, scale_b, bias, out, after):
-            return out
-    old = a.is_cuda and torch.cuda.get_device_capability(a.device) < (8, 9)
-    product = _scaled_mm_dequantized(b, scale_b) if old else _scaled_mm_torch
-    if after.residual is None or after.gate is None:
-        return product(a, b, scale_a, scale_b, bias, out_dtype, after, use_fast_accum)
-    for start, end in _row_parts(len(a)):
-        part = After(after.residual[start:end], after.gate)
-        product(a[start:end], b, scale_a[start:end], scale_b, bias, out_dtype, part, use_fast_accum)
-    return after.residual
+
+@dataclass(frozen=True)
+class Operands:
+    """One product, as its caller gave it, checked."""
+
+    a: Tensor
+    b: Tensor
+    scale_a: Tensor
+    scale_b: Tensor
+    bias: Tensor | None
+    out_dtype: torch.dtype
+    after: After
+    fast: bool = True
+    """Whether sums of fp8 may be those of Hopper's fast accumulation."""
+
+    def rows(self, start: int, end: int) -> Operands:
+        """The product of some rows of ``a``."""
+        residual = self.after.residual
+        after = self.after if residual is None else After(residual[start:end], self.after.gate)
+        return replace(self, a=self.a[start:end], scale_a=self.scale_a[start:end], after=after)
+
+    def output(self) -> Tensor:
+        """Where the result goes: over the residual, if there is one."""
+        if self.after.residual is not None:
+            return self.after.residual
+        return torch.empty((len(self.a), len(self.b)), dtype=self.out_dtype, device=self.a.device)
+
+
+@dataclass(frozen=True)
+class Product:
+    """One way to compute the products of some kinds of operands."""
+
+    name: str
+    kinds: tuple[str, ...]
+    available: Callable[[torch.device, str], str | None]
+    """(device, kind) -> None if it can be used there, else why not."""
+    fits: Callable[[Operands], bool]
+    """Whether it takes these operands, where it is available."""
+    run: Callable[[Operands], Tensor | None]
+    """The product; None if it found that it cannot, before anything was written."""
+    slow: bool = False
+    """It is there for where nothing else is right, and not worth timing."""
+
+
+def _hopper_available(device: torch.device, kind: str) -> str | None:
+    return cards.hopper_missing(device, ".scaled_mm_hopper")
+
+
+def _fits_hopper(x: Operands) -> bool:
+    """Whether TMA can address the operands: 16-byte rows and starts."""
+    if not x.a.is_cuda or not x.fast or x.out_dtype == torch.float32 or len(x.a) <= 64:
+        return False
+    placed = [x.a, x.b] if x.after.residual is None else [x.a, x.b, x.after.residual]
+    wide = x.a.shape[1] % 16 == 0 and len(x.b) * x.out_dtype.itemsize % 16 == 0
+    return wide and all(t.data_ptr() % 16 == 0 for t in placed)
+
+
+def _hopper(x: Operands) -> Tensor | None:
+    from .scaled_mm_hopper import launch_hopper
+
+    out = x.output()
+    processors = torch.cuda.get_device_properties(out.device).multi_processor_count
+    try:
+        with torch.cuda.device(out.device):
+            launch_hopper(x.a, x.b, x.scale_a, x.scale_b, x.bias, out, processors, x.after)
+    except triton.CompilationError as error:  # Gluon's interface is not settled
+        reason = str(error).strip().splitlines()[-1]
+        warn_once(f"scaled_mm: the Hopper kernel does not compile for {x.a.dtype}, another instead: {reason}")
+        return None
+    return out
+
+
+def _triton(x: Operands) -> Tensor:
+    out = x.output()
+    with torch.cuda.device(out.device):
+        _launch(x.a, x.b, x.scale_a, x.scale_b, x.bias, out, x.after)
+    return out
+
+
+def _torch_available(device: torch.device, kind: str) -> str | None:
+    return cards.needs(device, (8, 9), "e4m3") if kind == "fp8" and device.type == "cuda" else None
+
+
+def _torch(x: Operands) -> Tensor:
+    if x.a.dtype == torch.float8_e4m3fn:
+        return _in_parts(x, _scaled_mm_torch) if x.after.residual is not None else _scaled_mm_torch(x)
+    if not x.a.is_cuda:
+        return _followed(x, _exact_sums(x.a, x.b))
+    # On a card _int_mm wants more than 16 rows, and K and N in multiples of 8.
+    k, n = (-(-size // 8) * 8 for size in (x.a.shape[1], len(x.b)))
+    right = _padded(x.b, n, k).t()
+
+    def product(part: Operands) -> Tensor:
+        left = _padded(part.a, max(32, len(part.a)), k)
+        return _followed(part, torch._int_mm(left, right)[: len(part.a), : len(x.b)].float())
+
+    return _in_parts(x, product)
+
+
+def _float64(x: Operands) -> Tensor:
+    warn_once("scaled_mm_int8: no other product is to be had on this card, slow ones in fp64 instead")
+    right = x.b.double().t()
+    return _in_parts(x, lambda part: _followed(part, (part.a.double() @ right).float()))
+
+
+def _bf16(x: Operands) -> Tensor:
+    """Operands that were dequantized to bf16."""
+    warn_once("scaled_mm_fp8: this card has no right FP8 product, bf16 instead")
+    right = (x.b.float() * x.scale_b[:, None]).bfloat16().t()
+    one = torch.ones((), device=x.b.device)
+
+    def product(part: Operands) -> Tensor:
+        left = (part.a.float() * part.scale_a[:, None]).bfloat16()
+        return _scaled((left @ right).float(), one[None], one, part.bias, part.after, part.out_dtype)
+
+    return _in_parts(x, product) if x.after.residual is not None else product(x)
+
+
+def _followed(x: Operands, product: Tensor) -> Tensor:
+    return _scaled(product, x.scale_a, x.scale_b, x.bias, x.after, x.out_dtype)
+
+
+def _in_parts(x: Operands, product: Callable[[Operands], Tensor]) -> Tensor:
+    """Some rows at a time: what plain torch follows up takes 16 bytes a value."""
+    out = x.output()
+    for start, end in _row_parts(len(x.a)):
+        made = product(x.rows(start, end))
+        if x.after.residual is None:  # else it is there already
+            out[start:end] = made
+    return out
 
 
 def _row_parts(count: int) -> Iterator[tuple[int, int]]:
@@ -491,34 +361,87 @@ def _row_parts(count: int) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def _scaled_mm_dequantized(b: Tensor, scale_b: Tensor) -> Callable[..., Tensor]:
-    """Products with one ``b`` in bf16, for cards without FP8 units."""
-    warn_once("scaled_mm_fp8: this card has no FP8 units, the product runs in bf16")
-    right = (b.float() * scale_b[:, None]).bfloat16().t()
-    one = torch.ones((), device=b.device)
-
-    def product(
-        a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out_dtype: torch.dtype,
-        after: After, use_fast_accum: bool,
-    ) -> Tensor:  # fmt: skip
-        left = (a.float() * scale_a[:, None]).bfloat16()
-        return _scaled((left @ right).float(), one[None], one, bias, after, out_dtype)
-
-    return product
-
-
-def _scaled_mm_torch(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out_dtype: torch.dtype,
-    after: After, use_fast_accum: bool,
-) -> Tensor:  # fmt: skip
+def _scaled_mm_torch(x: Operands) -> Tensor:
     """The e4m3 product by torch, which wants K and N in multiples of 16."""
-    n = len(b)
-    k, wide = (-(-size // 16) * 16 for size in (a.shape[1], n))
-    a, b, scale_b = _padded(a, len(a), k), _padded(b, wide, k).t(), _padded(scale_b[None], 1, wide)
-    if out_dtype == torch.bfloat16 and bias is None and after.residual is None:
-        out = torch._scaled_mm(a, b, scale_a[:, None], scale_b, out_dtype=out_dtype, use_fast_accum=use_fast_accum)
+    n = len(x.b)
+    k, wide = (-(-size // 16) * 16 for size in (x.a.shape[1], n))
+    a, b = _padded(x.a, len(x.a), k), _padded(x.b, wide, k).t()
+    scale_b = _padded(x.scale_b[None], 1, wide)
+    if x.out_dtype == torch.bfloat16 and x.bias is None and x.after.residual is None:
+        out = torch._scaled_mm(a, b, x.scale_a[:, None], scale_b, out_dtype=x.out_dtype, use_fast_accum=x.fast)
         return out if wide == n else out[:, :n].contiguous()
     # Scales of rows and columns come with bf16 outputs only: here they follow, and so the result is rounded once.
     one = torch.ones((), device=a.device)
-    out = torch._scaled_mm(a, b, one, one, out_dtype=torch.float32, use_fast_accum=use_fast_accum)
-    return _scaled(out[:, :n], scale_a, scale_b[0, :n], bias, after, out_dtype)
+    out = torch._scaled_mm(a, b, one, one, out_dtype=torch.float32, use_fast_accum=x.fast)
+    return _scaled(out[:, :n], x.scale_a, scale_b[0, :n], x.bias, x.after, x.out_dtype)
+
+
+def _needs_card(device: torch.device, kind: str) -> str | None:
+    return None if device.type == "cuda" else "it needs a CUDA card"
+
+
+PRODUCTS: dict[str, Product] = {
+    product.name: product
+    for product in (
+        Product("hopper", ("int8", "fp8"), _hopper_available, _fits_hopper, _hopper),
+        Product("triton", ("int8",), lambda device, kind: cards.triton_missing(device), lambda x: x.a.is_cuda, _triton),
+        Product("torch", ("int8", "fp8"), _torch_available, lambda x: True, _torch),
+        Product("bf16", ("fp8",), _needs_card, lambda x: True, _bf16),
+        Product("float64", ("int8",), _needs_card, lambda x: True, _float64, slow=True),
+    )
+}
+"""In the order in which they are taken where nothing was measured."""
+KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+def default_products(device: torch.device, kind: str) -> tuple[str, ...]:
+    """Those that are to be had for a kind of operands, in the order of PRODUCTS."""
+    return tuple(n for n, p in PRODUCTS.items() if kind in p.kinds and p.available(device, kind) is None)
+
+
+def _multiply(x: Operands, kind: str, backends: Sequence[str] | None) -> Tensor:
+    """By the first of ``backends`` that takes these operands."""
+    if not len(x.a) or not len(x.b):
+        return x.output()
+    names = default_products(x.a.device, kind) if backends is None else backends
+    for name in names:
+        product = PRODUCTS.get(name)
+        if product is None or kind not in product.kinds:
+            known = ", ".join(n for n, p in PRODUCTS.items() if kind in p.kinds)
+            raise ValueError(f"backends for {kind} must be some of {known}, not {name!r}")
+        if product.fits(x):
+            found = product.run(x)
+            if found is not None:
+                return found
+    shape = f"{len(x.a)} x {len(x.b)} x {x.a.shape[1]}"
+    raise ValueError(f"no product of {kind} takes {shape} to {x.out_dtype}; there are {', '.join(names) or 'none'}")
+
+
+# ---------------------------------------------------------------- what callers use
+
+
+def scaled_mm_int8(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16, after: After = NOTHING, *, backends: Sequence[str] | None = None,
+) -> Tensor:  # fmt: skip
+    """The product `[M, N]` of int8 `a` `[M, K]` and `b` `[N, K]` with fp32 scales `[M]` and `[N]`, bias `[N]` or None.
+
+    `out_dtype` is bfloat16, float16 or float32; `after` is what follows before the rounding (with a residual, the
+    result takes its place). `backends` are those of PRODUCTS that may compute it, the best first; default: all that are
+    to be had. Raises ValueError, naming the argument, for what does not fit.
+    """
+    _check(a, b, scale_a, scale_b, bias, out_dtype, torch.int8, after)
+    return _multiply(Operands(a, b, scale_a, scale_b, bias, out_dtype, after), "int8", backends)
+
+
+def scaled_mm_fp8(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16, after: After = NOTHING, *, use_fast_accum: bool = True,
+    backends: Sequence[str] | None = None,
+) -> Tensor:  # fmt: skip
+    """The product `[M, N]` of e4m3 `a` `[M, K]` and `b` `[N, K]` with fp32 scales `[M]` and `[N]`, bias `[N]` or None.
+
+    As :func:`scaled_mm_int8`. Without `use_fast_accum` CUDA adds in fp32 and takes a tenth longer.
+    """
+    _check(a, b, scale_a, scale_b, bias, out_dtype, torch.float8_e4m3fn, after)
+    return _multiply(Operands(a, b, scale_a, scale_b, bias, out_dtype, after, use_fast_accum), "fp8", backends)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .quantize import FLOOR, QMAX, _on_card
+from .quantize import FLOOR, QMAX, _has_kernel, _on_card
 
 try:
     import triton
@@ -158,7 +158,7 @@ def quantize_v(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     if v.ndim != 3 or v.shape[2] != HEAD_DIM or v.stride(2) != 1 or not len(v) or not v.is_floating_point():
         raise ValueError(f"v has to be a floating-point [S, H, 128] with channels side by side, not {list(v.shape)}")
-    if not v.is_cuda or triton is None or torch.cuda.get_device_capability(v.device) < (8, 9):
+    if not _has_kernel("quantize_v", v) or torch.cuda.get_device_capability(v.device) < (8, 9):
         return quantize_v_reference(v)
     return launch(v)
 

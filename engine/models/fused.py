@@ -26,7 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.adaln import gate_residual, gelu, layer_norm_modulate
-from ...kernels.attention import BACKENDS, MODES, attention, default_backend, prepare, self_attention
+from ...kernels.attention import (
+    BACKENDS,
+    MODES,
+    attention,
+    cross_backend,
+    default_backend,
+    prepare,
+    self_attention,
+)
 from ...kernels.qk_norm_rope import norm_heads
 from ...kernels.quantize import quantize_rows
 from ...kernels.scaled_mm import After
@@ -231,7 +239,7 @@ class FusedBlocks:
     def _cross_attention(self, attn: CrossAttention, x: Tensor, k: Tensor, v: Tensor) -> None:
         q = product(attn.wq, rows_for(attn.wq, x), x.dtype).view(len(x), -1, attn.head_dim)
         norm_heads(q, attn.q_norm.weight, attn.q_norm.eps)
-        out = attention(q[None], k, v, backend="sdpa")[0].flatten(1)  # cuDNN: few keys are not what ours is made for
+        out = attention(q[None], k, v, backend=cross_backend(q.device))[0].flatten(1)
         del q
         add_product(attn.wo, rows_for(attn.wo, out), x, torch.ones_like(x[0]))
 

@@ -53,7 +53,7 @@ import sys
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from solostep.kernels import scaled_mm
+from solostep.kernels import scaled_mm, scaled_mm_hopper
 
 class Card:  # compiling needs its name only
     def __init__(self, arch): self.arch = arch
@@ -74,7 +74,7 @@ class Compile:
         return start
 
 scaled_mm._scaled_mm_int8_kernel = Compile(scaled_mm._scaled_mm_int8_kernel)
-scaled_mm._scaled_mm_hopper_kernel = Compile(scaled_mm._scaled_mm_hopper_kernel)
+scaled_mm_hopper._scaled_mm_hopper_kernel = Compile(scaled_mm_hopper._scaled_mm_hopper_kernel)
 a, b = torch.empty(192, 256, dtype=torch.int8), torch.empty(512, 256, dtype=torch.int8)
 operands = a, b, torch.empty(192), torch.empty(512), None, torch.empty(192, 512, dtype=torch.bfloat16)
 for arch in (80, 86, 89, 90, 100, 120):
@@ -85,7 +85,7 @@ a, b, *rest = operands
 for job in sys.argv[1:]:
     kind = torch.int8 if "int8" in job else torch.float8_e4m3fn
     after = scaled_mm.After(rest[-1], rest[-1][0]) if "gated" in job else scaled_mm.NOTHING
-    scaled_mm._launch_hopper(a.to(kind), b.to(kind), *rest, 132, after)
+    scaled_mm_hopper.launch_hopper(a.to(kind), b.to(kind), *rest, 132, after)
 for kernel, told in made:
     ptx, arch = kernel.asm["ptx"], kernel.metadata.target.arch
     spills = "-"
@@ -284,9 +284,12 @@ def test_card_gives_the_int8_reference_bits(shape: tuple[int, int, int]) -> None
         scaled_mm._launch(*operands, out)
         assert torch.equal(out, want)
         out.fill_(torch.nan)
-        if scaled_mm._hopper_fits(*operands[:2], out):
+        whole = scaled_mm.Operands(*operands, out_type, scaled_mm.NOTHING)
+        if "hopper" in scaled_mm.default_products(out.device, "int8") and scaled_mm.PRODUCTS["hopper"].fits(whole):
+            from solostep.kernels.scaled_mm_hopper import launch_hopper
+
             for processors in (132, 3):
-                scaled_mm._launch_hopper(*operands, out, processors)
+                launch_hopper(*operands, out, processors)
                 assert torch.equal(out, want)
     _check_what_follows(scaled_mm_int8, scaled_mm_int8_reference, operands, exact=True)
     a, b, scale_a, scale_b, bias = (t.cpu() for t in operands)
