@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from solostep.benchmarks.linear_speed import DIM, LINEARS, ROTATED
-from solostep.engine.doctor import GEMM_BACKENDS, gemm
-from solostep.kernels import adaln
-from solostep.kernels.attention import BACKENDS, HEAD_DIM, MODES, Operands
+from solostep.kernels import adaln, attention
+from solostep.kernels.attention import BACKENDS, HEAD_DIM, MODES
 from solostep.kernels.attention_check import exact, make_inputs, relative_error, sampled_rows
 from solostep.kernels.qk_norm_rope import (
     key_groups,
@@ -25,7 +25,8 @@ from solostep.kernels.qk_norm_rope import (
     scale_of_keys,
 )
 from solostep.kernels.quantize import quantize_rows, quantize_rows_reference
-from solostep.kernels.scaled_mm import scaled_mm_fp8, scaled_mm_int8
+from solostep.kernels.scaled_mm import KINDS, NOTHING, PRODUCTS, Operands, scaled_mm_fp8, scaled_mm_int8
+from solostep.kernels.scaled_mm_check import exact_product
 from solostep.kernels.values import quantize_v
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
@@ -238,7 +239,7 @@ def attention_group(tokens: int, heads: int, device: torch.device) -> tuple[Grou
     some, sample = sampled_rows(tokens, device), sorted({0, heads // 2, heads - 1})
     plain = x.operands("bf16")
     true = exact(plain.q, plain.k, plain.v, some, sample)
-    forms: dict[str, Operands] = {"bf16": plain}
+    forms: dict[str, attention.Operands] = {"bf16": plain}
     out = torch.empty(tokens, heads, HEAD_DIM, dtype=torch.bfloat16, device=device)
     work, cases, notes = 4.0 * tokens * tokens * heads * HEAD_DIM, [], []
     for mode in MODES:
@@ -273,6 +274,32 @@ def attention_group(tokens: int, heads: int, device: torch.device) -> tuple[Grou
     return Group("attention", f"{tokens} x {heads} x {HEAD_DIM}", "TFLOP/s", baseline, cases), notes
 
 
+def _products(name: str, x: Tensor, weight: Tensor, some: Tensor, work: float) -> tuple[list[Case], list[str]]:
+    """Products of operands that are quantized already, by every back end; and why the others are left out."""
+
+    def case(label: str, run: Callable[[], Tensor], true: Callable[[], Tensor]) -> Case:
+        return Case(label, run, work, lambda: relative_error(run()[some], true().double()))
+
+    cases = [case("bf16", lambda: F.linear(x, weight), lambda: x[some].double() @ weight.double().t())]
+    notes = []
+    for kind, dtype in KINDS.items():
+        (a, a_scale), (b, b_scale) = quantize_rows(x, dtype), quantize_rows(weight, dtype)
+        whole = Operands(a, b, a_scale, b_scale, None, torch.bfloat16, NOTHING)
+        rows = Operands(a[some], b, a_scale[some], b_scale, None, torch.bfloat16, NOTHING)
+        for backend in PRODUCTS.values():
+            if kind not in backend.kinds or backend.slow:
+                continue
+            missing = backend.available(x.device, kind)
+            if missing is None and not backend.fits(whole):
+                missing = "it does not take this shape"
+            if missing is not None:
+                notes.append(f"{name}, {kind} {backend.name}: {missing}")
+                continue
+            run = functools.partial(backend.run, whole)
+            cases.append(case(f"{kind} {backend.name}", run, functools.partial(exact_product, rows)))
+    return cases, notes
+
+
 def gemm_groups(tokens: int, device: torch.device) -> Iterator[tuple[Group, list[str]]]:
     """The four linears of a block; rows "quantized there" count the quantization of the activation."""
     some = sampled_rows(tokens, device)
@@ -280,18 +307,8 @@ def gemm_groups(tokens: int, device: torch.device) -> Iterator[tuple[Group, list
         x = torch.randn(tokens, linear.in_features, device=device, dtype=torch.bfloat16)
         weight = torch.randn(linear.out_features, linear.in_features, device=device, dtype=torch.bfloat16)
         weight *= linear.in_features**-0.5
-        work, cases, notes = 2.0 * tokens * weight.numel(), [], []
-        for name in GEMM_BACKENDS:
-            try:
-                run, reference = gemm(name, x, weight)
-            except ValueError as missing:
-                notes.append(f"{linear.name}, {name}: {missing}")
-                continue
-
-            def error(run=run, reference=reference) -> float:
-                return relative_error(run()[some], reference(some).double())
-
-            cases.append(Case(name, run, work, error))
+        work = 2.0 * tokens * weight.numel()
+        cases, notes = _products(linear.name, x, weight, some, work)
         for name, dtype, group, product in (("fp8", FP8, 1, scaled_mm_fp8), ("int8", INT8, ROTATED, scaled_mm_int8)):
             w, w_scale = quantize_rows(weight, dtype, group)
 

@@ -45,7 +45,7 @@ from solostep.benchmarks.kernel_cases import (
 )
 from solostep.benchmarks.kernel_cases_rest import cross_group, epilogue_groups, norm_heads_group, text_group, vae_group
 from solostep.benchmarks.linear_speed import DIM, milliseconds
-from solostep.engine.doctor import plain
+from solostep.engine.choices import plain
 from solostep.engine.files import replacing
 from solostep.engine.machine import copy_rate, gpu_facts
 from solostep.kernels.attention import BACKENDS, HEAD_DIM, MODES, Operands

@@ -31,7 +31,7 @@ from solostep.benchmarks.drift_operators import Other, watched
 from solostep.benchmarks.floors import attend_by, attention_of_floor, permute
 from solostep.benchmarks.full_width import recipe_of
 from solostep.engine.activations import TransformerSamples
-from solostep.engine.doctor import attention_choice
+from solostep.engine.choices import attention_choice
 from solostep.engine.errors import SolostepError, UsageError
 from solostep.engine.models.fused import FusedBlocks
 from solostep.engine.models.transformer import RopeTable, TransformerBlock, rope_table

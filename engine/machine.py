@@ -107,6 +107,22 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+PROC = Path("/proc/driver/nvidia")
+
+
+def cards_there() -> list[str]:
+    """NVIDIA cards that the system knows of, whether or not torch sees them."""
+    told = _run("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    if told is not None:
+        return [line.strip() for line in told.splitlines() if line.strip()]
+    names = []
+    for place in sorted(PROC.glob("gpus/*/information")):
+        with contextlib.suppress(OSError):
+            lines = place.read_text(encoding="utf-8", errors="replace").splitlines()
+            names += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
+    return names or (["a driver for NVIDIA cards"] if (PROC / "version").exists() else [])
+
+
 @functools.cache
 def _nvidia_smi(uuid: str) -> dict[str, str]:
     names = ("driver_version", "power.limit", "clocks.max.sm", "pcie.link.gen.max", "pcie.link.width.max")

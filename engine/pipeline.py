@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import latents as storage
 from .checkpoint import ModelFolder, open_model
+from .choices import attention_choice, settle
 from .config import GenerationSettings, cache_dir
 from .errors import UsageError
 from .failures import latents_are_kept, nothing_left_of, readable_errors
@@ -430,6 +431,8 @@ class StepVideoPipeline:
         with nothing_left_of(begun):
             with readable_errors(self.device), numerics():
                 texts = [t for job in waiting for t in job.request.texts]
+                if waiting:
+                    settle(self.device, self.mode.product_kinds | self.text_mode.product_kinds)
                 if texts:
                     embeddings = self._stages.embed(texts, self.text_mode, self.cache, shared, say)
             try:
@@ -550,14 +553,14 @@ class StepVideoPipeline:
 
         self._stages.first_frame(job, say)
         backend = self._attention_backend(job.request.settings)  # measures, on a new card: before the card is full
+        if self.device.type == "cuda":
+            job.saved.info["kernels"] = settle(self.device, self.mode.product_kinds).as_dict()
         self._stages.denoise(job, embeddings, self.attention, backend, ended if callback else None, say)
 
     def _attention_backend(self, settings: GenerationSettings) -> str | None:
         """The kernels for this length; on a new card they are measured first, which takes some seconds."""
         if self.attention == OFFICIAL:
             return None
-        from .doctor import attention_choice
-
         tokens = settings.latent_frames * settings.latent_height * settings.latent_width
         return attention_choice(self.device, self.attention, tokens, self.attention_backend)
 

@@ -12,7 +12,7 @@ import torch
 
 from ..kernels.attention import MODES as FUSED
 from ..quant import foreign
-from ..quant.formats import FORMATS
+from ..quant.formats import kinds_of
 from ..quant.recipe import Recipe, default_recipe, precisions, read_recipe
 from .config import MODES, PRECISIONS
 from .errors import UsageError
@@ -50,6 +50,11 @@ class Mode:
     def on_load(self) -> Recipe | None:
         """What :func:`solostep.engine.weights.load` is to quantize."""
         return None if self.stored else self.recipe
+
+    @property
+    def product_kinds(self) -> set[str]:
+        """The kinds of operands (int8, fp8) that its linears multiply in 8 bits."""
+        return set() if self.recipe is None else kinds_of(name for _, name in self.recipe.rules)
 
     def described(self) -> dict[str, Any] | None:
         """The recipe in JSON's types, for records and identities."""
@@ -93,9 +98,7 @@ def choose_attention(asked: str | None, mode: Mode, device: torch.device) -> str
         return asked
     if device.type != "cuda" or mode.dtype != torch.bfloat16:
         return OFFICIAL
-    kinds = {name for _, name in mode.recipe.rules} if mode.recipe is not None else set()
-    eight_bits = any(name in FORMATS and FORMATS[name].kind.activation is not None for name in kinds)
-    return "int8" if eight_bits else "bf16"
+    return "int8" if mode.product_kinds else "bf16"
 
 
 def read_recipe_option(recipe: Recipes, precision: str | None) -> Recipe | float | None:

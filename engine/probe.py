@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..quant.foreign import is_foreign
 from ..quant.formats import UNQUANTIZED, quantize_linear
+from .choices import use_right_products
 from .errors import SolostepError
 
 
@@ -33,9 +34,11 @@ def quantized(path: str, linear: nn.Module, name: str) -> nn.Module:
         return InType(linear, torch.bfloat16)
     try:
         # Another package's converter takes the linear that it is given apart.
-        return quantize_linear(copy.deepcopy(linear) if is_foreign(name) else linear, name)
+        made = quantize_linear(copy.deepcopy(linear) if is_foreign(name) else linear, name)
     except ValueError as error:
         raise SolostepError(f"{path}: {str(error).removesuffix('.')}; choose other --formats.") from None
+    use_right_products(made, linear.weight.device)
+    return made
 
 
 def relative_square(value: Tensor, reference: Tensor, size: Tensor | None = None) -> Tensor:

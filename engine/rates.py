@@ -27,8 +27,8 @@ from ..quant import foreign
 from ..quant.formats import install, quantize
 from ..quant.linear import assign
 from ..quant.recipe import Recipe
+from .choices import attention_choice, choices_key, use_right_products
 from .config import CHUNK_FRAMES, CHUNK_LATENTS, CLIP_TOKENS, LLM_TOKENS, TransformerConfig, VAEConfig, cache_dir
-from .doctor import attention_choice, choices_key
 from .files import one_at_a_time, replacing
 from .machine import transfer_rates
 from .models.fused import FusedBlocks
@@ -77,6 +77,7 @@ def quantized_block(block: TransformerBlock, recipe: Recipe | None, config: Tran
     made.load_state_dict(state, strict=False, assign=True)
     for name, kind in formats.items():
         assign(made.get_submodule(name.removeprefix(prefix)), quantize(kind, weights[name]))
+    use_right_products(made, next(block.parameters()).device)
     return made.eval().requires_grad_(False)
 
 

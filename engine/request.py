@@ -258,6 +258,7 @@ def make_record(job: Job, model: ModelFolder, modes: Mapping[str, Any], device: 
         "seed": saved.seed,
         "settings": saved.info["settings"],
         **{k: modes.get(k) for k in ("precision", "text_precision", "recipe", "attention", "attention_backend")},
+        "kernels": saved.info.get("kernels"),
         "image_sha256": saved.identity.get("image"),
         "noise_sha256": saved.identity.get("noise"),
         "device": describe_device(device),

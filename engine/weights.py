@@ -341,6 +341,18 @@ def load_each(
                 placer.drop()
 
 
+def _right_products(whole: nn.Module, formats: Mapping[str, str], device: torch.device) -> Mapping[str, Sequence[str]]:
+    """What may multiply in 8 bits on a card; what is wrong there is not used from now on. On a new card it is examined
+    first, while the memory is free."""
+    if device.type != "cuda":
+        return {}
+    from ..quant.formats import kinds_of
+    from ..quant.linear import product_kinds
+    from .choices import settle
+
+    return settle(device, product_kinds(whole) | kinds_of(formats.values())).products
+
+
 def _filled(
     component: Component,
     device: torch.device | str,
@@ -353,6 +365,7 @@ def _filled(
     """A placer for each part, when all of it is checked and in its place; one stream of reading for all of them."""
     import torch
 
+    from ..quant.linear import use_products
     from .placing import Placer, read_infos
 
     device = torch.device(device)
@@ -369,12 +382,14 @@ def _filled(
             f"{component.folder} is stored in {component.quantization.precision} and cannot be quantized again; "
             "take the original model."
         )
+    products = _right_products(whole, formats, device)
     infos = [info for _, found in wanted for info in found.values()]
     total, done = sum(info.numbers for info in infos), 0
     # Closed here, whatever fails: then no copy is under way any more.
     with contextlib.closing(read_infos(infos, device)) as tensors:
         for part, found in wanted:
             placer = Placer(whole.get_submodule(part), device, dtype, _within(formats, part), homes)
+            use_products(placer.module, products)
             names = list(found)
             for i, name in enumerate(names):
                 # Not zip(), which would hold a tensor until the next one is there.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import foreign
 from .four_bit import Int4WeightLinear, Nf4Linear
 from .linear import (
+    EightBitLinear,
     Fp8Linear,
     Fp8WeightLinear,
     Int8Linear,
@@ -66,6 +67,12 @@ def check_format(name: str) -> None:
         return
     raise ValueError(f"The format {name!r} is unknown; choose one of {', '.join([UNQUANTIZED, *FORMATS])}, "
                      f"or for comparison {', '.join(foreign.names())}.")  # fmt: skip
+
+
+def kinds_of(names: Iterable[str]) -> set[str]:
+    """The kinds of operands (int8, fp8) that linears in these formats multiply in 8 bits."""
+    classes = (FORMATS[name].kind for name in names if name in FORMATS)
+    return {found.kind for found in classes if issubclass(found, EightBitLinear)}
 
 
 def is_storable(name: str) -> bool:

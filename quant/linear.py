@@ -19,7 +19,7 @@ et al. 2024). The signs are such that a mean is spread too: without them, inputs
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -178,6 +178,11 @@ def rotation_group(channels: int) -> int:
 class EightBitLinear(QuantizedLinear):
     """W8A8: the base of the formats whose products are of 8-bit rows."""
 
+    kind: ClassVar[str]
+    """Of the products' operands, as kernels/scaled_mm.py calls it."""
+    products: Sequence[str] | None = None
+    """The back ends that may compute the product, the best first; None: all that are to be had. See use_products()."""
+
     def forward(self, x: Tensor) -> Tensor:
         assert self.activation is not None
         q, scale = quantize_rows(_rows(x), self.activation, self.rotated_together)
@@ -188,6 +193,7 @@ class Int8Linear(EightBitLinear):
     """W8A8 on INT8 tensor cores (sm_80 and up), rotated."""
 
     activation = torch.int8
+    kind = "int8"
     rotated: ClassVar[bool] = True
 
     @classmethod
@@ -210,7 +216,8 @@ class Int8Linear(EightBitLinear):
         return self.group(self.in_features)
 
     def product(self, rows: Tensor, scale: Tensor, dtype: torch.dtype, after: After = NOTHING) -> Tensor:
-        return scaled_mm_int8(rows, self.weight, scale, self.weight_scale, self.bias, dtype, after)
+        operands = rows, self.weight, scale, self.weight_scale, self.bias
+        return scaled_mm_int8(*operands, dtype, after, backends=self.products)
 
 
 class Int8PlainLinear(Int8Linear):
@@ -223,6 +230,7 @@ class Fp8Linear(EightBitLinear):
     """W8A8 in e4m3 on FP8 tensor cores (sm_89 and up); on older cards the product runs in bf16."""
 
     activation = torch.float8_e4m3fn
+    kind = "fp8"
 
     @classmethod
     def layout(cls, in_features: int, out_features: int) -> Layout:
@@ -236,7 +244,8 @@ class Fp8Linear(EightBitLinear):
         return self.weight.float() * self.weight_scale[:, None]
 
     def product(self, rows: Tensor, scale: Tensor, dtype: torch.dtype, after: After = NOTHING) -> Tensor:
-        return scaled_mm_fp8(rows, self.weight, scale, self.weight_scale, self.bias, dtype, after)
+        operands = rows, self.weight, scale, self.weight_scale, self.bias
+        return scaled_mm_fp8(*operands, dtype, after, backends=self.products)
 
 
 class Int8WeightLinear(QuantizedLinear):
@@ -274,6 +283,19 @@ class Fp8WeightLinear(Int8WeightLinear):
         # torch promotes no float8: e4m3 is exact in bf16 and fp32, so the scale is what is rounded with.
         weight = self.weight.to(dtype)
         return torch.mul(weight, self.weight_scale[:, None], out=weight)
+
+
+def product_kinds(module: nn.Module) -> set[str]:
+    """The kinds of operands that a network's linears multiply in 8 bits."""
+    return {part.kind for part in module.modules() if isinstance(part, EightBitLinear)}
+
+
+def use_products(module: nn.Module, products: Mapping[str, Sequence[str]]) -> None:
+    """Tells a network's linears which back ends may compute their products, by the kind of operands, the best first.
+    Those of a kind that is not named take what is to be had."""
+    for part in module.modules():
+        if isinstance(part, EightBitLinear):
+            part.products = products.get(part.kind)
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

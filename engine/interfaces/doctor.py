@@ -75,11 +75,14 @@ def print_report(out: Console, found: dict[str, Any]) -> None:
     _facts(out, found)
     for entry in found["attention"]:
         out.print()
-        title = f"attention, {entry['mode']}: {entry['tokens']:,} tokens, {entry['heads']} heads"
-        _verdicts(out, title, entry)
+        size_of = "" if entry["tokens"] is None else f": {entry['tokens']:,} tokens, {entry['heads']} heads"
+        _verdicts(out, f"attention, {entry['mode']}{size_of}", entry)
     if found["gemm"]:
         out.print()
-        _gemms(out, found["gemm"])
+        _gemms(out, found["gemm"], found["products"])
+    if found["operators"]:
+        out.print()
+        _operators(out, found["operators"])
     if found["choices_file"]:
         out.print(f"\nChoices are kept in {escape(found['choices_file'])}", soft_wrap=True, highlight=False)
     for note in found["notes"]:
@@ -113,6 +116,11 @@ def _facts(out: Console, found: dict[str, Any]) -> None:
             pcie = f" (PCIe {gpu['pcie']})" if gpu["pcie"] else ""
             table.add_row(words, f"{pinned:.1f} GB/s pinned, {pageable:.1f} pageable{pcie}")
         table.add_row("copy on the card", f"{rates['device_copy'] / 1e12:.2f} TB/s")
+    disk = found["disk"]
+    if disk is not None:
+        rate = disk["bytes_per_second"]
+        said = "cannot be read past the page cache" if rate is None else f"{rate / 1e9:.2f} GB/s read"
+        table.add_row("disk", escape(f"{said}, at {disk['folder']}"))
     pinned = found["pinned"]
     if pinned is not None:
         speed = f" at {pinned['bytes_per_second'] / 1e9:.1f} GB/s" if pinned["bytes_per_second"] else ""
@@ -138,8 +146,9 @@ def _verdicts(out: Console, title: str, entry: dict[str, Any]) -> None:
     out.print(table)
 
 
-def _gemms(out: Console, entries: list[dict[str, Any]]) -> None:
+def _gemms(out: Console, entries: list[dict[str, Any]], products: dict[str, Any]) -> None:
     out.print("[bold]matrix products[/bold] (operands are quantized already)", highlight=False)
+    chosen = {f"{kind} {name}" for kind, found in products.items() for name in found["chosen"][:1]}
     table = Table(show_edge=False, pad_edge=False)
     for heading in ("linear", "M x N x K", "back end"):
         table.add_column(heading, no_wrap=True)
@@ -148,10 +157,25 @@ def _gemms(out: Console, entries: list[dict[str, Any]]) -> None:
     table.add_column("verdict", overflow="fold")
     for e in entries:
         error = "" if e["error"] is None and e["status"] != "wrong" else _error(e["error"])
+        verdict = "chosen" if e["backend"] in chosen else e["status"]
         table.add_row(
-            e["linear"], " x ".join(map(str, e["shape"])), e["backend"], _number(e["ms"], 2), _number(e["tflops"], 0),
-            error, _styled(e["status"], e["status"], e["reason"]),
+            e["linear"], " x ".join(map(str, e["shape"] or ())), e["backend"], _number(e["ms"], 2),
+            _number(e["tflops"], 0), error, _styled(verdict, e["status"], e["reason"]),
         )  # fmt: skip
+    out.print(table)
+
+
+def _operators(out: Console, verdicts: list[dict[str, Any]]) -> None:
+    out.print("[bold]other kernels[/bold] (one that is wrong is replaced by plain torch)", highlight=False)
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("kernel", no_wrap=True)
+    table.add_column("error", justify="right")
+    table.add_column("verdict", overflow="fold")
+    for v in verdicts:
+        errors = [e for e in v["errors"].values() if e is not None]
+        missing = "" if not v["errors"] else "not finite"
+        error = _error(max(errors)) if len(errors) == len(v["errors"]) and errors else missing
+        table.add_row(v["backend"], error, _styled(v["status"], v["status"], v["reason"]))
     out.print(table)
 
 

@@ -151,7 +151,7 @@ def test_names_from_prompts(prompt: str, name: str) -> None:
 RECORD = {
     "solostep", "model", "model_fingerprint", "preset", "prompt", "negative_prompt", "raw_prompt", "texts", "seed",
     "settings", "precision", "text_precision", "recipe", "attention", "attention_backend",
-    "image_sha256", "noise_sha256", "device", "versions", "notes",
+    "kernels", "image_sha256", "noise_sha256", "device", "versions", "notes",
     "steps_done", "resumed_from_step", "latents_file", "stages", "plan", "events", "output",
 }  # fmt: skip
 
