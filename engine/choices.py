@@ -31,6 +31,7 @@ from ..kernels.attention import BACKENDS, MODES, default_backend
 from ..kernels.attention_check import Verdict, choose, examine
 from ..kernels.cards import one_line
 from ..kernels.operators_check import CHECKS, examine_operators
+from ..kernels.quantize import warn_once
 from ..kernels.refused import refuse
 from ..kernels.scaled_mm import KINDS, PRODUCTS
 from ..kernels.scaled_mm_check import Shape, examine_products, rank
@@ -102,7 +103,7 @@ def read_choices(device: torch.device) -> dict[str, list[Verdict]]:
             raise ValueError(f"unknown entry {min(unknown)}")
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("The choice of kernels in %s cannot be read (%s); they are measured anew.", path, one_line(error))
+        warn_once(f"The choice of kernels in {path} cannot be read ({one_line(error)}); they are measured anew.")
         return {}
 
 

@@ -105,7 +105,7 @@ def disk_facts(folder: Path, quick: bool) -> dict[str, Any]:
     """How fast the disk of a folder is read, past the page cache: of a file that is written for it and then removed."""
     from .rates import PIECE, read_rate
 
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = next(place for place in (folder, *folder.parents) if place.is_dir())
     path = folder / f".doctor-{os.getpid()}"
     piece = os.urandom(PIECE)
     try:

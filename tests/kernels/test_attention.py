@@ -55,6 +55,28 @@ def test_every_mode_is_within_its_limit(mode: str, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["growing", "spikes"])
+def test_adversarial_inputs_are_within_their_limits(mode: str, kind: str) -> None:
+    """Keys that grow along the sequence, and one six times larger every 500: on them no estimate of a maximum holds."""
+    x = make_inputs(kind, 1003, 1, CPU, seed=3)
+    plain = x.operands("bf16")
+    size = plain.k.float().norm(dim=-1)[:, 0]
+    if kind == "spikes":
+        others = torch.arange(1003) % 500 != 0
+        assert (size[::500] / size[others].mean() - 6).abs().max() < 0.1 and size[others].std() < 0.1
+    else:
+        assert abs(float(size[-1] / size[0]) - 10) < 0.1
+    # From the operands in bf16, as limits are: the scores are so large here that their rounding is another matter.
+    true = exact(plain.q, plain.k, plain.v, torch.arange(1003), [0]).flatten(1)
+    limit = LIMITS[mode][kind]
+    assert relative_error(whole(x, mode=mode), true) < limit
+    # What these inputs are for: a maximum of half of the keys, or of all but the large ones, is far off.
+    scores = plain.q[:, 0].float() @ plain.k[:, 0].float().t() * 128**-0.5
+    seen = scores[:, others] if kind == "spikes" else scores[:, :500]
+    assert float((scores.amax(1) - seen.amax(1)).max()) > 16  # e^16: e4m3 ends at 448
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_it_writes_where_it_is_told(mode: str) -> None:
     x = make_inputs("outliers", 60, 2, CPU)
     out = torch.full((60, 256), float("nan"), dtype=torch.bfloat16)
@@ -235,7 +257,14 @@ def test_examination_on_a_cpu(mode: str) -> None:
     for verdict in verdicts:
         assert (verdict.status == "ok") == (BACKENDS[verdict.backend].available(CPU, mode) is None), verdict
         if verdict.status == "ok":
-            assert set(verdict.errors) == {"normal, 333 tokens", "normal", "outliers", "growing", "spikes", "local means"}
+            assert set(verdict.errors) == {
+                "normal, 333 tokens",
+                "normal",
+                "outliers",
+                "growing",
+                "spikes",
+                "local means",
+            }
             assert verdict.ms and verdict.kernel_ms and verdict.kernel_ms < verdict.ms and verdict.tflops
     for words, more in (("mode must", {"mode": "x"}), ("backend for", {"backends": ["torch" * (mode == "bf16")]})):
         with pytest.raises(ValueError, match=words):

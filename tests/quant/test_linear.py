@@ -15,10 +15,28 @@ from torch import Tensor, nn
 from solostep.benchmarks.linear_error import KINDS, relative_error
 from solostep.engine.checkpoint import build_on_meta, open_component
 from solostep.engine.demo import demo_model
+from solostep.kernels import scaled_mm
 from solostep.kernels.quantize import quantize_rows, unrotate
 from solostep.quant import linear as linear_module
-from solostep.quant.formats import FORMATS, check_format, install, is_storable, quantize, quantize_linear, stored
-from solostep.quant.linear import QuantizedLinear, assign, narrowed, rotation_group
+from solostep.quant.formats import (
+    FORMATS,
+    check_format,
+    install,
+    is_storable,
+    kinds_of,
+    quantize,
+    quantize_linear,
+    stored,
+)
+from solostep.quant.linear import (
+    EightBitLinear,
+    QuantizedLinear,
+    assign,
+    narrowed,
+    product_kinds,
+    rotation_group,
+    use_products,
+)
 from solostep.quant.recipe import default_recipe
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny-stepvideo-t2v"
@@ -247,6 +265,29 @@ def test_narrowed_follows_parameters_that_are_replaced() -> None:
         module._parameters[name] = other._parameters[name]
     assert torch.equal(narrowed(module, 2, 6)(x), other(x)[:, 2:6])
     assert not torch.equal(first, other(x)[:, 2:6])
+
+
+@pytest.mark.parametrize("name", W8A8)
+def test_products_are_by_the_back_ends_that_it_was_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the engine found right; views of the layer and formats of the same operands among them."""
+    used: list[int] = []
+
+    def run(x: scaled_mm.Operands) -> Tensor:
+        used.append(len(x.b))
+        return torch.full((len(x.a), len(x.b)), 7.0, dtype=x.out_dtype)
+
+    kinds = ("fp8",) if name == "fp8" else ("int8",)
+    found = scaled_mm.Product("told", kinds, lambda device, kind: None, lambda x: True, run)
+    monkeypatch.setitem(scaled_mm.PRODUCTS, "told", found)
+    network = nn.Sequential(made(name, random(6, 16)), nn.Linear(6, 4))
+    x, first = random(3, 16), cast(EightBitLinear, network[0])
+    assert product_kinds(network) == kinds_of([name, "nf4", "torchao:int8"]) == set(kinds)
+    plain = first(x)
+    use_products(network, {kinds[0]: ("told",)})
+    assert torch.equal(first(x), torch.full((3, 6), 7.0)) and torch.equal(narrowed(first, 1, 3)(x), first(x)[:, 1:3])
+    assert used == [6, 2, 6]
+    use_products(network, {"other": ("told",)})
+    assert torch.equal(first(x), plain) and len(used) == 3
 
 
 def test_what_cannot_be_narrowed_is_refused() -> None:
