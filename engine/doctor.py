@@ -103,7 +103,7 @@ def _guarded(found: dict[str, Any], what: str, work: Callable[[], Any]) -> Any:
 
 def disk_facts(folder: Path, quick: bool) -> dict[str, Any]:
     """How fast the disk of a folder is read, past the page cache: of a file that is written for it and then removed."""
-    from .rates import PIECE, read_rate
+    from .rates import PIECE, disk_rate
 
     folder = next(place for place in (folder, *folder.parents) if place.is_dir())
     path = folder / f".doctor-{os.getpid()}"
@@ -114,7 +114,7 @@ def disk_facts(folder: Path, quick: bool) -> dict[str, Any]:
                 stream.write(piece)
             stream.flush()
             os.fsync(stream.fileno())
-        return {"folder": str(folder), "bytes_per_second": read_rate([path])}
+        return {"folder": str(folder), "bytes_per_second": disk_rate([path])}
     finally:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
