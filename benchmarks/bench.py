@@ -76,7 +76,10 @@ def bench(
     ] = None,
     vram: Annotated[
         list[str] | None,
-        _many("Budgets of card memory, such as 12GB,24GB,none. Each mode is measured in each of them."),
+        _many(
+            "Budgets of card memory, such as 12GB,24GB,none. Each mode's speed and memory are measured in each, its "
+            "drift in the first: no budget changes it."
+        ),
     ] = None,
     host_ram: Annotated[list[str] | None, _many("Budgets of host memory, likewise.")] = None,
     frames: Annotated[list[str] | None, _many("Frames of a clip. Default: that of the preset.")] = None,
@@ -129,6 +132,13 @@ def bench(
         bool,
         typer.Option("--rates", help="On a card, measure first what plans tell seconds by: up to 45 s a precision."),
     ] = False,
+    cell_timeout: Annotated[
+        str | None,
+        typer.Option(
+            help="Stop a cell that takes longer, such as 90s, 10m, 2h, and go on with the next. The same command goes "
+            "on with it where it was."
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help=f"Folder of results, a JSON file a cell. Default: {FOLDER}."),
@@ -147,8 +157,8 @@ def bench(
     if quick:
         if model is not None:
             raise UsageError("--quick is of the demo model; leave --model or --quick out.")
-        given = QUICK | given
-    options = read_options(given)
+        given = {k: v for k, v in QUICK.items() if k != "n" or prompts is None} | given
+    options, timeout = read_options(given), _seconds("--cell-timeout", cell_timeout)
     folder = output or FOLDER
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"-o {folder} is a file; give the name of a folder.")
@@ -158,7 +168,9 @@ def bench(
     from solostep.benchmarks.runner import Runner
 
     matrix = build(options)
-    runner = Runner(matrix, folder, Shown(), overwrite, called=shown(_called()), jobs=jobs, rates=rates)
+    runner = Runner(
+        matrix, folder, Shown(), overwrite, called=shown(_called()), jobs=jobs, rates=rates, timeout=timeout
+    )
     for note in matrix.notes:
         say(console, "note", note)
     if dry_run:
@@ -167,7 +179,7 @@ def bench(
     runner.check_disk()
     with runner.show:  # type: ignore[attr-defined]
         outcomes = list(runner.run())
-    finish(matrix, outcomes, folder, as_json)
+    finish(matrix, outcomes, folder, as_json, overwrite)
     if any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(1)
 
@@ -203,6 +215,15 @@ def _whole(option: str) -> Callable[[str], int]:
         return int(text)
 
     return read
+
+
+def _seconds(option: str, text: str | None) -> float | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([smh]?)", text.strip())
+    if found is None or float(found[1]) == 0:
+        raise UsageError(f"{option} {text} is no time; write 90s, 10m or 2h.")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -242,6 +263,8 @@ def read_options(given: dict[str, Any]) -> Options:
     def named(name: str) -> tuple[str, ...]:
         return tuple(dict.fromkeys(_parts(given.get(name, ()))))
 
+    if given.get("prompts") is not None and given.get("n") is not None:
+        raise UsageError("-n counts the model's own prompts; leave it out where --prompts gives others.")
     return Options(
         model=given.get("model"), precision=named("precision"), recipe=named("recipe"),
         text_precision=_each(given.get("text_precision"), str), attention=_each(given.get("attention"), str),
@@ -309,12 +332,14 @@ def _list(matrix: Matrix, there: dict[str, Path], as_json: bool) -> None:
     )
 
 
-def finish(matrix: Matrix, outcomes: Sequence[Outcome], folder: Path, as_json: bool) -> None:
+def finish(
+    matrix: Matrix, outcomes: Sequence[Outcome], folder: Path, as_json: bool, overwrite: bool = False
+) -> None:  # fmt: skip
     """The table of all cells, what failed, and where everything is; writes the report if its module is there."""
     from solostep.benchmarks.runner import as_json as rows
 
     done = [outcome for outcome in outcomes if outcome.status != "failed"]
-    page = write_report([outcome.path for outcome in done], folder / "report.html") if done else None
+    page = write_report([outcome.path for outcome in done], folder / "report.html", overwrite) if done else None
     if as_json:
         print(rows(outcomes))
         return
@@ -330,9 +355,16 @@ def finish(matrix: Matrix, outcomes: Sequence[Outcome], folder: Path, as_json: b
         print(page)
 
 
-def write_report(results: Sequence[Path], page: Path) -> Path | None:
-    """The report of these results, by `solostep report`; None where that is not installed, or fails, which is said."""
+def write_report(results: Sequence[Path], page: Path, overwrite: bool = False) -> Path | None:
+    """The report of these results, by `solostep report`; None where that is not installed, or fails, or where a page of
+    somebody else's has its place, which is said."""
     if importlib.util.find_spec("solostep.benchmarks.report") is None:
+        return None
+    if page.exists() and not overwrite and not _is_ours(page):
+        say(
+            console, "note", f"{page} is no report of solostep and stays as it is: move it or add --overwrite, or make "
+            f"one elsewhere with `solostep report {page.parent} -o`.",
+        )  # fmt: skip
         return None
     call = [sys.executable, "-m", "solostep.benchmarks.report", *map(str, results), "-o", str(page), "--overwrite"]
     made = subprocess.run(call, capture_output=True, text=True)
@@ -341,6 +373,17 @@ def write_report(results: Sequence[Path], page: Path) -> Path | None:
         say(console, "note", f"{page} was not written: {last} The results are there; see `solostep report --help`.")
         return None
     return page
+
+
+def _is_ours(page: Path) -> bool:
+    """Whether a file is a report that this program wrote."""
+    from solostep.benchmarks.report_style import GENERATOR
+
+    try:
+        with page.open("rb") as stream:
+            return GENERATOR.encode() in stream.read(4096)
+    except OSError:
+        return False
 
 
 def _median(values: Iterable[float]) -> float | None:

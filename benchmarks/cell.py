@@ -6,7 +6,8 @@ The cell says the model, the mode, the clip, prompts x seeds, a role and the lev
 through the pipeline that a user calls. What it costs, beside the references (one run a pair, kept in DIR and found
 again by every other mode): ``speed`` the run of the first pair, with cold text encoders and loading in it; ``free``,
 ``video`` and ``score`` a run for each other pair; ``teacher`` a run for each pair, not decoded; ``blocks`` half a step
-for each sample. Disk: a reference for each pair, see reference.py.
+for each sample. Disk: a reference for each pair, see reference.py. One that is stopped goes on where it was, see
+cell_state.py: in the step of the run that it was at.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solostep.benchmarks import drift, floors
+from solostep.benchmarks import cell_state, drift, floors
+from solostep.benchmarks.cell_card import Card
 from solostep.benchmarks.cell_frames import write_frames
 from solostep.benchmarks.cell_spec import DEMO, WRITING, Cell, read_spec
-from solostep.benchmarks.cell_speed import Timed, driver_before, timed_run
+from solostep.benchmarks.cell_speed import driver_before, timed_run
+from solostep.benchmarks.cell_state import State, plain, terminated_like_interrupted
 from solostep.benchmarks.cell_video import Compared, by_metric
-from solostep.benchmarks.reference import Recorder, Recording, References, record_run
+from solostep.benchmarks.matrix import code_identity
+from solostep.benchmarks.reference import Recorder, Recording, References, device_kind, record_run
+from solostep.benchmarks.reference_code import official_code
 from solostep.engine.activations import drawn_image
 from solostep.engine.checkpoint import open_model
 from solostep.engine.config import cache_dir
@@ -54,23 +58,29 @@ from solostep.engine.text import encode_prompts
 from solostep.quant.four_bit import expanded_by_torch
 
 Say = Callable[[str, int, int], None]
+FREE = {"made as": "a free run"}
+"""Identity of a recording in the state of a cell: all that it depends on is that of the state."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM."""
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
-def measure(spec: dict[str, Any], work: Path, say: Say) -> dict[str, Any]:
+def measure(spec: dict[str, Any], work: Path, say: Say, keep: bool = False) -> dict[str, Any]:
     """Measures a cell and gives the measured keys of a result; what is not asked for is None.
 
     Args:
         spec: ``{"cell": {...}}``, and perhaps ``"id"``, by which the file of frames is named; ``"frames_dir"``, where
             it goes (by default ``work``); ``"write"``, how the timed video is written: mp4, or only counted;
-            ``"rates"``, whether the card's rates are measured first, so that plans hold seconds.
+            ``"rates"``, whether the card's rates are measured first, so that plans hold seconds; ``"state"``, the name
+            under which the cell keeps what it has done.
         work: where references and prompt embeddings are kept.
         say: gets (what, done, total).
+        keep: leave what it has done there, for a caller who removes it when the result has its place.
 
     Raises:
-        UsageError: a wrong specification, before anything is run.
+        UsageError: a wrong specification, before anything is run; another process measures this cell.
         SolostepError: it cannot be measured here; the message says why.
     """
     before = driver_before()
@@ -79,19 +89,32 @@ def measure(spec: dict[str, Any], work: Path, say: Say) -> dict[str, Any]:
         raise UsageError(f"write has to be one of {', '.join(WRITING)}, not {spec['write']!r}.")
     try:
         work.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix="running-", dir=work)
     except OSError as error:
         raise OutputError(f"{work} cannot be written ({error.strerror}); give another --work.") from error
-    with scratch as folder:
-        measurement = Measurement(cell, work, Path(folder), say)
-        return _plain(measurement.run(spec, before))
+    measurement = Measurement(cell, work, say)
+    with cell_state.opened(work, state_name(spec), measurement.identity(spec)) as state:
+        result = plain(measurement.run(spec, before, state))
+        if not keep:
+            cell_state.remove(work, state_name(spec))
+    return result
+
+
+def state_name(spec: Mapping[str, Any]) -> str:
+    """Under which a cell keeps what it has done."""
+    return spec.get("state") or _hash_of(spec["cell"])
+
+
+def _hash_of(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Measurement:
     """The run of one cell. Networks stay loaded between the videos of a mode."""
 
-    def __init__(self, cell: Cell, work: Path, scratch: Path, say: Say) -> None:
-        self.cell, self.work, self.scratch, self.say = cell, work, scratch, say
+    state: State
+
+    def __init__(self, cell: Cell, work: Path, say: Say) -> None:
+        self.cell, self.work, self.say = cell, work, say
         self.folder = open_model(demo_model() if cell.model == DEMO else cell.model)
         self._check_stored()
         preset, given = self.folder.preset, {k: v for k, v in cell.settings.items() if v is not None}
@@ -107,6 +130,16 @@ class Measurement:
         self.references = References(work, self.official)
         self.asked = self._attributes() if cell.wants("score") else []
         self.compared = Compared(self.settings, self.notes) if cell.wants("video") else None
+
+    def identity(self, spec: Mapping[str, Any]) -> dict[str, Any]:
+        """What another process has to have in common with this one, to go on with what it has done."""
+        return {
+            "code": code_identity(), "write": spec.get("write", WRITING[0]),
+            "cell": {k: v for k, v in spec["cell"].items() if k != "model"},  # where it lies does not matter
+            "weights": {name: c.fingerprint for name, c in sorted(self.folder.components.items())},
+            "recipe": self.pipe.mode.described() if self.cell.options.get("recipe") else None,
+            "device": device_kind(self.pipe.device),
+        }  # fmt: skip
 
     def _check_stored(self) -> None:
         """Raises UsageError for drift, or a role, of a model that is stored quantized."""
@@ -158,10 +191,15 @@ class Measurement:
     def _progress(self, what: str) -> Progress:
         return lambda stage, done, total: self.say(f"{what}: {stage}", done, total)
 
+    @property
+    def _embeddings(self) -> Path:
+        """Those of prompts, by the code that makes them."""
+        return self.work / "embeddings" / official_code()
+
     @contextlib.contextmanager
     def _kept(self, pipe: StepVideoPipeline) -> Iterator[StepVideoPipeline]:
         """Keeps a pipeline's networks, and the embeddings of prompts, over several videos."""
-        pipe.memory.keep_loaded, pipe.cache = True, self.work / "embeddings"
+        pipe.memory.keep_loaded, pipe.cache = True, self._embeddings
         try:
             yield pipe
         finally:
@@ -169,46 +207,52 @@ class Measurement:
             for name in ("transformer", "vae"):
                 pipe.memory.free(name)
 
-    def run(self, spec: Mapping[str, Any], before: int | None) -> dict[str, Any]:
-        cell = self.cell
+    def run(self, spec: Mapping[str, Any], before: list[Card] | None, state: State) -> dict[str, Any]:
+        cell, self.state = self.cell, state
         result: dict[str, Any] = {
             "speed": None, "memory": None, "plan": None, "events": [], "pairs": cell.pairs, "drift": None,
             "score": None, "frames": None,
         }  # fmt: skip
-        first: Recording | None = None
         if cell.wants("speed"):
-            timed, first = self._speed(before, spec.get("write", WRITING[0]) == "mp4", bool(spec.get("rates")))
-            result |= timed.result()
+            result |= self._speed(before, spec.get("write", WRITING[0]) == "mp4", bool(spec.get("rates")))
         if cell.levels != ("speed",):
             references = self._make_references()
             if cell.role == "reference":
-                shown = self._of_references(references)
+                result["score"], result["frames"] = self._of_references(references, self._frames_file(spec))
             elif cell.role == "other-seed":
-                result["drift"], shown = self._among(references), {}
+                result["drift"] = self._among(references)
             else:
-                result["drift"], shown = self._drift(references, first)
-            result["score"] = shown.get("score")
-            if shown.get("frames"):
-                result["frames"] = write_frames(self._frames_file(spec), *shown["frames"])
+                result["drift"], result["score"], shown = self._drift(references)
+                result["frames"] = shown and self._shown(shown, self._frames_file(spec))
         modes = (self.pipe.mode, self.pipe.text_mode)
         formats = [name for mode in modes if mode.recipe is not None for _, name in mode.recipe.rules]
         slow = expanded_by_torch(formats, self.pipe.device)
         result["events"] = [*result["events"], *self.notes, *([slow] if slow else [])]
         return result
 
-    def _speed(self, before: int | None, film: bool, rates: bool) -> tuple[Timed, Recording | None]:
-        """The first pair as a user's one video: texts encoded, networks loaded and freed again. It is recorded if
-        there is drift to measure, which then needs no second run of it."""
-        request, cell = self.requests[0], self.cell
-        progress = self._progress("speed")
-        if cell.levels == ("speed",):
-            return timed_run(self.pipe, request, self.scratch, None, before, film, progress, rates), None
-        if cell.role == "reference" and self.references.find(request) is None:
+    def _speed(self, before: list[Card] | None, film: bool, rates: bool) -> dict[str, Any]:
+        """The first pair as a user's one video: texts encoded, networks loaded and freed again. It is recorded where
+        that spares drift a second run of it."""
+        request, cell, name = self.requests[0], self.cell, "speed"
+        there = self.state.there(name)
+        if there is not None:
+            return there
+
+        def timed(recorder: Recorder | None) -> dict[str, Any]:
+            place, progress = self.state.place(name), self._progress(name)
+            made = timed_run(self.pipe, request, place, recorder, before, film, progress, rates)
+            return self.state.put(name, made.result())
+
+        if cell.role == "reference" and cell.levels != ("speed",) and self.references.find(request) is None:
             with self.references.making(request) as recorder:
-                return timed_run(self.pipe, request, self.scratch, recorder, before, film, progress, rates), None
-        recorder = Recorder(self.scratch / "first", request.settings)
-        timed = timed_run(self.pipe, request, self.scratch, recorder, before, film, progress, rates)
-        return timed, recorder.finished()
+                if recorder is not None:
+                    return timed(recorder)
+        if cell.role in ("reference", "other-seed") or not cell.wants("free", "video", "score"):
+            return timed(None)
+        recorder = Recorder(self.state.place("free-0"), request.settings)
+        found = timed(recorder)
+        recorder.finished(FREE)
+        return found
 
     def _make_references(self) -> list[Recording]:
         found = [self.references.find(request) for request in self.requests]
@@ -218,7 +262,8 @@ class Measurement:
             for n, i in enumerate(missing):
                 with self.references.making(self.requests[i]) as recorder:
                     progress = self._progress(f"reference {n + 1} of {len(missing)}")
-                    record_run(pipe, self.requests[i], recorder, self.scratch, False, progress)
+                    if recorder is not None:
+                        record_run(pipe, self.requests[i], recorder, False, progress)
                 found[i] = self.references.find(self.requests[i])
             if self.cell.wants("video", "score"):
                 for request, reference in zip(self.requests, found, strict=True):
@@ -239,69 +284,79 @@ class Measurement:
 
     # --- drift ----------------------------------------------------------------------------------------------------
 
-    def _drift(self, references: Sequence[Recording], first: Recording | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _drift(self, references: Sequence[Recording]) -> tuple[dict[str, Any], Any, dict[str, Any] | None]:
         cell = self.cell
         found: dict[str, Any] = dict.fromkeys(("blocks", "operators", "teacher", "free", "video"))
-        shown: dict[str, Any] = {}
+        score = shown = None
         with self._kept(self.pipe) as pipe:
             self._encode(pipe, self.requests)
             if cell.wants("free", "video", "score"):
-                found["free"], found["video"], shown = self._free(references, first)
+                rows = self._each("free", self._free, references)
+                found |= self._levels(rows)
+                score, shown = counted([mark for row in rows for mark in row["marks"]]), rows[0]["shown"]
             if cell.wants("teacher"):
                 found["teacher"] = self._teacher(references)
         if cell.wants("blocks"):
-            found |= self._blocks(references)
+            blocks = self.state.once("blocks", lambda: self._blocks(references))
+            self.notes += blocks.pop("notes")
+            found |= blocks
         # Which kernels were the fastest here is no part of a cell, and yet decides the last bits.
         found["attention_backend"] = self.floor_attention or self.pipe._attention_backend(self.settings)
-        return found, shown
+        return found, score, shown
 
-    def _free(
-        self, references: Sequence[Recording], first: Recording | None
-    ) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]:
-        errors, readings, videos = [], [], []
-        shown: dict[str, Any] = {}
-        seen = self.cell.wants("video", "score")
-        for i, (request, reference) in enumerate(zip(self.requests, references, strict=True)):
-            made = first
-            if i or made is None:
-                recorder = Recorder(self.scratch / "free", request.settings)
-                progress = self._progress(f"free run {i + 1} of {len(references)}")
-                record_run(self.pipe, request, recorder, self.scratch, seen, progress)
-                made = recorder.finished()
-            errors.append(drift.free_errors(made, reference))
-            if seen:
-                frames = made.frames
-                if self.compared is not None:
-                    videos.append(self.compared(frames, reference.frames))
-                if self.cell.wants("score"):
-                    readings += _read(frames)
-                if not i:
-                    shown["frames"] = (np.array(frames), np.array(reference.frames))
-                del frames
-            shutil.rmtree(made.folder, ignore_errors=True)
+    def _each(
+        self, level: str, make: Callable[[int, Recording], dict[str, Any]], references: Sequence[Recording]
+    ) -> list[dict[str, Any]]:
+        """What ``make`` measures of each pair; of each once, however often this is begun."""
+        return [self.state.once(f"{level}-{i}", partial(make, i, each)) for i, each in enumerate(references)]
+
+    def _free(self, i: int, reference: Recording) -> dict[str, Any]:
+        """The free run of a pair, held against its reference; the first one's frames are kept to be shown."""
+        seen, request = self.cell.wants("video", "score"), self.requests[i]
+        place = self.state.place(f"free-{i}")
+        made = Recording.opened(place, FREE, reference.steps) if (place / "identity.json").exists() else None
+        if made is None or (seen and not made.is_decoded):
+            recorder = Recorder(place, request.settings)
+            record_run(self.pipe, request, recorder, seen, self._progress(f"free run {i + 1} of {len(self.requests)}"))
+            made = recorder.finished(FREE)
+        row: dict[str, Any] = {"error": drift.free_errors(made, reference), "video": None, "marks": [], "shown": None}
+        if seen:
+            if self.compared is not None:
+                row["video"] = self.compared(made.frames, reference.frames)
+            if self.cell.wants("score"):
+                row["marks"] = [reading.right(self.asked[i]) for reading in _read(made.frames)]
+            if not i:
+                row["shown"] = write_frames(
+                    self.state.folder / "shown.npz", np.array(made.frames), np.array(reference.frames)
+                )
+        return row
+
+    def _levels(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The levels free and video, of the rows of all pairs."""
+        errors = [row["error"] for row in rows]
         free = {
             "sigmas": drift.sigmas_of(self.requests[0])[1:], "error": errors,
             "diverged_at": [drift.diverged_at(e) for e in errors], "diverged_limit": drift.DIVERGED,
         }  # fmt: skip
-        shown["score"] = score_of(readings, self.asked) if readings else None
-        video = by_metric(videos)
-        return free, video, shown
+        return {"free": free, "video": by_metric([row["video"] for row in rows if row["video"] is not None])}
 
     def _teacher(self, references: Sequence[Recording]) -> dict[str, Any]:
-        errors, cosines = [], []
-        for i, (request, reference) in enumerate(zip(self.requests, references, strict=True)):
-            progress = self._progress(f"teacher-forced run {i + 1} of {len(references)}")
-            error, cosine = drift.teacher_forced(self.pipe, request, reference, self.scratch, progress)
-            errors.append(error)
-            cosines.append(cosine)
-        return {"sigmas": drift.sigmas_of(self.requests[0])[:-1], "error": errors, "cosine": cosines}
+        rows = self._each("teacher", self._forced, references)
+        sigmas = drift.sigmas_of(self.requests[0])[:-1]
+        return {"sigmas": sigmas, "error": [row["error"] for row in rows], "cosine": [row["cosine"] for row in rows]}
+
+    def _forced(self, i: int, reference: Recording) -> dict[str, Any]:
+        progress = self._progress(f"teacher-forced run {i + 1} of {len(self.requests)}")
+        place = self.state.place(f"teacher-{i}")
+        error, cosine = drift.teacher_forced(self.pipe, self.requests[i], reference, place, progress)
+        return {"error": error, "cosine": cosine}
 
     def _blocks(self, references: Sequence[Recording]) -> dict[str, Any]:
         count = drift.block_pairs(self.folder.components["transformer"].parameters)
         pairs = [i * len(self.cell.seeds) for i in range(min(count, len(self.cell.prompts)))]
         samples = drift.samples_of(self.requests, references, pairs)
         backend = self.pipe._attention_backend(self.requests[0].settings)
-        self.official.cache = self.work / "embeddings"
+        self.official.cache = self._embeddings
         study = drift.BlockDrift(self.official, self.pipe, backend, self.change, self._progress("blocks"))
         found = study.measure(samples, self.requests)
         off = drift.reproduction(samples, found.pop("velocities"), self.requests, references)
@@ -310,42 +365,47 @@ class Measurement:
                 f"The official blocks make steps that are {off:.2g} from those of the references, so these are not "
                 f"theirs; remove {self.references.folder} and start again."
             )
+        notes = []
         if off > 1e-6:  # the step itself, in fp32, may round otherwise on another device
-            self.notes.append(
-                f"The blocks' inputs were made again; the reference's steps differ from them by {off:.2g}."
-            )
+            notes.append(f"The blocks' inputs were made again; the reference's steps differ from them by {off:.2g}.")
         operators = found.pop("operators") or None
         labels = [{"pair": s.pair, "step": s.step, "branch": s.branch} for s in samples]
-        return {"blocks": found | {"samples": labels}, "operators": operators}
+        return {"blocks": found | {"samples": labels}, "operators": operators, "notes": notes}
 
     def _among(self, references: Sequence[Recording]) -> dict[str, Any]:
         """Distances among the references of one prompt: of each seed from the next one's, in a ring."""
         seeds = len(self.cell.seeds)
-        errors, videos = [], []
-        for p in range(len(self.cell.prompts)):
-            for s in range(seeds):
-                made, reference = references[p * seeds + (s + 1) % seeds], references[p * seeds + s]
-                steps = range(1, reference.steps + 1)
-                errors.append([drift.relative(made.latents(n), reference.latents(n)) for n in steps])
-                if self.compared is not None:
-                    videos.append(self.compared(made.frames, reference.frames))
-        free = {
-            "sigmas": drift.sigmas_of(self.requests[0])[1:], "error": errors,
-            "diverged_at": [drift.diverged_at(e) for e in errors], "diverged_limit": drift.DIVERGED,
-        }  # fmt: skip
-        video = by_metric(videos)
-        return {"blocks": None, "operators": None, "teacher": None, "free": free, "video": video}
+
+        def apart(i: int, reference: Recording) -> dict[str, Any]:
+            made = references[i - i % seeds + (i + 1) % seeds]
+            errors = [drift.relative(made.latents(n), reference.latents(n)) for n in range(1, reference.steps + 1)]
+            video = None if self.compared is None else self.compared(made.frames, reference.frames)
+            return {"error": errors, "video": video}
+
+        rows = self._each("apart", apart, references)
+        return {"blocks": None, "operators": None, "teacher": None} | self._levels(rows)
 
     def _frames_file(self, spec: Mapping[str, Any]) -> Path:
-        name = spec.get("id") or hashlib.sha256(json.dumps(spec["cell"], sort_keys=True).encode()).hexdigest()[:16]
-        return Path(spec.get("frames_dir") or self.work) / f"{name}.frames.npz"
+        return Path(spec.get("frames_dir") or self.work) / f"{spec.get('id') or _hash_of(spec['cell'])}.frames.npz"
+
+    def _shown(self, shown: Mapping[str, Any], path: Path) -> dict[str, Any]:
+        """Puts the frames that were kept of the first pair where they belong."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                shutil.copyfile(self.state.folder / shown["file"], temporary)
+        except OSError as error:
+            raise OutputError(f"{path} could not be written ({error.strerror}); free space there.") from error
+        return {"file": path.name, "index": shown["index"]}
 
     # --- what the videos show -------------------------------------------------------------------------------------
 
-    def _of_references(self, references: Sequence[Recording]) -> dict[str, Any]:
+    def _of_references(self, references: Sequence[Recording], path: Path) -> tuple[Any, dict[str, Any] | None]:
+        """Score and shown frames of the references themselves."""
         readings = [r for reference in references for r in _read(reference.frames)] if self.asked else []
-        frames = (np.array(references[0].frames), None) if references[0].is_decoded else None
-        return {"score": score_of(readings, self.asked) if readings else None, "frames": frames}
+        first = references[0]
+        shown = write_frames(path, np.array(first.frames), None) if first.is_decoded else None
+        return score_of(readings, self.asked), shown
 
     def _attributes(self) -> list[Attributes]:
         """What each prompt asks for.
@@ -366,32 +426,20 @@ class Measurement:
         return [known[pair["prompt"]] for pair in self.cell.pairs]
 
 
-def score_of(readings: Sequence[Reading], asked: Sequence[Attributes]) -> dict[str, Any]:
-    """Right videos and all of them, by aspect; ``all`` is right in every aspect. ``pairs``: which pairs' are right."""
-    marks = [r.right(a) for r, a in zip(readings, asked, strict=True)]
+def score_of(readings: Sequence[Reading], asked: Sequence[Attributes]) -> dict[str, Any] | None:
+    """:func:`counted` of what was read off videos."""
+    return counted([r.right(a) for r, a in zip(readings, asked, strict=True)])
+
+
+def counted(marks: Sequence[Mapping[str, bool]]) -> dict[str, Any] | None:
+    """Right videos and all of them, by aspect; ``all`` is right in every aspect. ``pairs``: which pairs' are right.
+    None where there is no video."""
     right = {name: [m[name] for m in marks] for name in ASPECTS} | {"all": [all(m.values()) for m in marks]}
-    return {name: [sum(found), len(found)] for name, found in right.items()} | {"pairs": right}
+    return {name: [sum(found), len(found)] for name, found in right.items()} | {"pairs": right} if marks else None
 
 
 def _read(frames: np.ndarray) -> list[Reading]:
     return read_clips([torch.from_numpy(np.array(frames))])
-
-
-def _plain(value: Any, where: str = "") -> Any:
-    """In JSON's types.
-
-    Raises:
-        SolostepError: a number that is not finite; it is named.
-    """
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v, f"{where}.{k}" if where else str(k)) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
-    if isinstance(value, (np.floating, np.integer)):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        raise SolostepError(f"{where} is {value}: the result cannot be used.")
-    return value
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
@@ -431,6 +479,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("output", type=Path, help="where the measured keys go; frames beside it")
     parser.add_argument("--work", type=Path, help="where references are kept (default: in the cache folder)")
     args = parser.parse_args(arguments)
+    work = args.work or cache_dir() / "bench"
     try:
         spec = read_spec(args.spec)
         if args.output.exists():
@@ -438,11 +487,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not args.output.parent.is_dir():
             raise UsageError(f"{args.output.parent} is no folder; make it first.")
         spec = {"frames_dir": str(args.output.parent)} | spec
-        result = measure(spec, args.work or cache_dir() / "bench", Lines())
-        write_result(args.output, result)
+        with terminated_like_interrupted():
+            write_result(args.output, measure(spec, work, Lines(), keep=True))
+        if "state" not in spec:  # else it is of who named it
+            cell_state.remove(work, state_name(spec))
     except SolostepError as error:
         print(str(error), file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"Stopped; what is done is kept in {work}, and the same command goes on with it.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,11 @@ from torch import Tensor, nn
 
 from solostep.benchmarks.drift_distances import cosine, relative
 from solostep.benchmarks.drift_operators import Other, watched
-from solostep.benchmarks.reference import Recording, run_once
+from solostep.benchmarks.reference import RUN, Recording, kept_latents, run_once
+from solostep.benchmarks.results import read_json, write_json
 from solostep.engine.activations import Blocks, load_shell
-from solostep.engine.errors import SolostepError
+from solostep.engine.errors import SolostepError, UsageError
+from solostep.engine.latents import save_latents
 from solostep.engine.models.fused import FusedBlocks
 from solostep.engine.models.transformer import TransformerBlock
 from solostep.engine.pipeline import StepVideoPipeline
@@ -66,13 +68,25 @@ def sigmas_of(request: Request) -> list[float]:
 
 
 def teacher_forced(
-    pipe: StepVideoPipeline, request: Request, reference: Recording, scratch: Path, progress: Progress | None = None
+    pipe: StepVideoPipeline, request: Request, reference: Recording, folder: Path, progress: Progress | None = None
 ) -> tuple[list[float], list[float]]:
-    """Error and cosine of the guided velocity at each step, on the reference's latents."""
+    """Error and cosine of the guided velocity at each step, on the reference's latents.
+
+    They are kept in ``folder`` step by step, and what is there already is not measured again.
+    """
     sigmas = sigmas_of(request)
-    before = reference.latents(0)
-    errors: list[float] = []
-    cosines: list[float] = []
+    told, run = folder / "steps.json", folder / RUN
+    errors, cosines = _steps_there(told)
+    if len(errors) == reference.steps:
+        return errors, cosines
+    saved = kept_latents(run)
+    if saved is None or not errors:
+        errors, cosines = [], []
+        run.unlink(missing_ok=True)
+    else:  # it may have been cut before the teacher's latents took the place of its own
+        saved.step, saved.latents = len(errors), reference.latents(len(errors))
+        save_latents(run, saved)
+    before = reference.latents(len(errors))
 
     def callback(pipe: StepVideoPipeline, step: int, sigma: float, state: dict[str, Tensor]) -> dict[str, Tensor]:
         nonlocal before
@@ -82,11 +96,21 @@ def teacher_forced(
         )
         errors.append(relative(made, wanted))
         cosines.append(cosine(made, wanted))
+        write_json(told, {"error": errors, "cosine": cosines})
         before = target
         return {"latents": target}
 
-    run_once(pipe, request, scratch, callback, None, progress)
+    run_once(pipe, request, run, callback, None, progress, resume=True)
     return errors, cosines
+
+
+def _steps_there(path: Path) -> tuple[list[float], list[float]]:
+    """Errors and cosines that an interrupted run has measured."""
+    try:
+        there = read_json(path)
+        return list(there["error"]), list(there["cosine"])
+    except (UsageError, KeyError, TypeError):
+        return [], []
 
 
 def free_errors(made: Recording, reference: Recording) -> list[float]:

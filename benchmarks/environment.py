@@ -1,7 +1,7 @@
 """What a measurement was made on: card, driver, clocks, processor, memory, versions, commit, command, date.
 
-Clocks and the power limit are those of the moment, the card's memory is all of it. Cost: one call of nvidia-smi, 50 ms.
-Nothing here starts a CUDA context beyond what torch needs to name the card.
+Clocks are those of the moment, unless the run has told its own (cell_card.py); the card's memory is all of it. Cost:
+one call of nvidia-smi, 50 ms. Nothing here starts a CUDA context beyond what torch needs to name the card.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
+import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from solostep.benchmarks.full_width import commit
+from solostep.benchmarks.results import PATH
 from solostep.engine.machine import host_facts, installed
 
 PACKAGES = (
@@ -27,6 +30,10 @@ PACKAGES = (
     "flash-attn", "lpips",
 )  # fmt: skip
 """Beside torch and triton, what a number may depend on; those that are not installed are left out."""
+VARIABLES = ("CUDA_", "TORCH_", "PYTORCH_", "SOLOSTEP_", "TRITON_", "OMP_")
+"""How the names of environment variables begin that a number may depend on."""
+SECRET = re.compile("TOKEN|KEY|SECRET|PASSW|CREDENTIAL|AUTH|COOKIE", re.IGNORECASE)
+"""What names a variable that is recorded nowhere."""
 QUERY = ("driver_version", "clocks.sm", "clocks.mem", "power.limit")
 
 
@@ -43,9 +50,26 @@ def environment(device: torch.device, command: Sequence[str] | str | None = None
         "host_memory_bytes": min(host["ram_bytes"], host["cgroup_limit_bytes"] or host["ram_bytes"]),
         "os": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
         "triton": installed("triton"), "versions": {n: v for n in PACKAGES if (v := installed(n)) is not None},
-        "commit": commit(), "command": shown(command),
+        "variables": variables(os.environ), "commit": commit(), "command": shown(command),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
+
+
+def variables(given: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables that computing may depend on; of a path only its last part."""
+    found = {k: v for k, v in sorted(given.items()) if k.startswith(VARIABLES) and not SECRET.search(k)}
+    return {k: ":".join(map(_without_folder, v.split(":"))) for k, v in found.items()}
+
+
+def _without_folder(part: str) -> str:
+    return PATH + Path(part).name if part.startswith(("/", "~")) else part
+
+
+def clocks_of(environment: Mapping[str, Any], running: Mapping[str, Any] | None) -> dict[str, Any]:
+    """An environment with the clocks of the run itself, where it told them, in the place of an idle card's."""
+    if running is None:
+        return dict(environment)
+    return {**environment, "clocks": {**(environment.get("clocks") or {}), **running}}
 
 
 def shown(command: Sequence[str] | str | None = None) -> str:

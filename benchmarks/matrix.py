@@ -32,12 +32,12 @@ from solostep.engine.pipeline import StepVideoPipeline
 from solostep.engine.precision import AUTO, OFFICIAL, check_attention, check_precision, read_recipe_option
 from solostep.engine.request import check_asked, filled_in
 from solostep.engine.runtime import pick_device
-from solostep.kernels.attention import BACKENDS
+from solostep.kernels.attention import BACKENDS, MODES
 
 DEMO = "demo"
 DRIFT = ("blocks", "teacher", "free", "video")
 """Levels that need a reference."""
-MEASURING = ("cell*.py", "drift*.py", "reference.py", "floors.py", "video_metrics.py")
+MEASURING = ("cell*.py", "drift*.py", "reference*.py", "floors.py", "video_metrics.py")
 """Of this folder, what a measurement depends on."""
 
 
@@ -198,6 +198,14 @@ def check_options(options: Options) -> None:
         read_recipe_option(recipe, None)
     for vram, host_ram in itertools.product(options.vram, options.host_ram):
         read_budgets(vram, host_ram)
+    if len(options.vram) * len(options.host_ram) > 1 and "speed" not in options.levels:
+        raise UsageError(
+            "--vram, --host-ram: drift is measured in one budget, and several differ in speed and memory; give one, or "
+            "add speed to --levels."
+        )
+    for backend in options.attention_backend:
+        if backend is not None and backend not in BACKENDS:
+            raise UsageError(f"--attention-backend {backend} is unknown; choose one of {', '.join(BACKENDS)}.")
     for names, known, option in ((options.levels, LEVELS, "--levels"), (options.roles, ROLES, "--roles")):
         unknown = [name for name in names if name not in known]
         if unknown or not names:
@@ -266,6 +274,12 @@ def build(options: Options) -> Matrix:
             made.guidance_scale, made.time_shift, prompts, options.seeds, levels=levels,
         )  # fmt: skip
         cells += _of_clip(base, options, folder, device)
+    _check_backends(options, cells)
+    if len(options.vram) * len(options.host_ram) > 1 and set(levels) - {"speed"}:
+        notes.append(
+            "A budget moves weights and changes no numbers: drift is measured in the first budget of each mode, speed "
+            "and memory in all."
+        )
     fingerprints = {name: c.fingerprint for name, c in sorted(folder.components.items())}
     pairs = block_pairs(folder.components["transformer"].parameters)
     planned = []
@@ -294,6 +308,18 @@ def built_in_prompts(n: int, is_demo: bool) -> tuple[str, ...]:
     return tuple(known[:n])
 
 
+def _check_backends(options: Options, cells: Sequence[Cell]) -> None:
+    """Raises UsageError for a back end that no mode was given."""
+    taken = {cell.attention_backend for cell in cells if cell.role == "mode"}
+    unused = [b for b in options.attention_backend if b is not None and b not in taken]
+    if unused:
+        kinds = ", ".join(kind for kind in MODES if kind in BACKENDS[unused[0]].modes)
+        raise UsageError(
+            f"--attention-backend {unused[0]}: no mode has an attention that it could be chosen for (the official one "
+            f"has none, a recipe that is to be measured tells it later); add --attention {kinds}, or leave it out."
+        )
+
+
 def _of_clip(base: Cell, options: Options, folder: ModelFolder, device: torch.device) -> Iterator[Cell]:
     stored = folder.components["transformer"].quantization
     budget = {"vram": _largest(options.vram), "host_ram": _largest(options.host_ram)}
@@ -316,7 +342,7 @@ def _of_clip(base: Cell, options: Options, folder: ModelFolder, device: torch.de
                 yield cell
     if "mode" in options.roles:
         for cell in _modes(base, options, folder, device):
-            if stored is not None or replace(cell, role="reference") != official:
+            if stored is not None or replace(cell, role="reference", levels=official.levels) != official:
                 yield cell
 
 
@@ -339,12 +365,13 @@ def _modes(base: Cell, options: Options, folder: ModelFolder, device: torch.devi
         for text, attention in itertools.product(options.text_precision, options.attention):
             chosen = _chosen(folder, device, precision, recipe, text, attention)
             mode = replace(base, text_precision=text, recipe=recipe, **chosen)
-            for backend, vram, host_ram in itertools.product(options.attention_backend, options.vram, options.host_ram):
-                if backend is not None and mode.attention not in (None, OFFICIAL):
-                    check_backend(backend, mode.attention or "", device)
-                    yield replace(mode, attention_backend=backend, vram=vram, host_ram=host_ram)
-                else:
-                    yield replace(mode, vram=vram, host_ram=host_ram)
+            for backend in options.attention_backend:
+                taken = None if mode.attention in (None, OFFICIAL) else backend
+                if taken is not None:
+                    check_backend(taken, mode.attention or "", device)
+                for n, (vram, host_ram) in enumerate(itertools.product(options.vram, options.host_ram)):
+                    levels = base.levels if n == 0 else ("speed",)
+                    yield replace(mode, attention_backend=taken, vram=vram, host_ram=host_ram, levels=levels)
 
 
 def _chosen(

@@ -8,6 +8,8 @@ texts, settings, seed, code of the official numerics, device and torch. A record
     frames.npy                            uint8 [F, H, W, 3], once it was decoded
     identity.json                         what it was made from; written last
 
+One that is interrupted stays where it was made, beside its latents, and goes on after its last step.
+
 Disk: 1 GB of latents and 0.33 GB of frames for 204 frames at 544x992 and 50 steps. Host memory: one step's latents.
 """
 
@@ -17,7 +19,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -30,21 +31,26 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from solostep.engine import image, sampling, scheduler, text
+from solostep.benchmarks.reference_code import official_code
 from solostep.engine.config import GenerationSettings
-from solostep.engine.errors import OutputError, SolostepError
-from solostep.engine.latents import SavedLatents
-from solostep.engine.models import clip, step_llm, transformer, vae
+from solostep.engine.errors import OutputError, SolostepError, UsageError
+from solostep.engine.files import replacing
+from solostep.engine.latents import SUFFIX, SavedLatents, read_latents
+from solostep.engine.machine import installed
 from solostep.engine.pipeline import OpenSink, StepCallback, StepVideoPipeline
 from solostep.engine.progress import Progress
 from solostep.engine.request import Request, settings_dict, tensor_hash
 from solostep.engine.sampling import initial_noise
 
 log = logging.getLogger("solostep")
-FORMAT = 1
+FORMAT = 2
 FOLDER = "references"
-OFFICIAL_CODE = (clip, image, sampling, scheduler, step_llm, text, transformer, vae)
-"""Modules that the bits of a reference come from."""
+PART = ".part"
+"""Behind the name of a reference that is being made, after a dot before it."""
+RUN = f"run{SUFFIX}"
+"""What an interrupted run goes on from, in the folder of what it is made for."""
+PACKAGES = ("transformers", "sentencepiece", "triton")
+"""Beside torch, what the numbers of a run may come from."""
 
 
 # --- recordings ---------------------------------------------------------------------------------------------------
@@ -105,14 +111,36 @@ class Recorder:
         self.step_seconds = self.frame_seconds = 0.0
         self._frames: FrameFile | None = None
         with _writing(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            (folder / "latents").mkdir(parents=True)
+            (folder / "latents").mkdir(parents=True, exist_ok=True)
+            (folder / "frames.npy").unlink(missing_ok=True)  # not whole, or it would have become a recording
+
+    @property
+    def run(self) -> Path:
+        """Where the run that is recorded keeps its latents."""
+        return self.folder / RUN
+
+    def resumed(self) -> int:
+        """How many steps of an interrupted run are recorded; what does not fit together is removed, and it is 0."""
+        saved = kept_latents(self.run)
+        if saved is None or not all(_latents_file(self.folder, n).exists() for n in range(saved.step)):
+            self.clear()
+            return 0
+        self.step(saved.step, saved.latents)  # the run may have been cut between its own file and this one
+        return saved.step
+
+    def clear(self) -> None:
+        """Removes what an interrupted run has recorded, and what it would go on from."""
+        with _writing(self.folder):
+            shutil.rmtree(self.folder / "latents")
+            (self.folder / "latents").mkdir()
+            for left in self.folder.glob(f"*{SUFFIX}*"):
+                left.unlink()
 
     def step(self, step: int, latents: Tensor) -> None:
         """Latents after ``step`` steps."""
         start = time.perf_counter()
-        with _writing(self.folder):
-            save_file({"latents": latents.detach().cpu().float().contiguous()}, _latents_file(self.folder, step))
+        with _writing(self.folder), replacing(_latents_file(self.folder, step)) as temporary:
+            save_file({"latents": latents.detach().cpu().float().contiguous()}, temporary)
         self.step_seconds += time.perf_counter() - start
 
     def write(self, frames: np.ndarray) -> None:
@@ -128,6 +156,8 @@ class Recorder:
             if self._frames is not None:
                 self._frames.close()
                 self._frames = None
+            for left in self.folder.glob(f"*{SUFFIX}*"):
+                left.unlink()
             if identity is not None:
                 (self.folder / "identity.json").write_text(json.dumps(identity, ensure_ascii=False), encoding="utf-8")
         return Recording(self.folder, self.settings.num_inference_steps)
@@ -160,6 +190,8 @@ class FrameFile:
 def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
+    except TimeoutError:  # of a lock
+        raise
     except OSError as error:
         raise OutputError(
             f"{error.filename or folder} could not be written ({error.strerror}); free space there or give another "
@@ -170,31 +202,43 @@ def _writing(folder: Path) -> Iterator[None]:
 # --- runs ---------------------------------------------------------------------------------------------------------
 
 
+def kept_latents(path: Path) -> SavedLatents | None:
+    """What an interrupted run left; None if that is nothing, or damaged."""
+    try:
+        saved = read_latents(path)
+    except UsageError:
+        return None
+    return saved if saved.step else None
+
+
 def run_once(
-    pipe: StepVideoPipeline, request: Request, scratch: Path, callback: StepCallback | None = None,
-    open_sink: OpenSink | None = None, progress: Progress | None = None,
+    pipe: StepVideoPipeline, request: Request, path: Path, callback: StepCallback | None = None,
+    open_sink: OpenSink | None = None, progress: Progress | None = None, resume: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Makes one video from its first step on, and gives its record. Nothing of it is left behind.
+    """Makes one video, and gives its record.
 
     The pipeline goes on from what an interrupted run left, and so do two runs of one request with different callbacks:
-    a measurement must not, so its latents lie in a folder of its own.
+    a measurement must not, so its latents lie at a ``path`` of its own. Without ``resume`` it begins anew and leaves
+    nothing; with it, it goes on from them, and who has put the result in its place removes them.
 
     Raises:
         SolostepError: the latents are not finite: there is nothing to measure.
     """
-    path = scratch / "run.latents.safetensors"
-    path.unlink(missing_ok=True)
+    if not resume or kept_latents(path) is None:
+        path.unlink(missing_ok=True)
     made = pipe.generate([replace(request, latents_path=path)], open_sink, callback, progress)
     try:
         told, latents = next(made)
         if not bool(torch.isfinite(latents).all()):
+            path.unlink(missing_ok=True)
             raise SolostepError(
                 "The latents of a run are not finite; leave this mode out, and report it with its card."
             )
         list(made)  # to the end: networks that are not kept are freed there
     finally:
         made.close()
-        path.unlink(missing_ok=True)
+        if not resume:
+            path.unlink(missing_ok=True)
     return told
 
 
@@ -216,24 +260,17 @@ def recording(recorder: Recorder) -> StepCallback:
 
 
 def record_run(
-    pipe: StepVideoPipeline, request: Request, recorder: Recorder, scratch: Path, decode: bool = True,
+    pipe: StepVideoPipeline, request: Request, recorder: Recorder, decode: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """One free run into a recording; gives the record."""
+    """One free run into a recording, which goes on where it was interrupted; gives the record."""
+    recorder.resumed()
     recorder.step(0, noise_of(pipe, request))
     sink: OpenSink | None = (lambda *_: contextlib.nullcontext(recorder)) if decode else None
-    return run_once(pipe, request, scratch, recording(recorder), sink, progress)
+    return run_once(pipe, request, recorder.run, recording(recorder), sink, progress, resume=True)
 
 
 # --- references ---------------------------------------------------------------------------------------------------
-
-
-def official_code() -> str:
-    """Identity of the code that makes a reference's bits."""
-    digest = hashlib.sha256()
-    for module in OFFICIAL_CODE:
-        digest.update(Path(str(module.__file__)).read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def device_kind(device: torch.device) -> list[Any]:
@@ -247,6 +284,7 @@ def identity_of(pipe: StepVideoPipeline, request: Request) -> dict[str, Any]:
     """Everything that the reference of a request depends on, in JSON's types."""
     return {
         "format": FORMAT, "code": official_code(), "torch": torch.__version__, "device": device_kind(pipe.device),
+        "packages": {name: installed(name) for name in PACKAGES},
         "weights": {name: c.fingerprint for name, c in sorted(pipe.model.components.items())},
         "text_precision": pipe.text_precision, "texts": request.texts, "settings": request.settings.identity(),
         "seed": request.seed, "image": tensor_hash(request.image),
@@ -265,51 +303,82 @@ class References:
         return Recording.opened(self._place(identity), identity, request.settings.num_inference_steps)
 
     @contextlib.contextmanager
-    def making(self, request: Request) -> Iterator[Recorder]:
-        """A recorder of a run that becomes the reference of a request if nothing fails."""
+    def making(self, request: Request) -> Iterator[Recorder | None]:
+        """A recorder of a run that becomes the reference of a request if nothing fails; if something does, the next one
+        goes on with what there is. None if another process has made the reference while this one waited for it."""
         identity = identity_of(self.pipe, request)
         place = self._place(identity)
-        _sweep(self.folder)
-        recorder = Recorder(self.folder / f".{place.name}.{os.getpid()}", request.settings)
-        try:
+        folder = self.folder / f".{place.name}{PART}"
+        sweep(self.folder, f".*{PART}", official_code())
+        with held(folder):
+            if self.find(request) is not None:
+                yield None
+                return
+            recorder = Recorder(folder, request.settings)
+            with _writing(folder):
+                (folder / CODE).write_text(official_code(), encoding="utf-8")
             yield recorder
             recorder.finished(identity)
             with _writing(place):
+                (folder / CODE).unlink()
                 shutil.rmtree(place, ignore_errors=True)  # what could not be used
-                recorder.folder.rename(place)
-        finally:
-            shutil.rmtree(recorder.folder, ignore_errors=True)
+                folder.rename(place)
 
     def decode(self, request: Request, reference: Recording, progress: Progress | None = None) -> None:
         """Makes the frames of a reference that was not decoded, from its final latents, as the pipeline makes them."""
-        settings, path = request.settings, reference.folder / f".frames.{os.getpid()}"
+        settings, path = request.settings, reference.folder / ".frames.npy"
         info = {"settings": settings_dict(settings)}
         saved = SavedLatents(
             reference.latents(reference.steps), reference.steps, reference.steps, request.seed or 0, True, {}, info
         )
-        try:
-            sink = FrameFile(path, settings)
-            self.pipe.decode(saved, lambda *_: contextlib.nullcontext(sink), progress)
-            sink.close()
-            with _writing(path):
-                path.replace(reference.folder / "frames.npy")
-        finally:
-            path.unlink(missing_ok=True)
+        with held(reference.folder):
+            if reference.is_decoded:  # by another process, meanwhile
+                return
+            try:
+                sink = FrameFile(path, settings)
+                self.pipe.decode(saved, lambda *_: contextlib.nullcontext(sink), progress)
+                sink.close()
+                with _writing(path):
+                    path.replace(reference.folder / "frames.npy")
+            finally:
+                path.unlink(missing_ok=True)
 
     def _place(self, identity: Mapping[str, Any]) -> Path:
         key = json.dumps(identity, sort_keys=True, ensure_ascii=False)
         return self.folder / hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
-def _sweep(folder: Path) -> None:
-    """Removes what processes left that were killed."""
-    for left in folder.glob(".*.*"):
-        owner = left.name.rpartition(".")[2]
-        if not owner.isdigit():
-            continue
-        try:
-            os.kill(int(owner), 0)
-        except ProcessLookupError:
-            shutil.rmtree(left, ignore_errors=True)
-        except OSError:  # somebody else's, and alive
-            continue
+# --- folders of work in progress --------------------------------------------------------------------------------
+
+CODE = "code.txt"
+"""In a folder of work in progress: the code that can go on with it."""
+
+
+@contextlib.contextmanager
+def held(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Keeps other processes from work in progress, until this one is through or dead.
+
+    Raises:
+        Timeout: another process has it, and this one does not ``wait``.
+    """
+    from filelock import FileLock
+
+    with _writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{folder.name.lstrip('.')}.lock"))
+        lock.acquire(timeout=-1 if wait else 0)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def sweep(folder: Path, pattern: str, code: str) -> None:
+    """Removes work in progress of other code, with which nobody can go on, unless a process is at it."""
+    from filelock import Timeout
+
+    for left in folder.glob(pattern):
+        with contextlib.suppress(OSError, Timeout):
+            if left.is_dir() and (left / CODE).read_text(encoding="utf-8") != code:
+                with held(left, wait=False):
+                    shutil.rmtree(left)

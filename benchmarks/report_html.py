@@ -17,7 +17,7 @@ from solostep.benchmarks.report_measures import DRIFT, OTHER
 from solostep.benchmarks.report_pictures import BUDGET, Gallery, data_url, gallery
 from solostep.benchmarks.report_plots import budgets as budgets_plot
 from solostep.benchmarks.report_plots import group_plots
-from solostep.benchmarks.report_style import CSS, SCRIPT
+from solostep.benchmarks.report_style import CSS, GENERATOR, SCRIPT
 from solostep.benchmarks.report_tables import (
     Budgets,
     Cell,
@@ -73,7 +73,7 @@ def document(title: str, body: str) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
+        f'<meta name="color-scheme" content="light dark">\n{GENERATOR}\n'
         f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n{body}\n<script>{SCRIPT}</script>\n"
         "</body>\n</html>\n"
     )

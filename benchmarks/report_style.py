@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+GENERATOR = '<meta name="generator" content="solostep report">'
+"""By which a page is known as one of ours."""
 CSS = """
 :root{--ink:#16191d;--muted:#59616b;--line:#d9dde2;--paper:#ffffff;--soft:#f4f6f8;--accent:#0072b2;--good:#00694c;
 --good-soft:#e2f4ee;--bad:#9a4100;--bad-soft:#fdeee2;--open:#5c4a00;--open-soft:#fbf3d3;

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from glob import escape
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,8 +32,14 @@ reference lies the noise; a mode that is judged; and the reference with other se
 of one prompt are apart."""
 LEVELS = ("speed", "blocks", "teacher", "free", "video", "score")
 VIDEO = ("psnr", "ssim", "vmaf", "xpsnr", "lpips", "flicker", "motion")
-UNSTEADY = ("clocks", "command", "date")
-"""Keys of an environment that differ from one run to the next on the same machine."""
+UNSTEADY = ("clocks", "command", "date", "commit", "host_memory_bytes")
+"""Keys of an environment that differ from one run to the next of the same measurement on the same machine. A commit may
+change a text; the code that numbers come from is part of a cell's id. Some virtual machines are given more memory while
+they use it."""
+PLACES = ("CUDA_VISIBLE_DEVICES",)
+"""Variables that say where something is, and not how it computes, like those whose value is a path."""
+PATH = ".../"
+"""How a path begins in a recorded variable: nobody needs to know the folders of a machine."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +93,12 @@ class Result:
     Attributes:
         id: 16 hexadecimal digits of the cell, the model's weights and the code (:func:`solostep.benchmarks.matrix`).
         label: the mode in a few words.
-        environment: card, driver, clocks, processor, versions, commit, command, date (environment.py).
-        seconds: of the whole cell.
+        environment: card, driver, clocks, processor, versions, variables, commit, command, date (environment.py).
+        seconds: of the whole cell, or of the process that finished it, if it was interrupted.
         speed: ``step_seconds``, ``first_step_seconds``, seconds of ``stages``, ``video_seconds``, ``frames_written``,
-            and ``end_to_end`` for a number of steps: seconds, and whether they are extrapolated.
+            and ``end_to_end`` for a number of steps: seconds, and whether they are extrapolated; ``clocks`` of the card
+            while steps were computed; of a run that was interrupted and went on, ``resumed``: the steps each process
+            made, and beside it the first step and the loading of the later ones (cell_speed.py).
         memory: ``gpu_peak_bytes``, ``driver_peak_bytes``, ``host_peak_bytes``, and ``stages`` beside the plan.
         pairs: prompt and seed of everything that is kept for each pair.
         drift: None for the reference; else ``blocks``, ``operators``, ``teacher``, ``free`` and ``video``, those of the
@@ -141,8 +150,10 @@ class Result:
 
 
 def environment_key(environment: Mapping[str, Any]) -> str:
-    """Equal for two runs on one machine, one set of versions and one commit."""
+    """Equal for two runs on one machine, with one set of versions and of variables that say how to compute."""
     steady = {k: v for k, v in environment.items() if k not in UNSTEADY}
+    variables = environment.get("variables") or {}
+    steady["variables"] = {k: v for k, v in variables.items() if k not in PLACES and PATH not in str(v)}
     return hashlib.sha256(json.dumps(steady, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -259,6 +270,10 @@ SPEED = _object(
         "step_seconds": _list(positive), "first_step_seconds": _or_null(positive), "stages": _map(positive),
         "video_seconds": positive, "frames_written": whole,
         "end_to_end": _map(_object({"seconds": positive, "extrapolated": flag})),
+    },
+    {
+        "resumed": _list(whole, 2), "resumed_first_step_seconds": _list(positive), "resumed_load_seconds": positive,
+        "clocks": _or_null(_map(_or_null(number))),
     },
 )  # fmt: skip
 MEMORY = _object(
@@ -439,18 +454,29 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def free_place(path: Path, result: Result, overwrite: bool = False) -> Path:
-    """Where a result goes: its own name, or where a file of another cell or environment has that, one with a number.
+    """Where a result goes: its own name, or where a file of another cell or environment has that, one with a number. To
+    overwrite is to take the place of this very measurement, and of no other.
 
     Raises:
-        UsageError: this very measurement is there already, and is not to be overwritten.
+        UsageError: the measurement is there already, and is not to be overwritten.
     """
+    numbered = [p for p in path.parent.glob(f"{escape(path.stem)}-*{path.suffix}") if _number_of(p, path) is not None]
+    for place in (path, *sorted(numbered, key=lambda p: _number_of(p, path) or 0)):
+        if same_measurement(place, result.id, result.environment):
+            if overwrite:
+                return place
+            raise UsageError(f"{place} holds this measurement already; --overwrite makes it anew.")
     for n in range(1, 10_000):
         place = path if n == 1 else path.with_name(f"{path.stem}-{n}{path.suffix}")
-        if overwrite or not place.exists():
+        if not place.exists():
             return place
-        if same_measurement(place, result.id, result.environment):
-            raise UsageError(f"{place} holds this measurement already; --overwrite makes it anew.")
     raise UsageError(f"{path.parent} holds 9,999 files called {path.stem}; choose another -o.")
+
+
+def _number_of(place: Path, path: Path) -> int | None:
+    """The number that sets a file's name apart from another's."""
+    found = re.fullmatch(r"-(\d+)", place.stem.removeprefix(path.stem))
+    return int(found[1]) if found else None
 
 
 def same_measurement(path: Path, identity: str, environment: Mapping[str, Any]) -> bool:

@@ -3,7 +3,8 @@ first and then several at a time.
 
 A process of its own: no cell sees the memory, the allocator or the compiled kernels of another, and one that
 crashes takes nothing with it. A result is there once it is whole. Run again, a folder's finished cells are passed over:
-those of the same identity, commit, versions and machine. What failed is kept beside the results and tried again.
+those of the same identity, versions and machine. One that was stopped goes on where it was. What failed is kept beside
+the results and tried again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -23,7 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from solostep.benchmarks.environment import environment
+from solostep.benchmarks import cell_state
+from solostep.benchmarks.cell_state import terminated_like_interrupted
+from solostep.benchmarks.environment import clocks_of, environment
 from solostep.benchmarks.matrix import Matrix, Planned
 from solostep.benchmarks.results import (
     FAILED,
@@ -44,7 +48,8 @@ CELL = (sys.executable, "-m", "solostep.benchmarks.cell")
 MEASURED = ("speed", "memory", "plan", "events", "pairs", "drift", "score", "frames")
 """Keys of a result that the cell's process fills in."""
 WORK = "cache"
-"""Folder below that of the results: references and embeddings, which may be deleted afterwards."""
+"""Folder below that of the results: references, embeddings and what unfinished cells have done. It may be deleted
+afterwards."""
 GRACE = 15.0
 """Seconds that a process gets to end by itself after Ctrl-C."""
 TAIL = 30
@@ -75,14 +80,17 @@ class Runner:
 
     def __init__(
         self, matrix: Matrix, folder: Path, show: Show, overwrite: bool = False, command: Sequence[str] | None = None,
-        called: str | None = None, jobs: int = 1, rates: bool = False,
+        called: str | None = None, jobs: int = 1, rates: bool = False, timeout: float | None = None,
     ) -> None:  # fmt: skip
+        if rates and matrix.device.type != "cuda":
+            raise UsageError(f"--rates measures a CUDA card, and this runs on {matrix.device}; leave it out.")
         if jobs > 1 and any("speed" in planned.cell.levels for planned in matrix.planned):
             raise UsageError(
                 "--jobs: processes beside one another slow each other; leave speed out of --levels, or --jobs out."
             )
         self.matrix, self.folder, self.show, self.overwrite = matrix, folder, show, overwrite
         self.command, self.called, self.jobs, self.rates = tuple(command or CELL), called, jobs, rates
+        self.timeout = timeout
         self.spent = self.worked = 0.0
         self.processes: set[subprocess.Popen[str]] = set()
         self.stopped = False
@@ -90,7 +98,7 @@ class Runner:
     # --- before ---------------------------------------------------------------------------------------------------
 
     def there(self) -> dict[str, Path]:
-        """Finished cells by id: those of this machine, these versions and this commit."""
+        """Finished cells by id: those of this machine and these versions."""
         if self.overwrite or not self.folder.is_dir():
             return {}
         now = environment(self.matrix.device, self.called)
@@ -121,7 +129,7 @@ class Runner:
             UsageError: another run is busy in the folder.
             OutputError: the folder cannot be written.
         """
-        with self._alone(), _terminated_like_interrupted():
+        with self._alone(), terminated_like_interrupted():
             there, todo = self.there(), sum(p.work for p in self.matrix.planned)
             todo -= sum(p.work for p in self.matrix.planned if p.id in there)
             start, busy = time.monotonic(), set[Future[Outcome]]()
@@ -163,10 +171,7 @@ class Runner:
                 process.send_signal(signal.SIGINT)
             late = time.monotonic() + GRACE
             for process in list(self.processes):
-                try:
-                    process.wait(max(0.0, late - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    process.kill()
+                _wait_or_kill(process, late - time.monotonic())
 
     def _left(self, todo: float) -> str:
         return duration(self.spent / self.worked * todo) if self.worked else ""
@@ -197,12 +202,20 @@ class Runner:
             write_json(spec, spec_of(planned, str(self.matrix.device), self.rates))
             lines: list[str] = []
             call = [*self.command, str(spec), str(out), "--work", str(self.folder / WORK)]
-            code = self._watched(call, lines, lambda line: self.show.status(f"{head}: {line}"))
+            code, late = self._watched(call, lines, lambda line: self.show.status(f"{head}: {line}"))
             seconds = time.monotonic() - start
             if self.stopped:  # not a failure of the cell
                 raise KeyboardInterrupt
             here = environment(self.matrix.device, self.called)
             try:
+                if late and code:
+                    raise SolostepError(
+                        f"it took longer than --cell-timeout ({duration(self.timeout or 0)}) and was stopped; the same "
+                        "command goes on with it where it was"
+                    )
+                if code < 0:
+                    last = f"; its last words: {lines[-1]}" if lines else ""
+                    raise SolostepError(f"the process was ended by signal {-code}, and may go on where it was{last}")
                 if code:
                     raise SolostepError(lines[-1] if lines else f"the process ended with {code} and said nothing")
                 path = self._keep(planned, out, here, seconds)
@@ -212,24 +225,37 @@ class Runner:
                                             "output": lines[-TAIL:]})  # fmt: skip
                 return Outcome(planned, "failed", failed, seconds, str(error))
         failed.unlink(missing_ok=True)
+        cell_state.remove(self.folder / WORK, planned.id)
         return Outcome(planned, "done", path, seconds)
 
-    def _watched(self, call: Sequence[str], lines: list[str], said: Callable[[str], None]) -> int:
-        """Runs a process, collects its output and tells each line; its exit code."""
+    def _watched(self, call: Sequence[str], lines: list[str], said: Callable[[str], None]) -> tuple[int, bool]:
+        """Runs a process, collects its output and tells each line; its exit code, and whether its time was up."""
+        late = threading.Event()
         with subprocess.Popen(
             call, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", bufsize=1, env=self._environment(),
         ) as process:  # fmt: skip
             self.processes.add(process)
+
+            def stop() -> None:
+                late.set()
+                process.send_signal(signal.SIGINT)
+                _wait_or_kill(process, GRACE)
+
+            timer = None if self.timeout is None else threading.Timer(self.timeout, stop)
             try:
+                if timer is not None:
+                    timer.start()
                 assert process.stdout is not None
                 for line in process.stdout:
                     if line.strip():
                         lines.append(line.rstrip())
                         said(lines[-1])
                         del lines[: -10 * TAIL]
-                return process.wait()
+                return process.wait(), late.is_set()
             finally:
+                if timer is not None:
+                    timer.cancel()
                 self.processes.discard(process)
 
     def _environment(self) -> dict[str, str] | None:
@@ -244,6 +270,7 @@ class Runner:
         measured = read_json(out)
         if not isinstance(measured, dict):
             raise SolostepError(f"{out.name} of the cell is no object")
+        here = clocks_of(here, (measured.get("speed") or {}).get("clocks"))
         values = {
             MARK: VERSION, "id": planned.id, "label": planned.label, "cell": planned.cell.as_dict(),
             "synthetic": marker(self.matrix.folder.root), "environment": here, "seconds": round(seconds, 3),
@@ -265,25 +292,14 @@ def spec_of(planned: Planned, device: str, rates: bool = False) -> dict[str, Any
     cell = planned.cell.as_dict() | {"device": device}
     if planned.cell.recipe is not None:
         cell["precision"] = None
-    return {"cell": cell, "id": planned.id, "rates": rates}
+    return {"cell": cell, "id": planned.id, "state": planned.id, "rates": rates}
 
 
-@contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM, as of a batch system, ends a run like Ctrl-C: the process that measures ends with it."""
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
+def _wait_or_kill(process: subprocess.Popen[str], seconds: float) -> None:
     try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        process.wait(max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def as_json(outcomes: Sequence[Outcome]) -> str:

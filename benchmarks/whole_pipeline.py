@@ -16,9 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from solostep.benchmarks.cell_card import Card, cards, taken
 from solostep.benchmarks.full_width import Weights, recipe_of, record, write_network
 from solostep.engine.config import StepLLMConfig, TransformerConfig, VAEConfig
 from solostep.engine.models.clip import HunyuanClip
@@ -134,15 +133,8 @@ def driver_peak(device: torch.device, before: int) -> Iterator[dict[str, int]]:
         thread.join()
 
 
-def driver_bytes() -> int:
-    """What the driver says is taken of the first visible card, before this process takes anything."""
-    card = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", card]
-    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) << 20
-
-
 def run(
-    folder: Path, vram: str | None, before: int, decode: bool, settings: dict[str, Any], **options: Any
+    folder: Path, vram: str | None, before: list[Card], decode: bool, settings: dict[str, Any], **options: Any
 ) -> dict[str, Any]:
     """One video within a budget; what each stage took beside its plan, and each step's seconds. ``options`` are those
     of :meth:`StepVideoPipeline.from_pretrained`."""
@@ -158,7 +150,8 @@ def run(
 
     sink = Frames()
     start = time.perf_counter()
-    with driver_peak(pipe.device, before) as driver:
+    mine = taken(pipe.device, before)
+    with contextlib.nullcontext({"bytes": None}) if mine is None else driver_peak(pipe.device, mine) as driver:
         made = pipe.generate([request], (lambda *_: contextlib.nullcontext(sink)) if decode else None, None, progress)
         told, latents = next(made)
         list(made)
@@ -197,7 +190,7 @@ def main() -> None:
     running.add_argument("--cached-texts", action="store_true", help="encode texts only if they were not before")
     running.add_argument("-o", "--output", type=Path, help="append a JSON line for each budget")
     args = parser.parse_args()
-    before = driver_bytes()
+    before = cards()
     device = pick_device("cuda")
     if args.command == "make":
         make(args.folder, args.precision, args.text_precision, device)

@@ -16,7 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from solostep.benchmarks import bench, runner
+from solostep.benchmarks import bench, report_html, runner
 from solostep.benchmarks.matrix import Matrix, Options, build
 from solostep.benchmarks.results import FAILED, read_result, read_results
 from solostep.benchmarks.runner import Outcome, Runner, spec_of
@@ -174,9 +174,11 @@ def test_what_is_finished_is_passed_over(bed: Bed, monkeypatch: pytest.MonkeyPat
     assert read_result(bed.run()[2].path).cell.precision == "fp8"
 
     other = runner.environment
+    monkeypatch.setattr(runner, "environment", lambda *given: other(*given) | {"commit": "b", "host_memory_bytes": 1})
+    assert status(bed.run()) == ["skipped"] * 3  # a commit is no other code, and some machines grow
 
     def elsewhere(*given: Any) -> dict[str, Any]:
-        return other(*given) | {"commit": "another"}
+        return other(*given) | {"torch": "another"}
 
     monkeypatch.setattr(runner, "environment", elsewhere)
     outcomes = bed.run()
@@ -267,7 +269,7 @@ def test_a_stop_keeps_what_is_done(bed: Bed, number: signal.Signals, monkeypatch
 @pytest.fixture
 def call(bed: Bed, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runner, "CELL", bed.command)
-    monkeypatch.setattr(bench, "write_report", lambda results, page: page)
+    monkeypatch.setattr(bench, "write_report", lambda results, page, overwrite: page)
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/solostep", "bench", "--precision", "int8"])
     app = typer.Typer(pretty_exceptions_enable=False)
     bench.register(app)
@@ -301,8 +303,11 @@ def test_the_command(bed: Bed, call: Any, monkeypatch: pytest.MonkeyPatch):
         (["--frames", "many"], "--frames has to be whole numbers"),
         (["--seeds", "0"], "--seeds has to be at least 1"),
         (["--precision", "int9"], "int9 is unknown"),
-        (["--prompts", "none.txt"], "none.txt cannot be read"),
+        (["--prompts", "none.txt"], "leave it out where --prompts gives others"),  # of -n, which stands before
         (["--quick", "--model", "t2v"], "--quick is of the demo model"),
+        (["--rates"], "--rates measures a CUDA card"),
+        (["--cell-timeout", "soon"], "--cell-timeout soon is no time"),
+        (["--attention-backend", "nonsense"], "--attention-backend nonsense is unknown"),
     ],
 )
 def test_wrong_use_starts_nothing(bed: Bed, call: Any, arguments: list[str], words: str):
@@ -319,10 +324,39 @@ def test_options_as_they_are_given(tmp_path: Path):
     assert options.prompts == ("a red circle", "一个绿色的三角形") and options.seeds == (1, 2, 3)
     assert options.vram == (None, "12GB", "24GB") and options.size == ((96, 64),) and options.frames == (17, 34)
     assert bench.read_options({}).seeds == (1,) and bench.read_options({}).n == 8
+    assert [bench._seconds("--t", text) for text in (None, "90", "1.5m", "2h")] == [None, 90, 90, 7200]
     assert bench.read_options({"seeds": "7,9"}).seeds == (7, 9) and bench.read_options({"seeds": "7,"}).seeds == (7,)
+    with pytest.raises(UsageError, match=r"none\.txt cannot be read"):
+        bench.read_options({"prompts": tmp_path / "none.txt"})
     file.write_text('{"prompt": "a", "seed": 3}\n')
     with pytest.raises(UsageError, match="line 1: only prompts"):
         bench.read_options({"prompts": file})
+
+
+def test_a_cell_that_takes_too_long_is_stopped(bed: Bed):
+    bed.behave(int8="wait")
+    slow = Runner(bed.matrix, bed.folder, bed.said, command=bed.command, timeout=1.5)
+    outcomes = list(slow.run())
+    assert status(outcomes) == ["done", "failed", "done"]
+    assert "longer than --cell-timeout (1.5 s)" in outcomes[1].error and "goes on with it" in outcomes[1].error
+    state = bed.folder / "cache" / "cells" / outcomes[1].planned.id
+    state.mkdir(parents=True)  # as a real cell leaves it
+    bed.behave()
+    assert status(bed.run()) == ["skipped", "done", "skipped"]
+    assert not state.exists()  # the result has its place
+
+
+def test_a_report_of_somebody_else_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    calls: list[Any] = []
+    done = subprocess.CompletedProcess([], 0, "", "")
+    monkeypatch.setattr(bench.subprocess, "run", lambda *a, **k: calls.append(a) or done)
+    page = tmp_path / "report.html"
+    page.write_text("<html>my notes</html>")
+    assert bench.write_report([tmp_path / "a.json"], page) is None and not calls
+    assert "stays as it is" in capsys.readouterr().err.replace("\n", " ")
+    assert bench.write_report([tmp_path / "a.json"], page, overwrite=True) == page
+    page.write_text(report_html.document("ours", ""))
+    assert bench.write_report([tmp_path / "a.json"], page) == page and len(calls) == 2
 
 
 def test_a_report_that_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):

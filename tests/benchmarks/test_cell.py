@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from solostep.benchmarks import reference as reference_module
 from solostep.benchmarks.cell import main, measure, score_of
 from solostep.benchmarks.cell_frames import short_clip
 from solostep.benchmarks.cell_spec import Cell
-from solostep.benchmarks.cell_speed import Timed
+from solostep.benchmarks.cell_speed import Part, Timed
 from solostep.engine.checkpoint import open_model
 from solostep.engine.demo.captions import held_out_prompts
 from solostep.engine.demo.data import draw_clips, to_frames
@@ -313,14 +312,14 @@ def test_times_of_a_whole_video() -> None:
         {"stage": "decode and write", "seconds": 33.0, "gpu_peak_bytes": None, "host_peak_bytes": 9},
     ]
     told = {"plan": None, "events": ["x"], "precision": "int8"}
-    result = Timed(110.0, [5.0, 2.0, 4.0], stages, (6.0, 4.0), 17, True, None, told).result()
+    result = Timed(110.0, [Part(steps=[5.0, 2.0, 4.0])], stages, (6.0, 4.0), 17, True, told).result()
     assert result["speed"]["video_seconds"] == 100
     assert result["speed"]["stages"] == {"denoise": 12.0, "decode and write": 29.0}
     assert result["speed"]["end_to_end"]["50"] == {"seconds": 89 + 5 + 49 * 3.0, "extrapolated": True}
     assert result["memory"]["host_peak_bytes"] == 9
-    fifteen = Timed(110.0, [2.0] * 15, stages, (6.0, 4.0), 17, True, None, told).result()["speed"]["end_to_end"]
+    fifteen = Timed(110.0, [Part(steps=[2.0] * 15)], stages, (6.0, 4.0), 17, True, told).result()["speed"]["end_to_end"]
     assert fifteen["15"] == {"seconds": 100.0, "extrapolated": False}
-    alone = Timed(110.0, [2.0], stages, (6.0, 4.0), 17, True, None, told).result()["speed"]
+    alone = Timed(110.0, [Part(steps=[2.0])], stages, (6.0, 4.0), 17, True, told).result()["speed"]
     assert alone["end_to_end"] == {} and alone["step_seconds"] == []
 
 
@@ -339,38 +338,9 @@ def test_an_interrupted_run_is_not_gone_on_with(work: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        reference_module.run_once(pipe, request, work, stop)
-    reference_module.run_once(pipe, request, work, stop)
+        reference_module.run_once(pipe, request, work / "run.latents.safetensors", stop)
+    reference_module.run_once(pipe, request, work / "run.latents.safetensors", stop)
     assert seen == [0, 1, 0, 1, 2]
-
-
-def test_an_unfinished_reference_is_none(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    changes = {"role": "reference", "prompts": ["a green fish"], "seeds": [7]}
-    folder = work / reference_module.FOLDER
-    before = {p.name for p in folder.glob("*")}
-    step = reference_module.Recorder.step
-
-    def fail(self: Any, number: int, latents: torch.Tensor) -> None:
-        if number == 2:
-            raise KeyboardInterrupt
-        step(self, number, latents)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(reference_module.Recorder, "step", fail)
-        measured(work, ["free"], **changes)
-    assert {p.name for p in folder.glob("*")} == before
-    assert not list(work.glob("running-*"))
-    dead = folder / f".0123.{2**22 + 1}"  # of a process that was killed: above the largest number there is
-    alive = folder / f".0123.{os.getpid()}"
-    for left in (dead, alive):
-        left.mkdir()
-    measured(work, ["free"], **changes)
-    assert not dead.exists() and alive.exists()
-    made = [p for p in folder.glob("*") if not p.name.startswith(".") and p.name not in before]
-    assert len(made) == 1
-    (made[0] / "latents" / "00001.safetensors").unlink()
-    measured(work, ["free"], **changes)  # made again
-    assert (made[0] / "latents" / "00001.safetensors").exists()
 
 
 def test_the_command_writes_all_or_nothing(

@@ -41,6 +41,15 @@ def test_what_modes_need_comes_before_them():
     ]
 
 
+def test_drift_is_measured_in_one_budget():
+    made = build(Options(device="cpu", precision=("bf16", "int8"), vram=("8GB", None)))
+    levels = {p.label: p.cell.levels for p in made.planned}
+    assert levels["int8 · official · 8GB"] == levels["reference"] and len(levels["reference"]) > 1
+    assert levels["int8 · official"] == ("speed",) and "bf16 · official" not in levels  # that is the reference
+    assert any("drift is measured in the first budget" in note for note in made.notes)
+    assert not any("budget" in note for note in build(Options(device="cpu", precision=("int8",))).notes)
+
+
 def test_every_clip_has_its_reference():
     made = build(Options(device="cpu", precision=("int8",), frames=(17, 34), size=((64, 96), None), steps=(2, 3)))
     cells = [p.cell for p in made.planned]
@@ -158,7 +167,10 @@ def test_labels():
         ({"precision": ("int8", "fp32"), "attention": ("int8",)}, "--precision fp32 has official only"),
         ({"attention": ("int8",), "attention_backend": ("sdpa",)}, "--attention-backend sdpa is unknown for int8"),
         ({"attention": ("int8",), "attention_backend": ("hopper",)}, "not to be had on cpu"),
+        ({"attention_backend": ("nonsense",)}, "--attention-backend nonsense is unknown; choose one of"),
+        ({"attention_backend": ("torch",)}, "--attention-backend torch: no mode has an attention"),
         ({"vram": ("24",)}, "--vram 24 is no size"),
+        ({"vram": ("24GB", None), "levels": ("free",)}, "add speed to --levels"),
         ({"host_ram": ("lots",)}, "--host-ram lots is no size"),
         ({"recipe": ("none.json",)}, "--recipe none.json"),
         ({"recipe": ("auto:x",)}, "--recipe auto:x"),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from solostep.benchmarks import results
-from solostep.benchmarks.results import Cell, read_result, read_results, write_result
+from solostep.benchmarks.results import Cell, environment_key, read_result, read_results, write_result
 from solostep.engine.errors import OutputError, UsageError
 
 
@@ -145,7 +145,24 @@ def test_nothing_is_written_over(tmp_path: Path):
     with pytest.raises(UsageError, match=r"a-2\.json holds"):
         write_result(path, elsewhere)
     assert read_result(path).seconds == 4.5
-    assert write_result(path, first | {"seconds": 9.0}, overwrite=True) == path and read_result(path).seconds == 9.0
+    again = [write_result(path, one | {"seconds": 9.0}, overwrite=True).name for one in (first, elsewhere)]
+    assert again == ["a.json", "a-2.json"] and read_result(path).seconds == 9.0
+    third = first | {"environment": first["environment"] | {"card": "Another"}}
+    assert write_result(path, third, overwrite=True).name == "a-4.json"  # not in the place of another card's
+    (tmp_path / "a-2.json").unlink()
+    with pytest.raises(UsageError, match=r"a-4\.json holds"):  # there, behind a gap
+        write_result(path, third)
+
+
+def test_what_makes_another_environment():
+    here = {"card": "A", "commit": "a", "host_memory_bytes": 5, "variables": {"OMP_NUM_THREADS": "2"}}
+    same = [
+        {"commit": "b"}, {"host_memory_bytes": 6}, {"date": "today"},
+        {"variables": here["variables"] | {"CUDA_VISIBLE_DEVICES": "1", "SOLOSTEP_CACHE": ".../cache"}},
+    ]  # fmt: skip
+    assert {environment_key(here | other) for other in same} == {environment_key(here)}
+    others = [{"card": "B"}, {"variables": {"OMP_NUM_THREADS": "4"}}, {"variables": {}}]
+    assert len({environment_key(here | other) for other in (*others, {})}) == 4
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path):
