@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("fast")
 GOLDEN = Path(__file__).parents[1] / "golden"
 COMMAND = typer.main.get_command(cli.app)
 T2V, TI2V = GOLDEN / "tiny-stepvideo-t2v", GOLDEN / "tiny-stepvideo-ti2v"
-SMALL = "--frames 17 --height 32 --width 48 --steps 2 --guidance 1 --device cpu --precision fp32".split()
+SMALL = "--frames 17 --height 16 --width 32 --steps 2 --guidance 1 --device cpu --precision fp32".split()
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 
@@ -123,7 +123,7 @@ def test_the_first_command(solostep: Run) -> None:
     assert first.loaded == ["step_llm", "hunyuan_clip", "transformer", "vae"]
     for stage in ("text encoders", "load transformer", "denoise: 2/2", "decode: 17/17"):
         assert stage in first.err
-    assert read_frames("a-cat-a-dog.mp4").shape == (17, 32, 48, 3)
+    assert read_frames("a-cat-a-dog.mp4").shape == (17, 16, 32, 3)
     second = solostep("generate", "A cat & a dog!", *SMALL)
     assert second.out == "a-cat-a-dog-2.mp4\n"
     assert names() == [f"a-cat-a-dog{n}{end}" for n in ("-2", "") for end in (".latents.safetensors", ".mp4")]
@@ -168,7 +168,7 @@ def test_the_record(solostep: Run) -> None:
     assert (record["solostep"], record["versions"]["torch"]) == (version("solostep"), torch.__version__)
     assert (record["steps_done"], record["resumed_from_step"], record["notes"]) == (2, None, [])
     assert (record["output"], record["latents_file"]) == ("out.mp4", "out.latents.safetensors")
-    wanted = {"num_frames": 17, "height": 32, "width": 48, "num_inference_steps": 2, "guidance_scale": 1.0}
+    wanted = {"num_frames": 17, "height": 16, "width": 32, "num_inference_steps": 2, "guidance_scale": 1.0}
     assert record["settings"].items() >= wanted.items()
     stages = [stage["stage"] for stage in record["stages"]]
     assert stages == ["text", "load transformer", "denoise", "load vae", "decode and write"]
@@ -257,7 +257,7 @@ def test_overwriting(solostep: Run) -> None:
 
 
 def test_prompts_from_a_file(solostep: Run) -> None:
-    lines = ["A red panda", "", '{"prompt": "a dog", "width": 32, "seed": 3, "output": "dog.mp4"}', "一只猫", ""]
+    lines = ["A red panda", "", '{"prompt": "a dog", "width": 48, "seed": 3, "output": "dog.mp4"}', "一只猫", ""]
     Path("list.txt").write_text("\n".join(lines), encoding="utf-8")
     command = ["generate", "--prompts", "list.txt", "-o", "films", "-m", T2V, *SMALL]
     first = solostep(*command, "--json")
@@ -265,10 +265,10 @@ def test_prompts_from_a_file(solostep: Run) -> None:
     outputs = ["films/0001-a-red-panda.mp4", "films/dog.mp4", "films/0003-一只猫.mp4"]
     assert [Path(r["output"]).as_posix() for r in records] == outputs
     assert [r["prompt"] for r in records] == ["A red panda", "a dog", "一只猫"]
-    assert [r["settings"]["width"] for r in records] == [48, 32, 48]
+    assert [r["settings"]["width"] for r in records] == [32, 48, 32]
     assert records[1]["seed"] == 3
     assert first.loaded == ["step_llm", "hunyuan_clip", "transformer", "vae"], "once for all of them"
-    assert [read_frames(name).shape for name in outputs] == [(17, 32, w, 3) for w in (48, 32, 48)]
+    assert [read_frames(name).shape for name in outputs] == [(17, 16, w, 3) for w in (32, 48, 32)]
     made = {name: (Path(name).stat().st_mtime_ns, Path(name).read_bytes()) for name in outputs}
 
     # Finished ones are passed over.
@@ -419,7 +419,7 @@ def test_decode(solostep: Run) -> None:
     assert set(done.record) == RECORD
     assert (done.record["output"], done.record["prompt"], done.record["seed"]) == ("pictures", "a cat", 1)
     pictures = read_frames("pictures")
-    assert pictures.shape == (17, 32, 48, 3)
+    assert pictures.shape == (17, 16, 32, 3)
     assert np.corrcoef(read_frames("out.mp4").ravel(), pictures.ravel())[0, 1] > 0.8
 
     saved = read_latents(Path("out.latents.safetensors"))

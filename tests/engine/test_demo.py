@@ -25,8 +25,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOLOSTEP_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pipe() -> StepVideoPipeline:
+    """Loaded once for all tests."""
     return StepVideoPipeline.from_pretrained(device="cpu", keep_loaded=True)
 
 
@@ -49,22 +50,23 @@ def test_a_red_circle_moving_right_on_blue_in_both_languages(pipe: StepVideoPipe
         assert 0.72 < shape[8].sum() / (height * width) < 0.86
 
 
-def test_held_out_prompts_are_followed(pipe: StepVideoPipeline) -> None:
+@pytest.mark.parametrize(("first", "last"), [(0, 2), pytest.param(2, 4, marks=pytest.mark.more)])
+def test_held_out_prompts_are_followed(pipe: StepVideoPipeline, first: int, last: int) -> None:
     """Combinations that training never showed; measured over hundreds, spot-checked here."""
-    prompts = held_out_prompts(4)
+    prompts = held_out_prompts(4)[first:last]
     videos = [torch.from_numpy(pipe(p.text, seed=3, output_type="np", **QUICK)) for p in prompts]
     for reading, prompt in zip(read_clips(videos), prompts, strict=True):
         assert reading.attributes == prompt.attributes, prompt.text
 
 
 def test_seeds_and_prompts_make_the_video(pipe: StepVideoPipeline) -> None:
-    first, again, other = (
-        pipe(prompt, seed=1, output_type="np", **QUICK)
-        for prompt in ("a green star moving up on a black background",) * 2
-        + ("a yellow ring rotating on a white background",)
-    )
-    assert np.array_equal(first, again)
-    assert np.abs(first.astype(int) - other).mean() > 20
+    """That it is repeated is seen in latents; decoding, which takes most of the time, is other tests' matter."""
+    star, ring = "a green star moving up on a black background", "a yellow ring rotating on a white background"
+    first, again, reseeded = (pipe(star, seed=seed, output_type="latent", **QUICK) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, reseeded)
+    pair = (pipe(prompt, seed=1, output_type="np", **(QUICK | {"num_inference_steps": 2})) for prompt in (star, ring))
+    one, other = (frames.astype(int) for frames in pair)
+    assert np.abs(one - other).mean() > 20
 
 
 def test_image_to_video_keeps_its_first_frame_and_follows_the_motion_score() -> None:

@@ -358,7 +358,9 @@ class Living(TorchDispatchMode):
 PRECISIONS = ["bf16", "fp32", "int8", "nf4", "int4-weight"]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "precision", ["bf16", "int8", "nf4", *(pytest.param(p, marks=pytest.mark.more) for p in ("fp32", "int4-weight"))]
+)
 def test_one_layer_is_in_memory_at_a_time(
     precision: str, deep: Callable[[int], ModelFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,7 +371,7 @@ def test_one_layer_is_in_memory_at_a_time(
     asked: list[int] = []
     monkeypatch.setattr(text, "require_memory", lambda needed, device, what: asked.append(needed))
     peaks = []
-    for layers in (4, 12):
+    for layers in (3, 8):
         model = deep(layers)
         component = model.components["step_llm"]
         mode = choose_mode(component, precision, "bf16", "--text-precision", BF16)
@@ -389,7 +391,7 @@ def test_one_layer_is_in_memory_at_a_time(
         if precision in PRECISIONS[:2]:
             work = asked[-1] - largest_part_bytes(component, mode.dtype, [LAYERS[0]])
             assert living.peak < 2 * layer + work
-    assert peaks[1] < 1.15 * peaks[0]  # readers may be ahead by a tensor; eight layers more would be three times
+    assert peaks[1] < 1.15 * peaks[0]  # readers may be ahead by a tensor; five layers more would be 2.7 times
     assert asked[0] == asked[1]
 
 

@@ -53,6 +53,14 @@ def make(vram: int | None = None, host: int | None = None, **more: Any) -> tuple
     return latents, record
 
 
+@pytest.fixture(scope="module")
+def unlimited(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    """Latents of a run without a budget."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOLOSTEP_CACHE", str(tmp_path_factory.mktemp("unlimited")))
+        return make()[0]
+
+
 def budgets(**more: Any) -> list[int]:
     """From all that a run wants down to a quarter of the blocks."""
     pipe = StepVideoPipeline.from_pretrained(device="cpu", vram="40GB", **more)
@@ -62,7 +70,9 @@ def budgets(**more: Any) -> list[int]:
     return [40 * GB, whole - 1, whole - 4 * plan.network.block]
 
 
-@pytest.mark.parametrize("more", [{}, {"precision": "int8"}, {"precision": "fp8", "attention": "int8"}])
+@pytest.mark.parametrize(
+    "more", [{}, pytest.param({"precision": "int8"}, marks=pytest.mark.more), {"precision": "fp8", "attention": "int8"}]
+)
 def test_no_budget_changes_a_bit(more: dict[str, Any]) -> None:
     want, record = make(**more)
     assert record["plan"] is None and record["events"] == []
@@ -75,13 +85,12 @@ def test_no_budget_changes_a_bit(more: dict[str, Any]) -> None:
     assert spared[0] == (0, False) < spared[1] <= spared[2]
 
 
-def test_blocks_come_from_their_files_where_host_memory_is_short() -> None:
-    want, _ = make()
+def test_blocks_come_from_their_files_where_host_memory_is_short(unlimited: torch.Tensor) -> None:
     vram = budgets()[2]
     plan = StepVideoPipeline.from_pretrained(device="cpu", vram=vram).plan(**SETTINGS)
     assert plan.blocks.disk == 0 and plan.blocks.host > 3 * plan.network.block
     found, record = make(vram, 3 * plan.network.block)
-    assert record["plan"]["blocks_from_disk"] > 0 and torch.equal(found, want)
+    assert record["plan"]["blocks_from_disk"] > 0 and torch.equal(found, unlimited)
     with pytest.raises(SolostepError, match="of host memory are needed"):  # quantized on load, it is in no file
         make(budgets(precision="int8")[2], 10**6, precision="int8")
 
@@ -137,12 +146,13 @@ def fail_at(
     "error", [OUT_OF_MEMORY, RuntimeError("CUDA error: out of memory"),
               RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")]
 )  # fmt: skip
-def test_a_step_that_ran_out_of_memory_is_repeated_with_less(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    want, _ = make()
+def test_a_step_that_ran_out_of_memory_is_repeated_with_less(
+    error: Exception, unlimited: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = budgets()[1] + 1
     fail_at(monkeypatch, {2}, error)
     found, record = make(whole)
-    assert torch.equal(found, want) and len(record["events"]) == 1
+    assert torch.equal(found, unlimited) and len(record["events"]) == 1
     assert "Out of memory at step 2" in record["events"][0] and "the step is repeated" in record["events"][0]
     assert record["plan"]["streamed_blocks"] > 0 and record["plan"]["budget_bytes"] <= 0.9 * whole
 

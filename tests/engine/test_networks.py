@@ -169,7 +169,7 @@ def small_vae() -> vae.VideoAutoencoder:
         return randomized(vae.VideoAutoencoder(SMALL))
 
 
-@pytest.mark.parametrize(("frames", "latents"), [(1, 1), (17, 3), (18, 4), (34, 6), (51, 9)])
+@pytest.mark.parametrize(("frames", "latents"), [(1, 1), (17, 3), (18, 4), (34, 6)])
 def test_vae_sizes(small_vae: vae.VideoAutoencoder, frames: int, latents: int) -> None:
     mean, logvar = small_vae.encode(torch.randn(1, frames, 3, 16, 32))
     assert mean.shape == logvar.shape == (1, latents, 2, 1, 2)
@@ -177,7 +177,7 @@ def test_vae_sizes(small_vae: vae.VideoAutoencoder, frames: int, latents: int) -
 
 
 def test_frames_leave_as_they_are_final(small_vae: vae.VideoAutoencoder) -> None:
-    latents = torch.randn(1, 9, 2, 1, 2)
+    latents = torch.randn(1, 9, 2, 1, 1)
     parts = list(vae.decode_chunks(small_vae.decoder, latents))
     assert [p.shape[1] for p in parts] == [16, 1, 16, 1, 16, 1]
     assert torch.equal(torch.cat(parts, dim=1), small_vae.decode(latents))
@@ -190,13 +190,21 @@ def test_borders_are_blended_one_after_the_other() -> None:
     assert a.item() == pytest.approx(0.6 + 0.4 * 0.4)
 
 
-@pytest.mark.parametrize("limit", [3_000, 20_000, 100_000])
+@pytest.fixture(scope="module")
+def in_one(small_vae: vae.VideoAutoencoder) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Latents and a video, and what they are decoded and encoded to."""
+    with torch.inference_mode():
+        latents, video = torch.randn(1, 3, 2, 2, 3), torch.randn(1, 17, 3, 32, 48)
+        return (latents, video), (small_vae.decode(latents), small_vae.encode(video)[0])
+
+
+@pytest.mark.parametrize("limit", [3_000, 20_000, pytest.param(100_000, marks=pytest.mark.more)])
 def test_slices_of_frames_change_nothing(
-    small_vae: vae.VideoAutoencoder, monkeypatch: pytest.MonkeyPatch, limit: int
-) -> None:
+    small_vae: vae.VideoAutoencoder, in_one: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+    monkeypatch: pytest.MonkeyPatch, limit: int,
+) -> None:  # fmt: skip
     """Large tensors go through convolutions and norms a few frames at a time."""
-    latents, video = torch.randn(1, 3, 2, 2, 3), torch.randn(1, 17, 3, 32, 48)
-    whole = small_vae.decode(latents), small_vae.encode(video)[0]
+    (latents, video), whole = in_one
     monkeypatch.setattr(vae, "MAX_ELEMENTS", limit)
     calls = 0
     plain = vae._gather
@@ -293,10 +301,18 @@ def test_kept_rope_tables_serve_training_too() -> None:
     assert x.grad is not None
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3, 7, 100])
-@pytest.mark.parametrize("latent_frames", [1, 3, 4, 6])
+@pytest.mark.parametrize(
+    ("latent_frames", "frames"),
+    [
+        (1, 2), (3, 1), (3, 7), (4, 3), (4, 100), (6, 2),
+        *(pytest.param(*case, marks=pytest.mark.more) for case in (
+            (1, 1), (1, 3), (1, 7), (1, 100), (3, 2), (3, 3), (3, 100), (4, 1), (4, 2), (4, 7), (6, 1), (6, 3), (6, 7),
+            (6, 100),
+        )),
+    ],
+)  # fmt: skip
 def test_decoding_in_slices_is_decoding(frames: int, latent_frames: int, small_vae: vae.VideoAutoencoder) -> None:
-    latents = torch.randn(2, latent_frames, small_vae.config.z_channels, 3, 4)
+    latents = torch.randn(2, latent_frames, small_vae.config.z_channels, 2, 1)
     with torch.inference_mode():
         want = torch.cat(list(vae.decode_chunks(small_vae.decoder, latents)), dim=1)
         pieces = list(vae.decode_chunks(small_vae.decoder, latents, frames))
