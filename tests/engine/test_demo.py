@@ -60,13 +60,14 @@ def test_held_out_prompts_are_followed(pipe: StepVideoPipeline, first: int, last
 
 
 def test_seeds_and_prompts_make_the_video(pipe: StepVideoPipeline) -> None:
-    """That it is repeated is seen in latents; decoding, which takes most of the time, is other tests' matter."""
+    """As latents: decoding takes most of a video's time, and other tests look at frames."""
     star, ring = "a green star moving up on a black background", "a yellow ring rotating on a white background"
-    first, again, reseeded = (pipe(star, seed=seed, output_type="latent", **QUICK) for seed in (1, 1, 2))
+    first, again, reseeded, other = (
+        pipe(prompt, seed=seed, output_type="latent", **QUICK)
+        for prompt, seed in ((star, 1), (star, 1), (star, 2), (ring, 1))
+    )
     assert torch.equal(first, again) and not torch.equal(first, reseeded)
-    pair = (pipe(prompt, seed=1, output_type="np", **(QUICK | {"num_inference_steps": 2})) for prompt in (star, ring))
-    one, other = (frames.astype(int) for frames in pair)
-    assert np.abs(one - other).mean() > 20
+    assert float((first - other).norm()) > 0.5 * float(first.norm())
 
 
 def test_image_to_video_keeps_its_first_frame_and_follows_the_motion_score() -> None:

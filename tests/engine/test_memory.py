@@ -27,6 +27,8 @@ from solostep.engine.streaming import more_of
 from solostep.offload import planner
 from solostep.offload.planner import BlockPlan, Rates
 
+pytestmark = pytest.mark.usefixtures("fast")
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 T2V, TI2V = GOLDEN / "tiny-stepvideo-t2v", GOLDEN / "tiny-stepvideo-ti2v"
 SMALL: dict[str, Any] = {"num_frames": 17, "height": 32, "width": 48, "num_inference_steps": 2, "progress": False}
@@ -54,7 +56,7 @@ def make(vram: int | None = None, host: int | None = None, **more: Any) -> tuple
 
 
 @pytest.fixture(scope="module")
-def unlimited(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+def unlimited(fast: None, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     """Latents of a run without a budget."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOLOSTEP_CACHE", str(tmp_path_factory.mktemp("unlimited")))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from solostep.engine.config import TransformerConfig
 from solostep.engine.models.transformer import StepVideoTransformer
@@ -15,7 +18,17 @@ from solostep.quant.recipe import default_recipe
 def small_dit(
     precision: str | None = None, dtype: torch.dtype = torch.bfloat16, heads: int = 1, layers: int = 2
 ) -> StepVideoTransformer:  # fmt: skip
-    """With the same random weights at every call, quantized by the default recipe of a precision."""
+    """With the same random weights at every call, quantized by the default recipe of a precision. Made once, and
+    copied; random numbers go on as after making it."""
+    model, state = _made(precision, dtype, heads, layers)
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
+@functools.cache
+def _made(
+    precision: str | None, dtype: torch.dtype, heads: int, layers: int
+) -> tuple[StepVideoTransformer, Tensor]:  # fmt: skip
     config = TransformerConfig.from_dict(
         {"num_attention_heads": heads, "attention_head_dim": 128, "num_layers": layers, "caption_channels": [64, 32],
          "in_channels": 4, "out_channels": 4}
@@ -35,4 +48,4 @@ def small_dit(
         install(model, chosen, dtype)
         for name, tensors in stored.items():
             assign(model.get_submodule(name), tensors)
-    return model.requires_grad_(False)
+    return model.requires_grad_(False), torch.get_rng_state()
