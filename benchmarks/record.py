@@ -6,14 +6,16 @@ that are here, one at a time on each.
 
 A measurement is a command of its own, with its own log below OUT/logs, a limit of time and a mark below OUT/done once
 it has ended well. Run again, what is marked is passed over, and what failed or was cut is tried again; a bench goes on
-from its finished cells. With --seconds nothing is begun that is not expected to end before them. Several cards share
-the list: each takes the first measurement that may begin. They should be alike, and nothing else should run on them.
+from the step it was cut at. With --seconds everything is ended then, and only what goes on later is begun without the
+time to end. Several cards share the list: each takes the first measurement that may begin. They should be alike, and
+nothing else should run on them.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -33,6 +35,8 @@ PYTHON = (sys.executable, "-m")
 BENCH = (*PYTHON, "solostep.benchmarks.bench")
 SPEED = (*BENCH, "-m", "{model}", "--levels", "speed", "-n", "1", "--seeds", "1")
 WIDTH = (*PYTHON, "solostep.benchmarks.full_width")
+LEAST = 120.0
+"""Seconds below which nothing is begun that would be cut."""
 SLACK = 1.6
 """A measurement is stopped when it takes so much longer than expected, and a minute more."""
 
@@ -45,6 +49,8 @@ class Job:
     command: tuple[str, ...]
     seconds: float
     needs: tuple[str, ...] = ()
+    resumes: bool = False
+    """Whether it goes on where it was cut: then it may begin without the time to end."""
 
     @property
     def limit(self) -> float:
@@ -57,10 +63,12 @@ def tests_of(name: str, seconds: float, *paths: str, processes: int = 0) -> Job:
     return Job(name, (*PYTHON, "pytest", *options, *paths), seconds)
 
 
-def speed_job(name: str, seconds: float, *options: str, steps: int = 2, roles: str = "mode") -> Job:
+def speed_job(
+    name: str, seconds: float, *options: str, steps: int = 2, roles: str = "mode", needs: tuple[str, ...] = ()
+) -> Job:
     """Speed and memory of modes of the full size, on the model of drawn weights."""
     command = (*SPEED, "--roles", roles, "--steps", str(steps), "-o", f"{{out}}/h200/{name}", *options)
-    return Job(name, command, seconds, ("model",))
+    return Job(name, command, seconds, ("model", *needs), resumes=True)
 
 
 def vae_jobs() -> Iterator[Job]:
@@ -73,7 +81,10 @@ LONG = ("--frames", "204")
 JOBS: tuple[Job, ...] = (
     Job("model", (*PYTHON, "solostep.benchmarks.synthetic", "{model}"), 60),
     tests_of("tests-attention", 60, "tests/kernels/test_attention_hopper.py"),
-    speed_job("fifty", 1050, *LONG, "--precision", "int8", "--attention", "int8-fp8", steps=50),
+    # Its kernel is looked at first: a wrong one would cost twenty minutes.
+    speed_job(
+        "fifty", 1050, *LONG, "--precision", "int8", "--attention", "int8-fp8", steps=50, needs=("tests-attention",)
+    ),
     *vae_jobs(),
     tests_of("tests", 90, "tests", processes=8),
     speed_job("resident", 330, *LONG, "--precision", "int8,fp8,bf16", "--vram", "none"),
@@ -92,12 +103,14 @@ JOBS: tuple[Job, ...] = (
         "drift-51",
         (*PYTHON, "solostep.benchmarks.full_size", "drift", "--frames", "51", "--times", "2", "-o", "{out}/h200/drift"),
         230,
+        resumes=True,
     ),
     Job(
         "drift-204",
         (*PYTHON, "solostep.benchmarks.full_size", "drift", "--frames", "204", "--times", "1", "--what", "own", "-o",
          "{out}/h200/drift-204"),
         480,
+        resumes=True,
     ),
     Job(
         "demo",
@@ -105,6 +118,7 @@ JOBS: tuple[Job, ...] = (
          "int8,fp8,int8-weight,fp8-weight,nf4,int4-weight", "--levels", "blocks,teacher,free,video,score", "--jobs",
          "8", "-o", "{out}/demo"),
         450,
+        resumes=True,
     ),
 )  # fmt: skip
 """In the order in which they are begun, what most depends on first."""
@@ -173,7 +187,10 @@ class Recording:
             return None
 
     def _in_time(self, job: Job) -> bool:
-        return self.deadline is None or time.monotonic() + job.seconds <= self.deadline
+        return (LEAST if job.resumes else job.seconds) <= self._left()
+
+    def _left(self) -> float:
+        return math.inf if self.deadline is None else self.deadline - time.monotonic()
 
     def _measure(self, job: Job, card: str) -> str | None:
         """Runs the command; None where it ended well, else what happened."""
@@ -191,10 +208,11 @@ class Recording:
             with self.changed:
                 self.running[job.name] = process
             try:
-                code = process.wait(job.limit)
+                limit = min(job.limit, self._left())
+                code = process.wait(limit)
             except subprocess.TimeoutExpired:
                 _end(process)
-                return f"was stopped at its limit of {duration(job.limit)}"
+                return "was cut: the time is over" if limit < job.limit else "was stopped at its limit of time"
         return None if code == 0 else f"failed (exit code {code}, see logs/{job.name}.txt)"
 
     def _stop(self) -> None:
@@ -253,7 +271,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--model", type=Path, help="the model of drawn weights, 80 GB; made where it is not (default: OUT/model)"
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these measurements, of --list")
-    parser.add_argument("--seconds", type=float, help="begin nothing that is not expected to end within them")
+    parser.add_argument("--seconds", type=float, help="end after so many, in a state to go on from")
     parser.add_argument("--list", action="store_true", help="say what would be measured, and do nothing")
     return parser.parse_args(argv)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,15 @@ def test_a_limit_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not Recording([job("hangs", "time.sleep(60)"), job("next")], tmp_path, tmp_path).run(["0"])
     assert time.monotonic() - start < 30
     assert sorted(ran(tmp_path)) == ["hangs", "next"] and [p.name for p in (tmp_path / "done").iterdir()] == ["next"]
+
+
+def test_what_goes_on_later_is_cut_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "LEAST", 1.0)
+    long = job("long", "time.sleep(60)", seconds=1000)
+    start = time.monotonic()
+    assert not Recording([replace(long, resumes=True)], tmp_path, tmp_path, seconds=2).run(["0"])
+    assert 1 < time.monotonic() - start < 30
+    assert sorted(ran(tmp_path)) == ["long"] and not list((tmp_path / "done").iterdir())
 
 
 def test_every_command_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
