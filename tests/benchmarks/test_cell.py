@@ -268,7 +268,6 @@ def test_the_reports_fixture_has_the_keys_of_a_cell(work: Path) -> None:
     levels = ["speed", *DRIFT, "video"]
     found = {
         "int8 · int8 attention": measured(work, levels, precision="int8", attention="int8", **ONE),
-        "floor-backend": measured(work, DRIFT, role="floor-backend", **ONE),
         "other-seed": measured(work, ["free", "video"], role="other-seed", **ONE | {"seeds": [1, 2]}),
     }
     for name, real in found.items():

@@ -50,6 +50,7 @@ def test_steps_are_spread() -> None:
     assert drift.spread_steps(50) == [0, 24, 49]
     assert drift.spread_steps(6) == [0, 2, 5] and drift.spread_steps(5) == [0, 4] and drift.spread_steps(2) == [0, 1]
     assert drift.spread_steps(1) == [0]
+    assert drift.block_pairs(7_000_000) == 8 and drift.block_pairs(30_000_000_000) == 2
 
 
 def block_and_input(dtype: torch.dtype) -> tuple[TransformerBlock, tuple[torch.Tensor, ...], tuple]:
