@@ -12,6 +12,7 @@ from solostep.benchmarks.report_data import Group, Row
 from solostep.benchmarks.report_measures import DRIFT, amount, end_to_end, gigabytes, number, span, times_span
 from solostep.benchmarks.report_tables import lost_text
 from solostep.benchmarks.report_verdicts import Verdict, yardstick
+from solostep.benchmarks.statistics import fewest
 
 NEAR = 1.1
 """Without intervals: a median of at most so many times the floor's counts as near it."""
@@ -62,7 +63,10 @@ def _choice(group: Group) -> Claim:
         )
         return Claim("Near the floor, by the medians", near[0].name, text)
     best = min(ratios, key=_ratio)
-    return Claim("Nearest to the floor", best.name, f"No mode here is within the noise floor; {_numbers(group, best)}")
+    why = "No mode here is within the noise floor"
+    if any(r.verdict and r.verdict.kind == "open" for r in ratios):
+        why = f"Too few prompts for a verdict: {group.prompts}, {fewest()} make an interval"
+    return Claim("Nearest to the floor", best.name, f"{why}; {_numbers(group, best)}")
 
 
 def _ratio(row: Row) -> float:

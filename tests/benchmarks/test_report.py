@@ -374,6 +374,10 @@ def test_verdict_needs_prompts_and_a_floor(tmp_path: Path):
     (group,) = read(tmp_path / "few")
     assert group.modes[0].verdict and group.modes[0].verdict.kind == "open"
     assert "5 prompts are too few" in headline(group)[0].text and headline(group)[0].title != "Use"
+    far = [made.make_result(n, pairs=2) for n in ("nf4 · bf16 attention", "floor-order", "reference")]
+    made.write_results(tmp_path / "far", far)
+    claim = headline(read(tmp_path / "far")[0])[0]
+    assert claim.title == "Nearest to the floor" and claim.text.startswith("Too few prompts for a verdict: 2, 6 make")
     made.write_results(tmp_path / "none", [made.make_result("int8 · int8 attention")])
     (group,) = read(tmp_path / "none")
     assert group.modes[0].verdict and group.modes[0].verdict.kind == "unknown"
