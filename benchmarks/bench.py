@@ -408,21 +408,47 @@ def _measured(result: Result) -> list[str]:
 
 def result_table(outcomes: Sequence[Outcome]) -> Any:
     """One row a cell."""
+    from rich import box
     from rich.table import Table
 
     from solostep.benchmarks.results import read_result
 
+    results = {o.planned.id: read_result(o.path) for o in outcomes if o.status != "failed"}
+    verdicts = _verdicts(list(results.values()))
     clips = {outcome.planned.cell.clip for outcome in outcomes}
     several = len(clips) > 1  # else it stands above the table, which has to fit 80 columns
-    columns = ["s / step", "video s", "card GB", "host GB", "velo- city %", "latents %", "PSNR dB", ""]
-    table = Table("mode", *(["clip"] if several else []), *columns, title=None if several else "".join(clips))
+    columns = ["verdict", "s / step", "video s", "card GB", "host GB", "velo- city %", "lat- ents %", "PSNR dB", ""]
+    title = None if several else "".join(clips)
+    narrow: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": 0, "pad_edge": False}
+    table = Table("mode", *(["clip"] if several else []), *columns, title=title, **narrow)
+    for column in table.columns[2:] if not several else ():
+        column.max_width = 6  # what is left goes to the names
     for outcome in outcomes:
         cell, failed = outcome.planned.cell, outcome.status == "failed"
         there = {"failed": "failed", "skipped": "there"}.get(outcome.status, "")
-        measured = [""] * 7 if failed else _measured(read_result(outcome.path))
-        table.add_row(outcome.planned.label, *([cell.clip] if several else []), *measured, there)
+        measured = [""] * 7 if failed else _measured(results[outcome.planned.id])
+        verdict = verdicts.get(outcome.planned.id, "")
+        table.add_row(outcome.planned.label, *([cell.clip] if several else []), verdict, *measured, there)
     table.caption = "velocity: one step from the reference's latents; latents: at the end of a free run; medians"
+    if any(verdicts.values()):
+        table.caption += "; verdict: not to be told from the noise floor, or times it (?: too few prompts)"
     return table
+
+
+def _verdicts(results: Sequence[Result]) -> dict[str, str]:
+    """What the report says of each mode beside the noise floor, in a word, by id."""
+    from solostep.benchmarks.report_data import make_groups
+
+    found = {}
+    for group in make_groups(results):
+        for row in group.modes:
+            verdict = row.verdict
+            if verdict is None or verdict.kind == "unknown":
+                continue
+            times = "" if verdict.ratio is None else f"{_number(verdict.ratio)}× "
+            word = {"floor": "floor", "above": f"{times}floor", "open": f"{times}floor?"}[verdict.kind]
+            found |= dict.fromkeys(row.ids, word)
+    return found
 
 
 def _number(value: float | None, times: float = 1.0) -> str:

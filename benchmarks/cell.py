@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from torch import Tensor
 
 from solostep.benchmarks import cell_state, drift, floors
 from solostep.benchmarks.cell_card import Card
-from solostep.benchmarks.cell_frames import write_frames
+from solostep.benchmarks.cell_frames import put_together, write_frames
 from solostep.benchmarks.cell_spec import DEMO, WRITING, Cell, read_spec
 from solostep.benchmarks.cell_speed import driver_before, timed_run
 from solostep.benchmarks.cell_state import State, plain, terminated_like_interrupted
@@ -223,7 +222,7 @@ class Measurement:
                 result["drift"] = self._among(references)
             else:
                 result["drift"], result["score"], shown = self._drift(references)
-                result["frames"] = shown and self._shown(shown, self._frames_file(spec))
+                result["frames"] = self._shown(shown or [], self._frames_file(spec))
         modes = (self.pipe.mode, self.pipe.text_mode)
         formats = [name for mode in modes if mode.recipe is not None for _, name in mode.recipe.rules]
         slow = expanded_by_torch(formats, self.pipe.device)
@@ -284,7 +283,7 @@ class Measurement:
 
     # --- drift ----------------------------------------------------------------------------------------------------
 
-    def _drift(self, references: Sequence[Recording]) -> tuple[dict[str, Any], Any, dict[str, Any] | None]:
+    def _drift(self, references: Sequence[Recording]) -> tuple[dict[str, Any], Any, list[dict[str, Any]] | None]:
         cell = self.cell
         found: dict[str, Any] = dict.fromkeys(("blocks", "operators", "teacher", "free", "video"))
         score = shown = None
@@ -293,7 +292,7 @@ class Measurement:
             if cell.wants("free", "video", "score"):
                 rows = self._each("free", self._free, references)
                 found |= self._levels(rows)
-                score, shown = counted([mark for row in rows for mark in row["marks"]]), rows[0]["shown"]
+                score, shown = counted([mark for row in rows for mark in row["marks"]]), rows
             if cell.wants("teacher"):
                 found["teacher"] = self._teacher(references)
         if cell.wants("blocks"):
@@ -311,7 +310,7 @@ class Measurement:
         return [self.state.once(f"{level}-{i}", partial(make, i, each)) for i, each in enumerate(references)]
 
     def _free(self, i: int, reference: Recording) -> dict[str, Any]:
-        """The free run of a pair, held against its reference; the first one's frames are kept to be shown."""
+        """The free run of a pair, held against its reference; some of its frames are kept."""
         seen, request = self.cell.wants("video", "score"), self.requests[i]
         place = self.state.place(f"free-{i}")
         made = Recording.opened(place, FREE, reference.steps) if (place / "identity.json").exists() else None
@@ -325,10 +324,8 @@ class Measurement:
                 row["video"] = self.compared(made.frames, reference.frames)
             if self.cell.wants("score"):
                 row["marks"] = [reading.right(self.asked[i]) for reading in _read(made.frames)]
-            if not i:
-                row["shown"] = write_frames(
-                    self.state.folder / "shown.npz", np.array(made.frames), np.array(reference.frames)
-                )
+            frames, base = np.array(made.frames), np.array(reference.frames)
+            row["shown"] = write_frames(self.state.folder / f"shown-{i}.npz", frames, base, clip=not i)
         return row
 
     def _levels(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -388,17 +385,13 @@ class Measurement:
     def _frames_file(self, spec: Mapping[str, Any]) -> Path:
         return Path(spec.get("frames_dir") or self.work) / f"{spec.get('id') or _hash_of(spec['cell'])}.frames.npz"
 
-    def _shown(self, shown: Mapping[str, Any], path: Path) -> dict[str, Any]:
-        """Puts the frames that were kept of the first pair where they belong."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                shutil.copyfile(self.state.folder / shown["file"], temporary)
-        except OSError as error:
-            raise OutputError(f"{path} could not be written ({error.strerror}); free space there.") from error
-        return {"file": path.name, "index": shown["index"]}
-
-    # --- what the videos show -------------------------------------------------------------------------------------
+    def _shown(self, rows: Sequence[Mapping[str, Any]], path: Path) -> dict[str, Any] | None:
+        """Puts the frames of the first pair, and of the one that ends furthest off, where they belong."""
+        files = [self.state.folder / row["shown"]["file"] for row in rows if row["shown"]]
+        if not files:
+            return None
+        worst = max(range(len(rows)), key=lambda i: rows[i]["error"][-1]) if len(rows) > 1 else None
+        return put_together(path, files[0], worst, None if worst is None else files[worst])
 
     def _of_references(self, references: Sequence[Recording], path: Path) -> tuple[Any, dict[str, Any] | None]:
         """Score and shown frames of the references themselves."""

@@ -11,7 +11,7 @@ from solostep.benchmarks.results import VIDEO
 from solostep.benchmarks.video_metrics import METRICS, available, compare
 from solostep.engine.config import FPS, GenerationSettings
 
-INFINITE = ("psnr", "xpsnr")
+INFINITE = ("psnr", "psnr_video", "xpsnr")
 """Of equal videos these are infinite, which JSON has no number for: null stands for it."""
 
 

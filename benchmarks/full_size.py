@@ -36,6 +36,7 @@ from typing import Any
 
 import torch
 
+from solostep.benchmarks.entry import exit_code
 from solostep.benchmarks.environment import environment
 from solostep.benchmarks.lockstep import FLOORS, Lockstep, Mode
 from solostep.benchmarks.matrix import code_identity
@@ -415,12 +416,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
-    try:
-        drift(args)
-    except SolostepError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code(lambda: drift(args))
 
 
 if __name__ == "__main__":

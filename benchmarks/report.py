@@ -87,7 +87,7 @@ def make(results: Sequence[Path], title: str, page: Path | None, text: Path | No
     found = read_results(results)
     groups = make_groups(found)
     for group in groups:
-        for note in group.notes:
+        for note in [] if report_html.only_budgets(group) else group.notes:
             say(console, "note", f"{group.title}: {note}")
     files: dict[Path, bytes] = {}
     if text is not None:

@@ -10,29 +10,22 @@ import re
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from solostep.benchmarks.report_data import Group, row_of
+from solostep.benchmarks.report_data import Group
 from solostep.benchmarks.report_drawing import NARROW, WIDE, Plot
 from solostep.benchmarks.report_headline import Claim, headline
 from solostep.benchmarks.report_measures import DRIFT, OTHER
-from solostep.benchmarks.report_pictures import BUDGET, Gallery, data_url, gallery
-from solostep.benchmarks.report_plots import budgets as budgets_plot
+from solostep.benchmarks.report_pictures import BUDGET, Gallery, Pictures, data_url, gallery
 from solostep.benchmarks.report_plots import group_plots
+from solostep.benchmarks.report_runs import Run
+from solostep.benchmarks.report_sections import Section, budget_sections, sections
 from solostep.benchmarks.report_style import CSS, GENERATOR, SCRIPT
 from solostep.benchmarks.report_tables import (
-    Budgets,
     Cell,
     Table,
-    blocks,
-    budgets,
     commands,
     environment_line,
     environments,
     files,
-    operators,
-    scores,
-    stages,
-    summary,
-    verdicts,
 )
 from solostep.benchmarks.results import Result
 
@@ -49,15 +42,15 @@ LIMITS = (
 def page(title: str, results: Sequence[Result], groups: Sequence[Group]) -> str:
     """The whole page."""
     shown = [group for group in groups if not only_budgets(group)]
-    own_budgets = budgets([(r, row_of([r])) for r in results if r.speed])
-    body = [_header(title, results, shown, own_budgets)]
+    own_budgets = budget_sections(results)
+    body = [_header(title, results, shown, bool(own_budgets))]
     share = BUDGET // max(1, sum(any(r.frames for r in g.rows) for g in shown))
     for i, group in enumerate(shown):
         body += _group(group, f"group-{i + 1}", share)
     if own_budgets:
         body.append('<section id="budgets"><h2>Memory budgets and clip lengths</h2>')
-        for i, each in enumerate(own_budgets):
-            body += _budgets(each, i)
+        for each in own_budgets:
+            body += [_section(section) for section in each]
         body.append("</section>")
     body += [_method(), _origin(results), "</main>", f"<footer>{_footer(results)}</footer>"]
     return document(title, "\n".join(body))
@@ -79,7 +72,7 @@ def document(title: str, body: str) -> str:
     )
 
 
-def _header(title: str, results: Sequence[Result], groups: Sequence[Group], own_budgets: Sequence[Budgets]) -> str:
+def _header(title: str, results: Sequence[Result], groups: Sequence[Group], with_budgets: bool) -> str:
     lines = list(dict.fromkeys(environment_line(r.environment) for r in results))
     made = f"<h1>{escape(title)}</h1>\n" + "".join(f'<p class="env">{escape(line)}</p>\n' for line in lines[:3])
     if len(lines) > 3:
@@ -90,7 +83,7 @@ def _header(title: str, results: Sequence[Result], groups: Sequence[Group], own_
             "in one table; other differences (driver, versions, commit) are listed at the end.</p>\n"
         )
     links = [(f"group-{i + 1}", group.title) for i, group in enumerate(groups)]
-    links += [("budgets", "Budgets and clip lengths")] if own_budgets else []
+    links += [("budgets", "Budgets and clip lengths")] if with_budgets else []
     links += [("method", "What was measured"), ("origin", "Environment, commands, files")]
     nav = "".join(f'<a href="#{to}">{escape(text)}</a>' for to, text in links)
     return f"<header>\n{made}<nav>{nav}</nav>\n</header>\n<main>"
@@ -106,22 +99,41 @@ def _group(group: Group, name: str, share: int) -> Iterator[str]:
     yield f'<p class="env">{escape(group.card)}</p>{_settings(group)}'
     yield "".join(f'<p class="note">{escape(note)}</p>' for note in group.notes)
     yield _claims(headline(group))
-    yield f"<h3>All modes</h3>{table(summary(group), sortable=True)}"
-    yield _details("Each mode beside the noise floor, measure by measure", verdicts(group))
-    for kind in ("pareto teacher", "pareto blocks", "pareto free"):
-        if kind in plots:
-            yield figure(plots[kind])
-    if "free" in plots or "teacher" in plots:
-        yield "<h3>Drift, step by step</h3>" + "".join(figure(plots[k]) for k in ("teacher", "free") if k in plots)
-    if "blocks" in plots:
-        yield "<h3>Drift, block by block</h3>" + figure(plots["blocks"])
-    yield _details("The numbers of the blocks", blocks(group), operators(group))
-    pictures = gallery(group, share)
-    if pictures:
-        yield _gallery(pictures)
-    yield _details("Prompt following, aspect by aspect", scores(group))
-    yield _details("Seconds of each stage", stages(group))
+    for section in sections(group, plots):
+        yield _section(section, _gallery(gallery(group, share)) if section.pictures else "")
     yield "</section>"
+
+
+def _section(section: Section, pictures: str = "") -> str:
+    """Under a heading, or where the page folds it, in an element that opens; ``pictures`` end it."""
+    body = "".join(f'<p class="small">{_prose(note)}</p>' for note in section.notes if not section.tables)
+    body += "".join(figure(plot) for plot in section.plots)
+    body += "".join(table(each, section.sortable) for each in section.tables)
+    body += "".join(f'<p class="small">{_prose(note)}</p>' for note in section.notes if section.tables)
+    if section.runs:
+        body += f'<div class="runs">{"".join(_run(run) for run in section.runs)}</div>'
+    body += pictures
+    if not body:
+        return ""
+    if section.folded:
+        return f"<details><summary>{escape(section.title)}</summary>{body}</details>"
+    return f"<h3>{escape(section.title)}</h3>{body}"
+
+
+def _run(run: Run) -> str:
+    """What stands behind one row."""
+    body = f"<p>{_prose(_sentence(run.plan))}</p>" if run.plan else ""
+    body += table(run.stages) if run.stages else ""
+    if run.events:
+        body += "<p><b>Said while it ran:</b></p><ul>" + "".join(f"<li>{_prose(e)}</li>" for e in run.events) + "</ul>"
+    if run.commands:
+        body += "<pre>" + "\n".join(escape(command) for command in run.commands) + "</pre>"
+    ids = f'<p class="small">Results: {escape(", ".join(run.ids))}</p>' if run.ids else ""
+    return f'<details class="run"><summary>{escape(run.title)}</summary>{body}{ids}</details>'
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."
 
 
 def synthetic_tag(group: Group) -> str:
@@ -156,23 +168,16 @@ def _claims(claims: Sequence[Claim]) -> str:
         return ""
     made = "".join(
         f'<div class="claim"><p class="what">{escape(c.title)}</p><p class="mode">{escape(c.mode)}</p>'
-        f"<p>{escape(c.text)}</p></div>\n"
+        f"<p>{_prose(c.text)}</p></div>\n"
         for c in claims
     )
     return f'<div class="claims">\n{made}</div>'
 
 
-def _details(title: str, *tables: Table | None) -> str:
-    there = [t for t in tables if t is not None]
-    if not there:
-        return ""
-    return f"<details><summary>{escape(title)}</summary>{''.join(table(t) for t in there)}</details>"
-
-
 def figure(plot: Plot) -> str:
     return (
         f"<figure><h4>{escape(plot.title)}</h4>{plot.svg(WIDE)}{plot.svg(NARROW)}"
-        f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
+        f"<figcaption>{_prose(plot.caption)}</figcaption></figure>"
     )
 
 
@@ -204,7 +209,7 @@ def table(found: Table, sortable: bool = False) -> str:
         classes = f' class="{mark}{" last" if last else ""}"' if mark else ""
         cells = "".join(_cell(cell, texts[j], j == 0) for j, cell in enumerate(row))
         body += f"<tr{classes}>{cells}</tr>\n"
-    notes = "".join(f'<p class="small">{escape(note)}</p>' for note in found.footnotes)
+    notes = "".join(f'<p class="small">{_prose(note)}</p>' for note in found.footnotes)
     kind = ' class="sortable"' if sortable else ""
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(found.caption)}"><table{kind}>'
@@ -216,8 +221,16 @@ def _text(is_text: bool) -> str:
     return ' class="text"' if is_text else ""
 
 
+_UNIT = re.compile(r"(?<=\d) (?=(?:%|dB|GB|MB|s|min|h)(?!\w))")
+
+
+def _prose(text: str) -> str:
+    """A text that is broken into lines, but never between a number and its unit."""
+    return escape(_UNIT.sub("\u00a0", text))
+
+
 def _cell(cell: Cell, is_text: bool, is_head: bool) -> str:
-    inside = escape(cell.text)
+    inside = _prose(cell.text)
     if cell.mark:
         inside = f'<span class="mark {cell.mark}">{inside}</span>'
     more = f"<small>{escape(cell.more)}</small>" if cell.more else ""
@@ -239,49 +252,56 @@ def _value(cell: Cell) -> str:
     return f"{float(found.group(1).replace(',', '')) * factor:g}"
 
 
-# --- pictures and budgets -----------------------------------------------------------------------------------------
+# --- pictures -----------------------------------------------------------------------------------------
 
 
-def _gallery(found: Gallery) -> str:
+def _gallery(found: Gallery | None) -> str:
+    if found is None:
+        return ""
     shown = ", ".join(str(i + 1) for i in found.indices)
     pixel = " pixel" if found.modes[0].size[0] < 500 else ""
+    stills = "".join(_still(mode, found, shown) for mode in found.modes)
     made = (
-        f"<h3>Frames beside the reference's</h3><p>The first pair of prompt and seed, frames {shown}, one below "
-        f"the other: the reference, the mode, and the absolute difference times {found.factor}, "
-        "the same factor for all modes.</p>"
-        f'<div class="pictures{pixel}">'
+        f"<p>The first pair of prompt and seed, frames {shown}, one below the other: the reference, the mode, and the "
+        f"absolute difference times {found.factor}, the same factor for all modes.</p>"
+        + (f'<p class="small">{escape(found.first)}</p>' if found.first else "")
+        + f'<div class="pictures{pixel}">{stills}</div>'
     )
-    for mode in found.modes:
-        alt = f"Frames {shown}: reference, {mode.name}, and their difference times {found.factor}"
+    if found.worst:
+        text = "The pair of prompt and seed whose latents end furthest from the reference's, shown likewise."
+        if found.first_is_worst:
+            text += f" It is the first one, above, of: {'; '.join(found.first_is_worst)}."
+        stills = "".join(_still(mode, found, shown) for mode in found.worst)
+        made += f'<h4>The worst pair of each mode</h4><p>{escape(text)}</p><div class="pictures{pixel}">{stills}</div>'
+    elif found.first_is_worst:
+        made += "<p>Of every mode, this is also the pair whose latents end furthest from the reference's.</p>"
+    loops = "".join(_loop(mode) for mode in found.modes if mode.loop)
+    if loops:
         made += (
-            f'<figure><h4>{escape(mode.name)}</h4><div class="heads"><span>reference</span><span>this mode</span>'
-            f"<span>difference ×{found.factor}</span></div>"
-            f'<img loading="lazy" width="{mode.size[0]}" height="{mode.size[1]}" alt="{escape(alt)}" '
-            f'src="{data_url(mode.still)}"></figure>'
+            '<details class="loop"><summary>The first pair as moving pictures</summary>'
+            f'<div class="pictures{pixel}">{loops}</div></details>'
         )
-    made += "</div>"
-    if any(mode.loop for mode in found.modes):
-        made += (
-            '<details class="loop"><summary>The same as moving pictures</summary>' + f'<div class="pictures{pixel}">'
-        )
-        for mode in found.modes:
-            if mode.loop:
-                alt = f"A loop of the reference's video beside that of {mode.name}"
-                made += (
-                    f'<figure><h4>{escape(mode.name)}</h4><div class="heads two"><span>reference</span>'
-                    f'<span>this mode</span></div><img loading="lazy" width="{mode.loop_size[0]}" '
-                    f'height="{mode.loop_size[1]}" alt="{escape(alt)}" src="{data_url(mode.loop)}"></figure>'
-                )
-        made += "</div></details>"
     return made
 
 
-def _budgets(found: Budgets, number: int) -> Iterator[str]:
-    yield f"<h3>{escape(found.title)}</h3>"
-    plot = budgets_plot(found.lines, found.unlimited)
-    if plot:
-        yield figure(Plot(f"budgets-{number + 1}", plot.title, plot.alt, plot.caption, plot.draw))
-    yield table(found.table, sortable=True)
+def _still(mode: Pictures, found: Gallery, shown: str) -> str:
+    alt = f"Frames {shown}: reference, {mode.name}, and their difference times {found.factor}"
+    about = f'<p class="small">{escape(mode.about)}</p>' if mode.about else ""
+    return (
+        f'<figure><h4>{escape(mode.name)}</h4>{about}<div class="heads"><span>reference</span><span>this mode</span>'
+        f"<span>difference ×{found.factor}</span></div>"
+        f'<img loading="lazy" width="{mode.size[0]}" height="{mode.size[1]}" alt="{escape(alt)}" '
+        f'src="{data_url(mode.still)}"></figure>'
+    )
+
+
+def _loop(mode: Pictures) -> str:
+    alt = f"A loop of the reference's video beside that of {mode.name}"
+    return (
+        f'<figure><h4>{escape(mode.name)}</h4><div class="heads two"><span>reference</span>'
+        f'<span>this mode</span></div><img loading="lazy" width="{mode.loop_size[0]}" '
+        f'height="{mode.loop_size[1]}" alt="{escape(alt)}" src="{data_url(mode.loop or b"")}"></figure>'
+    )
 
 
 # --- method and origin --------------------------------------------------------------------------------------------
@@ -310,7 +330,8 @@ def _origin(results: Sequence[Result]) -> str:
         made += f"<h3>{escape(environment_line(own[0].environment))}: {count}</h3><dl>{rows}</dl>"
     lines = "\n".join(escape(command) for command in commands(results))
     made += f"<h3>Commands</h3><pre>{lines or 'not recorded'}</pre>"
-    return made + _details(f"The {len(results)} result files", files(results)) + "</section>"
+    title = f"The {len(results)} result files"
+    return made + _section(Section(title, tables=(files(results),), folded=True)) + "</section>"
 
 
 def _footer(results: Sequence[Result]) -> str:

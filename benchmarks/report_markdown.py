@@ -9,26 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from solostep.benchmarks.report_data import Group, row_of
+from solostep.benchmarks.report_data import Group
 from solostep.benchmarks.report_drawing import Plot
 from solostep.benchmarks.report_headline import headline
 from solostep.benchmarks.report_html import LIMITS, only_budgets, settings_text
 from solostep.benchmarks.report_measures import DRIFT, OTHER
-from solostep.benchmarks.report_plots import budgets as budgets_plot
 from solostep.benchmarks.report_plots import group_plots
+from solostep.benchmarks.report_runs import Run
+from solostep.benchmarks.report_sections import Section, budget_sections, sections
 from solostep.benchmarks.report_tables import (
     Cell,
     Table,
-    blocks,
-    budgets,
     commands,
     environment_line,
     files,
-    operators,
-    scores,
-    stages,
-    summary,
-    verdicts,
 )
 from solostep.benchmarks.results import Result
 
@@ -45,12 +39,11 @@ def markdown(
         own = group_plots(group, f"group-{i + 1}") if plots else {}
         lines += _group(group, own)
         drawn |= {f"{plot.name}.png": plot for plot in own.values()}
-    for i, each in enumerate(budgets([(r, row_of([r])) for r in results if r.speed])):
-        lines += [f"## Memory budgets and clip lengths: {plain(each.title)}", "", *table(each.table), ""]
-        plot = budgets_plot(each.lines, each.unlimited) if plots else None
-        if plot is not None:
-            lines += _picture(plot, f"budgets-{i + 1}.png")
-            drawn[f"budgets-{i + 1}.png"] = plot
+    for each in budget_sections(results):
+        for section in each:
+            head = "## Memory budgets and clip lengths: " if section.tables else "### "
+            lines += _section(section, head, plots)
+            drawn |= {f"{plot.name}.png": plot for plot in section.plots if plots}
     lines += _method(results)
     return "\n".join(lines).rstrip() + "\n", drawn
 
@@ -64,18 +57,38 @@ def _group(group: Group, plots: Mapping[str, Plot]) -> list[str]:
     lines += [plain(about) + ".", "", *(f"> {plain(note)}\n" for note in group.notes)]
     for claim in headline(group):
         lines.append(f"- {plain(claim.title)}: {f'**{plain(claim.mode)}**. ' if claim.mode else ''}{plain(claim.text)}")
-    lines += ["", *table(summary(group)), ""]
-    for plot in plots.values():
-        lines += _picture(plot, f"{plot.name}.png")
-    for found in (verdicts(group), scores(group), stages(group), operators(group), blocks(group)):
-        if found is not None:
-            lines += [f"### {plain(found.caption)}", "", *table(found), ""]
+    lines.append("")
+    for section in sections(group, plots):
+        lines += _section(section)
     return lines
+
+
+def _section(section: Section, head: str = "### ", plots: bool = True) -> list[str]:
+    """Under a heading; nothing of one that has pictures alone."""
+    lines: list[str] = []
+    for found in section.tables:
+        caption = found.caption if len(section.tables) > 1 else ""
+        lines += [*([f"#### {plain(caption)}", ""] if caption else []), *table(found), ""]
+    for plot in section.plots if plots else ():
+        lines += _picture(plot, f"{plot.name}.png")
+    notes = [line for note in section.notes for line in (f"> {plain(note)}", "")]
+    for run in section.runs:
+        lines += _run(run)
+    return [head + plain(section.title), "", *lines, *notes] if lines else []
+
+
+def _run(run: Run) -> list[str]:
+    """What stands behind one row."""
+    lines = [f"#### {plain(run.title)}", ""]
+    lines += [plain(run.plan[:1].upper() + run.plan[1:]) + ".", ""] if run.plan else []
+    lines += [*table(run.stages), ""] if run.stages else []
+    lines += [*(f"- {plain(event)}" for event in run.events), ""] if run.events else []
+    return lines + ([*(f"    {command}" for command in run.commands), ""] if run.commands else [])
 
 
 def _picture(plot: Plot, file: str) -> list[str]:
     alt = plain(f"{plot.title}. {plot.alt}").replace("[", "(").replace("]", ")")
-    return [f"### {plain(plot.title)}", "", f"![{alt}]({file})", "", f"*{plain(plot.caption)}*", ""]
+    return [f"#### {plain(plot.title)}", "", f"![{alt}]({file})", "", f"*{plain(plot.caption)}*", ""]
 
 
 def _method(results: Sequence[Result]) -> list[str]:

@@ -54,7 +54,16 @@ DRIFT: dict[str, Measure] = {
         "PSNR",
         "dB",
         "higher",
-        "Peak signal-to-noise ratio of the frames of the two videos; infinite where all are the same.",
+        "Peak signal-to-noise ratio of the frames of the two videos: the mean over the frames that differ. Frames "
+        "that are the same have an infinite one and are left out, so a video with few wrong frames scores as those "
+        "do; infinite where all frames are the same.",
+    ),
+    "psnr_video": Measure(
+        "PSNR of the whole video",
+        "dB",
+        "higher",
+        "PSNR of the mean squared error of all frames together, equal frames among them; infinite where all are the "
+        "same.",
     ),
     "ssim": Measure("SSIM", "", "higher", "Structural similarity of the frames; 1 is the same."),
     "vmaf": Measure(
@@ -83,7 +92,7 @@ DRIFT: dict[str, Measure] = {
         "what a video that stands still has, about 1.4 what unrelated motion has.",
     ),
 }
-VIDEO = ("psnr", "ssim", "vmaf", "xpsnr", "lpips", "flicker", "motion")
+VIDEO = ("psnr", "psnr_video", "ssim", "vmaf", "xpsnr", "lpips", "flicker", "motion")
 
 OTHER: dict[str, str] = {
     "seconds a step": "One denoising step with both guidance branches; the median of the steps that were timed, the "

@@ -66,7 +66,7 @@ def _video(drift: Mapping[str, Any], name: str) -> dict[int, list[float]]:
     for i, value in enumerate(video.get(name) or []):
         if value is not None:
             found[i] = [abs(float(value)) if name == "flicker" else float(value)]
-        elif name in ("psnr", "xpsnr") and i < len(identical) and identical[i]:
+        elif name in ("psnr", "psnr_video", "xpsnr") and i < len(identical) and identical[i]:
             found[i] = [math.inf]
     return found
 

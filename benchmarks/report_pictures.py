@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,21 +40,26 @@ class Pictures:
     size: tuple[int, int]
     loop: bytes | None
     loop_size: tuple[int, int]
+    about: str = ""
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """All pictures of a group."""
+    """All pictures of a group: ``modes`` of the ``first`` pair, ``worst`` of each mode's own worst one, where that is
+    another; ``first_is_worst`` names the modes of which it is not."""
 
     factor: int
     indices: list[int]
     fps: float
+    first: str
     modes: list[Pictures]
+    worst: list[Pictures]
+    first_is_worst: list[str]
 
 
 def read_frames(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a frames file: ``frames`` [n, H, W, 3], ``clip``, and the reference's, ``reference_...``; ``index``
-    is which frames they are.
+    is which frames they are; ``worst`` a pair's index, and ``worst_...`` its frames and the reference's.
 
     Raises:
         UsageError: the file is there and is not one.
@@ -69,22 +74,53 @@ def read_frames(path: Path) -> dict[str, np.ndarray]:
         raise UsageError(f"{path} holds no frames (an array `frames` of uint8, [n, H, W, 3]); run its cell again.")
     index = found.get("index")
     own = index is not None and index.shape == kept["frames"].shape[:1]
+    if "worst" in found and found["worst"].shape == ():
+        kept["worst"] = found["worst"]
     return kept | {"index": index if own else np.arange(len(kept["frames"]))}
 
 
 def gallery(group: Group, budget: int = BUDGET, fps: float = 25.0) -> Gallery | None:
     """Pictures of every mode that has frames of the reference's size; None: there are none to show."""
-    found = [(row.name, _with_reference(group, row)) for row in [*group.floors, *group.modes]]
-    pairs = [(name, frames) for name, frames in found if frames is not None]
-    if not pairs:
+    found = [(row, _with_reference(group, row)) for row in [*group.floors, *group.modes]]
+    there = [(row, frames) for row, frames in found if frames is not None]
+    if not there:
         return None
+    pairs = [(row.name, frames) for row, frames in there]
+    worst = [
+        (row.name, own, _pair_text(group, row, int(frames["worst"])))
+        for row, frames in there
+        if (own := _worst(frames))
+    ]
+    same = [row.name for row, frames in there if "worst" in frames and not frames["worst"] and group.pairs > 1]
     chosen = _chosen(min(len(f["frames"]) for _, f in pairs))
     factor = amplification([(f["frames"][chosen], f["reference_frames"][chosen]) for _, f in pairs])
     for width, quality in ((320, 82), (256, 75), (192, 65), (128, 50)):
         made = [_pictures(name, frames, chosen, factor, width, quality, fps) for name, frames in pairs]
-        if sum(len(m.still) + len(m.loop or b"") for m in made) <= budget:
+        more = [
+            replace(_pictures(name, frames, chosen, factor, width, quality, fps), about=about)
+            for name, frames, about in worst
+        ]
+        if sum(len(m.still) + len(m.loop or b"") for m in [*made, *more]) <= budget:
             break
-    return Gallery(factor, [int(pairs[0][1]["index"][i]) for i in chosen], fps, made)
+    first = _pair_text(group, there[0][0], 0)
+    return Gallery(factor, [int(pairs[0][1]["index"][i]) for i in chosen], fps, first, made, more, same)
+
+
+def _worst(frames: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The worst pair's frames under the names that the first one's have; empty if that is the first, or unknown."""
+    own, base = frames.get("worst_frames"), frames.get("worst_reference_frames")
+    if own is None or base is None or "worst" not in frames or not own.shape == base.shape == frames["frames"].shape:
+        return {}
+    return {"frames": own, "reference_frames": base}
+
+
+def _pair_text(group: Group, row: Row, index: int) -> str:
+    """Prompt and seed of a pair, as far as the result with the row's frames tells them."""
+    for result in group.results:
+        same = row.frames and result.frames and Path(result.frames["file"]).name == row.frames.name
+        if same and index < len(result.pairs):
+            return f"{result.pairs[index]['prompt']} (seed {result.pairs[index]['seed']})"
+    return ""
 
 
 def _with_reference(group: Group, row: Row) -> dict[str, np.ndarray] | None:
@@ -117,7 +153,13 @@ def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _pictures(
-    name: str, frames: dict[str, np.ndarray], chosen: Sequence[int], factor: int, width: int, quality: int, fps: float
+    name: str,
+    frames: Mapping[str, np.ndarray],
+    chosen: Sequence[int],
+    factor: int,
+    width: int,
+    quality: int,
+    fps: float,
 ) -> Pictures:
     lines = []
     for i in chosen:

@@ -1,4 +1,5 @@
-"""The plots of a report: seconds against drift, drift step by step and block by block, seconds in memory budgets.
+"""The plots of a report: drift step by step and block by block, seconds in memory budgets; report_pareto.py has seconds
+against drift.
 
 How they look, and what they cost, is said in report_drawing.py. Error: none; what was not measured is not drawn.
 """
@@ -11,22 +12,19 @@ from typing import TYPE_CHECKING
 
 from solostep.benchmarks.report_data import Group, Row
 from solostep.benchmarks.report_drawing import (
-    INK,
     MUTED,
     NARROW,
     PAPER,
     Look,
     Plot,
-    band,
     ends_of,
-    halo,
     log_axis,
     looks,
     name_lines,
     panel_of,
 )
-from solostep.benchmarks.report_labels import place_labels
-from solostep.benchmarks.report_measures import DRIFT, amount, number
+from solostep.benchmarks.report_measures import amount, number
+from solostep.benchmarks.report_pareto import pareto
 from solostep.benchmarks.report_verdicts import yardstick
 
 if TYPE_CHECKING:
@@ -34,102 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from solostep.benchmarks.statistics import Interval
-
-# --- seconds against drift ----------------------------------------------------------------------------------------
-
-
-def pareto(group: Group, measure: str, style: Mapping[str, Look]) -> Plot | None:
-    """Seconds a step against drift; None: there are not two modes with both."""
-    rows = [r for r in group.modes if r.step and measure in r.drift and r.drift[measure].median > 0]
-    if len(rows) < 2:
-        return None
-    label = DRIFT[measure].label
-
-    def draw(width: str) -> Figure:
-        figure, panel = panel_of(width, 5.2 if width != NARROW else 5.4)
-        panel.set_yscale("log")
-        band(panel, width, [f.drift[measure] for f in group.floors if measure in f.drift], "noise floor")
-        other = group.other_seed
-        if other and measure in other.drift:
-            band(panel, width, [other.drift[measure]], "another seed", hatch="///")
-        biggest = max((r.gpu or 0 for r in rows), default=0)
-        front = _front(rows, measure)
-        panel.plot(
-            [r.step for r in front],
-            [r.drift[measure].median for r in front],
-            color=MUTED,
-            linewidth=0.9,
-            linestyle=(0, (2, 2)),
-            zorder=1,
-        )
-        for row in rows:
-            found, look = row.drift[measure], style[row.name]
-            area = 40 + 320 * (row.gpu / biggest if row.gpu and biggest else 0.3)
-            low, high = ends_of([found])
-            panel.plot([row.step] * 2, [max(low, found.median / 1e3), high], color=look.colour, zorder=2)
-            panel.scatter(
-                [row.step],
-                [found.median],
-                s=area,
-                marker=look.marker,
-                facecolor=look.colour,
-                edgecolor=PAPER,
-                linewidth=0.9,
-                zorder=3,
-            )
-        _reference_line(panel, width, group)
-        panel.set_xlabel("seconds a step" + ("" if width == NARROW else f" ({group.card})"))
-        panel.set_ylabel(f"{label}, relative L2")
-        log_axis(panel.yaxis)
-        panel.set_xlim(left=0)
-        panel.margins(x=0.12, y=0.1)
-        texts = [r.name + (f"\n{r.gpu / 1e9:.0f} GB" if r.gpu and width != NARROW else "") for r in rows]
-        strokes = [[(r.step or 0.0, end) for end in ends_of([r.drift[measure]])] for r in rows]
-        strokes.append([(r.step or 0.0, r.drift[measure].median) for r in front])
-        points = [(r.step or 0.0, r.drift[measure].median) for r in rows]
-        place_labels(figure, panel, points, texts, INK, halo(width), [s for s in strokes if all(y > 0 for _, y in s)])
-        return figure
-
-    best = sorted(rows, key=lambda r: r.step or 0.0)
-    alt = "; ".join(f"{r.name}: {number(r.step)} s, {amount(measure, r.drift[measure].median)}" for r in best)
-    return Plot(
-        f"pareto-{measure}",
-        f"Seconds a step against {label}",
-        alt,
-        "Left and down is better. Larger marks took more GPU memory; strokes are 95 % intervals, the dotted line "
-        "joins the "
-        "modes that no other beats in both. Grey bands: the noise floor"
-        + (" and, hatched, another seed." if group.other_seed and measure in group.other_seed.drift else "."),
-        draw,
-    )
-
-
-def _front(rows: Sequence[Row], measure: str) -> list[Row]:
-    """The modes that no other beats in both seconds and drift, from fast to slow."""
-    front: list[Row] = []
-    for row in sorted(rows, key=lambda r: (r.step or 0.0, r.drift[measure].median)):
-        if not front or row.drift[measure].median < front[-1].drift[measure].median:
-            front.append(row)
-    return front
-
-
-def _reference_line(panel: Axes, width: str, group: Group) -> None:
-    if group.reference and group.reference.step:
-        panel.axvline(group.reference.step, color=MUTED, linewidth=1, linestyle=(0, (1, 2)), zorder=0)
-        panel.annotate(
-            "reference",
-            (group.reference.step, 0),
-            xycoords=("data", "axes fraction"),
-            xytext=(-4, 6),
-            textcoords="offset points",
-            rotation=90,
-            ha="right",
-            va="bottom",
-            fontsize=9,
-            color=INK,
-            **halo(width),
-        )
-
 
 # --- drift step by step -------------------------------------------------------------------------------------------
 
@@ -191,9 +93,18 @@ def by_step(group: Group, kind: str, style: Mapping[str, Look]) -> Plot | None:
             if kind == "free"
             else "Each step starts from the reference's own latents, so nothing adds up."
         )
-        + " Medians over prompts, with their 95 % intervals; grey: the noise floor.",
+        + " "
+        + _medians([i for row in rows for i in series(row)])
+        + ("; grey: the noise floor." if any(series(f) for f in group.floors) else "."),
         draw,
     )
+
+
+def _medians(found: Sequence[Interval]) -> str:
+    """What lines are of; intervals are promised only where there are some."""
+    prompts = max((i.n for i in found), default=0)
+    text = f"Medians over {prompts} prompt{'s' * (prompts != 1)}"
+    return text + (", with 95 % intervals" if any(i.low is not None for i in found) else ", too few for intervals")
 
 
 def _shown(found: Sequence[Interval]) -> tuple[list[int], list[Interval]]:

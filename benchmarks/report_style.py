@@ -1,4 +1,5 @@
-"""What a report's page looks like, and the few lines of script that sort its tables; without it nothing is lost."""
+"""What a report's page looks like, and the few lines of script that sort its tables and open in print what is folded;
+without them nothing is lost but that. Browsers that know `::details-content` print folded parts without it."""
 
 from __future__ import annotations
 
@@ -60,7 +61,7 @@ tr.reference>*,tr.floor>*{background:var(--soft)}
 tr.reference>:first-child,tr.floor>:first-child{font-weight:500;font-style:italic}
 tr.last>*{border-bottom:2px solid var(--muted)}
 .mark{display:inline-block;border-radius:.25rem;padding:0 .4rem;font-weight:600;white-space:normal;text-align:left}
-td:nth-child(2){white-space:normal;min-width:11.5rem}
+td.text:nth-child(2){white-space:normal;min-width:11.5rem}
 .mark.floor{color:var(--good);background:var(--good-soft)}
 .mark.above{color:var(--bad);background:var(--bad-soft)}
 .mark.open{color:var(--open);background:var(--open-soft)}
@@ -107,14 +108,19 @@ dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.5rem}}
 @page{size:A4 landscape;margin:12mm}
 body{font-size:9.5pt}main,header,footer{max-width:none;padding:0}nav,.loop{display:none}
 .scroll{overflow:visible;border:0}table{font-size:6.6pt}th,td{padding:.12rem .22rem}td,tbody th{white-space:normal}
+td.text:nth-child(2){min-width:0}
 td,th{background:var(--paper)}
 tr>:first-child{position:static;box-shadow:none}.mark{border:1px solid currentColor}
 section{break-before:page}section:first-of-type{break-before:auto}caption{break-after:avoid}
 .scroll:has(.sortable),svg.plot{break-inside:avoid}details::details-content{content-visibility:visible;block-size:auto}
-.pictures{grid-template-columns:repeat(3,1fr);gap:.8rem}
+.pictures{grid-template-columns:repeat(4,1fr);gap:.6rem}.pictures h4{font-size:8pt}
+.pictures .small,.heads{font-size:6.6pt}
 h3{break-after:avoid}
 figure,tr,.claim,.pictures figure{break-inside:avoid}svg.wide{display:block;max-width:17cm}svg.narrow{
 display:none}
+.runs{columns:2;column-gap:6mm}details.run{break-inside:avoid;margin:0 0 2mm;padding:0 1.5mm 1mm;font-size:7pt}
+.run summary{padding:1mm 0;font-size:8pt}.run p,.run ul,.run pre{margin:.5mm 0}.run .scroll{margin:0}
+.run caption{display:none}.run table{font-size:6.2pt}.run pre{padding:1mm;font-size:6.2pt}.run .small{font-size:6.2pt}
 pre{white-space:pre-wrap;overflow-wrap:anywhere}button.sort{text-decoration:none}}
 @media (prefers-reduced-motion:no-preference){html{scroll-behavior:smooth}}
 """
@@ -139,5 +145,13 @@ document.querySelectorAll('table.sortable').forEach(function(table){
       rows.forEach(function(r){body.appendChild(r)});
     });
   });
+});
+var unfolded=[];
+addEventListener('beforeprint',function(){
+  if(unfolded.length)return;
+  document.querySelectorAll('details:not([open]):not(.loop)').forEach(function(d){d.open=true;unfolded.push(d)});
+});
+addEventListener('afterprint',function(){
+  unfolded.forEach(function(d){d.open=false});unfolded=[];
 });
 """

@@ -247,6 +247,7 @@ class Budgets:
     table: Table
     lines: dict[str, list[tuple[float, float]]]
     unlimited: dict[str, float]
+    results: list[Result]
 
 
 def budgets(rows: Sequence[tuple[Result, Row]]) -> list[Budgets]:
@@ -279,8 +280,9 @@ def _budgets(title: str, rows: list[tuple[Result, Row]]) -> Budgets:
         ("", "events"),
     ]
     cells, lines, unlimited = [], {}, {}
+    rows = sorted(rows, key=_budget_order)
     several = len({mode_key(r.cell, False) for r, _ in rows}) > 1
-    for result, row in sorted(rows, key=_budget_order):
+    for result, row in rows:
         cell = result.cell
         mode = mode_text(result)
         cells.append(
@@ -309,6 +311,7 @@ def _budgets(title: str, rows: list[tuple[Result, Row]]) -> Budgets:
         without_empty(Table("budgets", f"Memory budgets and clip lengths: {title}", heads, cells, footnotes=[DAGGER])),
         lines,
         unlimited,
+        [result for result, _ in rows],
     )
 
 

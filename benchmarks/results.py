@@ -31,7 +31,7 @@ ROLES = ("reference", "floor-backend", "floor-order", "mode", "other-seed")
 reference lies the noise; a mode that is judged; and the reference with other seeds, which is as far as two good videos
 of one prompt are apart."""
 LEVELS = ("speed", "blocks", "teacher", "free", "video", "score")
-VIDEO = ("psnr", "ssim", "vmaf", "xpsnr", "lpips", "flicker", "motion")
+VIDEO = ("psnr", "psnr_video", "ssim", "vmaf", "xpsnr", "lpips", "flicker", "motion")
 UNSTEADY = ("clocks", "command", "date", "commit", "host_memory_bytes")
 """Keys of an environment that differ from one run to the next of the same measurement on the same machine. A commit may
 change a text; the code that numbers come from is part of a cell's id. Some virtual machines are given more memory while
@@ -105,7 +105,7 @@ class Result:
             levels that were measured.
         score: hits and tries of the demo model's prompt following by aspect; ``pairs``: whether each pair's video is
             one, by aspect.
-        frames: the file beside this one that holds a few frames, and which they are.
+        frames: the file beside this one that holds a few frames, and which they are; the pair that is furthest off.
         synthetic: the generator of weights that nobody trained, or False.
         path: where it was read from.
     """
@@ -301,7 +301,8 @@ RESULT = _object(
         "synthetic": _plainly("false or an object", lambda v: v is False or isinstance(v, dict)),
         "speed": _or_null(SPEED), "memory": _or_null(MEMORY), "plan": _or_null(_map(anything)), "events": _list(text),
         "pairs": _list(_object({"prompt": text, "seed": whole})), "drift": _or_null(DRIFT),
-        "score": _or_null(_score), "frames": _or_null(_object({"file": filled}, {"index": anything})),
+        "score": _or_null(_score),
+        "frames": _or_null(_object({"file": filled}, {"index": anything, "worst": whole})),
     },
 )  # fmt: skip
 

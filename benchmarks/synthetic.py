@@ -39,9 +39,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from solostep.benchmarks.entry import exit_code
 from solostep.benchmarks.whole_pipeline import MARKER, RELEASED, Sizes, make
 from solostep.engine.config import TransformerConfig
-from solostep.engine.errors import SolostepError, UsageError
+from solostep.engine.errors import UsageError
 from solostep.engine.models.transformer import StepVideoTransformer, TransformerBlock
 from solostep.engine.precision import check_precision
 from solostep.engine.runtime import pick_device
@@ -451,14 +452,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device")
     args = parser.parse_args()
-    try:
+
+    def run() -> None:
         check_precision(args.precision)
         check_precision(args.text_precision, "--text-precision")
         write(args.folder, args.precision, args.text_precision, args.seed, pick_device(args.device))
-    except SolostepError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

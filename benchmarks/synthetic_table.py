@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from solostep.benchmarks.activation_statistics import record, summary
+from solostep.benchmarks.entry import exit_code
 from solostep.benchmarks.full_width import commit
 from solostep.benchmarks.synthetic import TARGETS, Drawn, draw_block, draw_shell
 from solostep.benchmarks.synthetic_samples import SyntheticSamples
@@ -26,7 +27,6 @@ from solostep.engine.activations import TransformerSamples, conditions_for
 from solostep.engine.checkpoint import open_model
 from solostep.engine.config import GenerationSettings, TransformerConfig
 from solostep.engine.demo import demo_model
-from solostep.engine.errors import SolostepError
 from solostep.engine.files import replacing
 from solostep.engine.models.transformer import StepVideoTransformer, TransformerBlock
 from solostep.engine.rates import random_weights
@@ -118,12 +118,7 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=992)
     parser.add_argument("-o", "--output", type=Path, help="a file for the table, in Markdown")
     args = parser.parse_args()
-    try:
-        told(args, pick_device(args.device))
-    except SolostepError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code(lambda: told(args, pick_device(args.device)))
 
 
 if __name__ == "__main__":

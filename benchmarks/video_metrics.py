@@ -2,6 +2,8 @@
 
     psnr     dB      of RGB: 10 log10(255**2 / mean squared difference over the pixels and R, G, B) of every frame; of
                      the video the mean over the frames that differ, infinite where none does (`demo_score.drift`)
+    psnr_video dB    of the mean squared difference of all frames together, equal ones among them: what ffmpeg calls the
+                     average PSNR. The frame that is furthest off weighs most; infinite where no frame differs
     ssim     <= 1    of R, G and B each, and the mean: ffmpeg's, of 8x8 windows every 4 pixels, all pixels alike in
                      weight; windows that do not fit at the right and lower edge are left out
     vmaf     0..100  model vmaf_v0.6.1 on BT.709 yuv420p, the mean over frames
@@ -53,13 +55,14 @@ import numpy as np
 from solostep.engine.errors import SolostepError, UsageError, first_line
 from solostep.engine.video import TO_YUV, find_ffmpeg
 
-METRICS = ("psnr", "ssim", "vmaf", "xpsnr", "lpips", "flicker", "motion")
+METRICS = ("psnr", "psnr_video", "ssim", "vmaf", "xpsnr", "lpips", "flicker", "motion")
 ON_REQUEST = ("ssim_gaussian",)
 _FILTERS = {"ssim": "ssim", "vmaf": "libvmaf", "xpsnr": "xpsnr"}
 # Under these sides there is no 8x8 window, AlexNet pools to nothing, and libvmaf dies of a segmentation fault (below
 # 17 pixels; the rest is for other builds).
 _SMALLEST = {"ssim": 8, "vmaf": 32, "lpips": 32, "ssim_gaussian": 11}
 _SHORTEST = {"motion": 2, "flicker": 3}
+_WHOLE = ("psnr_video", "flicker", "motion")
 _LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)
 _GAUSSIAN = np.exp(-(np.arange(-5.0, 6.0) ** 2) / (2 * 1.5**2))
 _ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
@@ -70,8 +73,8 @@ def compare(a: Any, b: Any, fps: float = 25.0, metrics: Iterable[str] | None = N
 
     a, b: uint8 RGB [F, H, W, 3], numpy or torch. fps: frames per second, of which XPSNR takes note. None stands for
     what is not to be had: `available` says why here, and frames that are too small or too few have none of some
-    (`available(b.shape)`); motion is None where only the reference stands still. Identical videos have PSNR and XPSNR
-    infinite, SSIM 1, LPIPS, flicker and motion 0; VMAF as it comes (97 to 100).
+    (`available(b.shape)`); motion is None where only the reference stands still. Identical videos have both PSNR and
+    XPSNR infinite, SSIM 1, LPIPS, flicker and motion 0; VMAF as it comes (97 to 100).
 
     Raises:
         UsageError: no videos of equal shape, an fps that is none, or an unknown metric.
@@ -83,12 +86,10 @@ def compare(a: Any, b: Any, fps: float = 25.0, metrics: Iterable[str] | None = N
 
 
 def per_frame(a: Any, b: Any, fps: float = 25.0, metrics: Iterable[str] | None = None) -> dict[str, list[float] | None]:
-    """As `compare`, but a value for each of the F frames: for the worst frame or a plot. No flicker and no motion,
-    which are not of a frame. XPSNR is that of the worst plane."""
-    a, b, names, missing = _checked(
-        a, b, fps, [n for n in METRICS if n not in _SHORTEST] if metrics is None else metrics
-    )
-    whole = [name for name in names if name in _SHORTEST]
+    """As `compare`, but a value for each of the F frames: for the worst frame or a plot. No psnr_video, flicker and
+    motion, which are not of a frame. XPSNR is that of the worst plane."""
+    a, b, names, missing = _checked(a, b, fps, [n for n in METRICS if n not in _WHOLE] if metrics is None else metrics)
+    whole = [name for name in names if name in _WHOLE]
     if whole:
         raise UsageError(f"A single frame has no {' and no '.join(whole)}; use compare.")
     found = _series(a, b, fps, [name for name in names if name not in missing])
@@ -113,7 +114,7 @@ def _reason(name: str, shape: Sequence[int] | None) -> str | None:
         except SolostepError as error:
             return str(error)
         if _FILTERS[name] not in _filters(exe):
-            return f"{exe} has no filter {_FILTERS[name]}; update imageio-ffmpeg"
+            return f"{Path(exe).name} has no filter {_FILTERS[name]}; update imageio-ffmpeg"
     return None
 
 
@@ -157,7 +158,10 @@ def _array(video: Any, what: str) -> np.ndarray:
 def _series(a: np.ndarray, b: np.ndarray, fps: float, names: Sequence[str]) -> dict[str, np.ndarray]:
     """What each metric is of: [F], for XPSNR [F, 3 planes], for flicker and motion one number."""
     found = _ffmpeg_series(a, b, fps, [name for name in names if name in _FILTERS])
-    ours = {"psnr": _psnr, "lpips": _lpips, "flicker": _flicker, "motion": _motion, "ssim_gaussian": _gaussian_ssim}
+    ours = {
+        "psnr": _psnr, "psnr_video": _psnr_video, "lpips": _lpips, "flicker": _flicker, "motion": _motion,
+        "ssim_gaussian": _gaussian_ssim,
+    }  # fmt: skip
     found.update({name: np.asarray(measure(a, b)) for name, measure in ours.items() if name in names})
     for name, values in found.items():
         if np.isnan(values).any() and name != "motion":
@@ -273,13 +277,22 @@ def _read(name: str, folder: Path) -> np.ndarray:
 # --- PSNR, and SSIM as published --------------------------------------------------------------------------------------
 
 
+def _squared(a: np.ndarray, b: np.ndarray) -> list[int]:
+    """The sum of squared differences of each frame: of whole numbers, hence exact."""
+    return [int(np.square(x.astype(np.int32) - y).sum(dtype=np.int64)) for x, y in zip(a, b, strict=True)]
+
+
+def _decibels(error: int, size: int) -> float:
+    return 10 * math.log10(255**2 * size / error) if error else math.inf
+
+
 def _psnr(a: np.ndarray, b: np.ndarray) -> list[float]:
-    """In dB, infinite for equal frames. The sums are of whole numbers, hence exact."""
-    found = []
-    for x, y in zip(a, b, strict=True):
-        error = int(np.square(x.astype(np.int32) - y).sum(dtype=np.int64))
-        found.append(10 * math.log10(255**2 * x.size / error) if error else math.inf)
-    return found
+    """In dB, infinite for equal frames."""
+    return [_decibels(error, a[0].size) for error in _squared(a, b)]
+
+
+def _psnr_video(a: np.ndarray, b: np.ndarray) -> float:
+    return _decibels(sum(_squared(a, b)), a.size)
 
 
 def _smooth(x: np.ndarray) -> np.ndarray:

@@ -155,7 +155,7 @@ def make_result(
         "synthetic": synthetic,
         "environment": env or environment(),
         "seconds": 321.0,
-        "plan": None,
+        "plan": _plan(full_cell["vram"]) if full_cell["vram"] else None,
         "events": ["Decoding 4 frames at a time, for want of memory."] if full_cell["vram"] else [],
         "pairs": the_pairs,
         "drift": drift or None,
@@ -167,6 +167,7 @@ def make_result(
     if "speed" in levels and "time" in mode:
         result["speed"] = _speed(step * mode["time"], rng, steps, full_cell["num_frames"])
         result["memory"] = _memory(memory * mode["memory"], full_cell["vram"])
+        result["memory"]["stages"] = _stages(result)
     if "score" in levels and mode.get("role", "reference") == "reference":  # floors and other seeds have none
         result["score"] = score(len(the_pairs), lost)
     return result
@@ -208,6 +209,33 @@ def _memory(peak: float, vram: str | None) -> dict[str, Any]:
         peak = min(peak, float(vram.removesuffix("GB")) * 0.95e9)
     driver, host = int(peak + 0.6e9), int(22e9 - peak / 8)
     return {"gpu_peak_bytes": int(peak), "driver_peak_bytes": driver, "host_peak_bytes": host, "stages": []}
+
+
+def _plan(vram: str) -> dict[str, Any]:
+    budget = int(float(vram.removesuffix("GB")) * 1e9)
+    stages = [
+        {"name": "text", "device": budget // 3, "host": 2 * 10**9, "disk": 9 * 10**9, "seconds": 1.5},
+        {"name": "denoise", "device": budget - 10**9, "host": 20 * 10**9, "disk": 0, "seconds": 31.5},
+    ]
+    return {
+        "budget_bytes": budget, "resident_blocks": 20, "streamed_blocks": 28, "blocks_from_disk": 3, "slots": 2,
+        "head_groups": 4, "keep_text": False, "park": True, "chunk": 4096, "decode_frames": 4, "decode_strips": 1,
+        "step_seconds": 2.6, "seconds": 33.0, "device_bytes": budget - 10**9, "host_bytes": 20 * 10**9,
+        "stages": stages,
+    }  # fmt: skip
+
+
+def _stages(result: dict[str, Any]) -> list[dict[str, Any]]:
+    planned = {stage["name"]: stage for stage in (result["plan"] or {}).get("stages", [])}
+    return [
+        {
+            "stage": name, "seconds": seconds, "gpu_peak_bytes": result["memory"]["gpu_peak_bytes"] - n * 10**9,
+            "gpu_reserved_peak_bytes": result["memory"]["gpu_peak_bytes"], "host_peak_bytes": 12 * 10**9,
+            "planned_gpu_bytes": planned.get(name, {}).get("device"),
+            "planned_seconds": planned.get(name, {}).get("seconds"),
+        }
+        for n, (name, seconds) in enumerate(result["speed"]["stages"].items())
+    ]  # fmt: skip
 
 
 def _drift(
@@ -256,6 +284,7 @@ def _drift(
         psnr = [-20 * math.log10(4 * error) + 14 for error in errors]
         drift["video"] = {
             "psnr": psnr,
+            "psnr_video": [p - 0.4 for p in psnr],
             "ssim": [1 - min(0.9, error * 0.6) for error in errors],
             "vmaf": [max(1.0, 100 - 120 * error) for error in errors],
             "xpsnr": [p + 1.2 for p in psnr],
@@ -293,6 +322,12 @@ def demo_set(folder: Path, frames: bool = True, names: tuple[str, ...] = tuple(M
             arrays = {"index": np.array(index), "frames": clip[index], "clip": clip}
             if name != "reference":
                 arrays |= {"reference_frames": disc(17, 96, 0.0)[index], "reference_clip": disc(17, 96, 0.0)}
+                ends = [row[-1] for row in result["drift"]["free"]["error"]] if "free" in result["drift"] else [0.0]
+                worst = ends.index(max(ends))
+                result["frames"]["worst"], arrays["worst"] = worst, np.array(worst)
+                if worst:
+                    arrays["worst_frames"] = disc(17, 96, 1.3 * MODES[name]["error"])[::-1][index]
+                    arrays["worst_reference_frames"] = disc(17, 96, 0.0)[::-1][index]
             np.savez_compressed(folder / result["frames"]["file"], **arrays)
     return write_results(folder, results)
 
