@@ -50,7 +50,7 @@ def sections(group: Group, plots: Mapping[str, Plot]) -> list[Section]:
     own, told = runs(group)
     found = [
         Section("All modes", tables=(summary(group),), notes=tuple(missing_metrics(group)), sortable=True),
-        Section("Each mode beside the noise floor, measure by measure", tables=_there(verdicts(group)), folded=True),
+        Section("Beside the noise floor, measure by measure", tables=_there(verdicts(group)), folded=True),
         Section("Seconds against drift", drawn("pareto teacher", "pareto blocks", "pareto free")),
         Section("Drift, step by step", drawn("teacher", "free"), _there(trajectory(group))),
         Section("Drift, block by block", drawn("blocks")),
