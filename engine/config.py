@@ -336,9 +336,9 @@ VRAM, HOST_RAM = "SOLOSTEP_VRAM", "SOLOSTEP_HOST_RAM"
 """Environment variables with default budgets."""
 
 
-def from_environment(variable: str) -> str | None:
-    """What an environment variable says; None where it says nothing."""
-    return os.environ.get(variable) or None
+def from_environment(variable: str, absent: str | None = None) -> str | None:
+    """What an environment variable says; None where it says nothing, ``absent`` where it is not there."""
+    return os.environ.get(variable, absent) or None
 
 
 def cache_dir() -> Path:

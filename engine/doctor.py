@@ -41,7 +41,7 @@ from .choices import (
     size_class,
     write_choices,
 )
-from .config import cache_dir
+from .config import cache_dir, from_environment
 from .errors import UsageError
 from .machine import cards_there, gpu_facts, host_facts, pinned_memory, transfer_rates
 from .progress import Progress
@@ -163,7 +163,7 @@ def _hidden(names: list[str]) -> str:
     """That there are cards which this torch does not see, and why."""
     if torch.version.cuda is None:
         why = "it is built for CPUs only; install one for CUDA (https://pytorch.org/get-started/locally)"
-    elif os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+    elif (from_environment("CUDA_VISIBLE_DEVICES", "0") or "").strip() in ("", "-1"):
         why = "CUDA_VISIBLE_DEVICES hides them; unset it"
     else:
         why = f"the driver may be too old for CUDA {torch.version.cuda}, or not usable from here; try nvidia-smi"
