@@ -101,12 +101,12 @@ def test_several_videos_at_once(decoder: vae.Decoder) -> None:
 
 def test_the_past_of_one_chunk_is_not_that_of_the_next(decoder: vae.Decoder) -> None:
     host = vae.HostFrames(torch.device("cpu"))
-    z = latents(2, 2, 1).transpose(1, 2)
+    z = latents(3, 2, 1).transpose(1, 2)
     first, second = (torch.cat(list(decoder.slices(z, 1, 4, host)), dim=2) for _ in range(2))
     assert torch.equal(first, second)
     held = sum(t.nbytes for t in host.kept.values())
-    assert held == vae.host_bytes(CONFIG, 48, 32, 4, itemsize=4) > vae.host_bytes(CONFIG, 48, 32, 2, itemsize=4)
-    assert vae.host_bytes(CONFIG, 48, 32, 1) == 0
+    assert held == vae.host_bytes(CONFIG, 32, 16, 4, itemsize=4) > vae.host_bytes(CONFIG, 32, 16, 2, itemsize=4)
+    assert vae.host_bytes(CONFIG, 32, 16, 1) == 0
     host.close()
     assert not host.kept
 
