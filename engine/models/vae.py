@@ -280,7 +280,8 @@ class GroupNorm(nn.GroupNorm):
         return center.to(x.dtype), torch.rsqrt(variance + self.eps).to(x.dtype)
 
     def _native_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, deviation = (x.new_empty(len(x), GROUPS, x.shape[2]) for _ in range(2))
+        # In fp32, as a CPU's whole norm uses them; on CUDA they are rounded already.
+        mean, deviation = (x.new_empty(len(x), GROUPS, x.shape[2], dtype=torch.float32) for _ in range(2))
         groups = GROUPS // NORM_PARTS
         for t, part, _, means, deviations in self._by_groups(x):
             first = part.start * GROUPS // x.shape[1]
