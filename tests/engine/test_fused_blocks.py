@@ -131,6 +131,9 @@ def check(precision: str | None, savings: dict[str, object], found: list[Tensor]
         *(pytest.param(*case, SAVINGS, marks=pytest.mark.more) for case in (
             (None, "int8"), (None, "int8-fp8"), ("int8", "bf16"), ("int8", "int8-fp8"),
         )),
+        *(pytest.param(*case, SAVINGS[-2:-1], marks=pytest.mark.more) for case in (
+            ("int8-weight", "bf16"), ("nf4", "int8-fp8"),
+        )),
     ],
 )  # fmt: skip
 def test_savings_change_nothing(

@@ -169,7 +169,9 @@ def small_vae() -> vae.VideoAutoencoder:
         return randomized(vae.VideoAutoencoder(SMALL))
 
 
-@pytest.mark.parametrize(("frames", "latents"), [(1, 1), (17, 3), (18, 4), (34, 6)])
+@pytest.mark.parametrize(
+    ("frames", "latents"), [(1, 1), (17, 3), (18, 4), (34, 6), pytest.param(51, 9, marks=pytest.mark.more)]
+)
 def test_vae_sizes(small_vae: vae.VideoAutoencoder, frames: int, latents: int) -> None:
     mean, logvar = small_vae.encode(torch.randn(1, frames, 3, 16, 32))
     assert mean.shape == logvar.shape == (1, latents, 2, 1, 2)
