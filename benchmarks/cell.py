@@ -240,6 +240,8 @@ class Measurement:
         def timed(recorder: Recorder | None) -> dict[str, Any]:
             place, progress = self.state.place(name), self._progress(name)
             made = timed_run(self.pipe, request, place, recorder, before, film, progress, rates)
+            if film and not made.film:
+                self.notes.append("There is no ffmpeg here: frames were counted, and times hold no writing of a video.")
             return self.state.put(name, made.result())
 
         if cell.role == "reference" and cell.levels != ("speed",) and self.references.find(request) is None:

@@ -30,6 +30,7 @@ from solostep.benchmarks.cell_card import Card, Sample, Sampling, cards, samplin
 from solostep.benchmarks.reference import RUN, Recorder, kept_latents, noise_of, recording, run_once
 from solostep.benchmarks.results import read_json, write_json
 from solostep.benchmarks.whole_pipeline import Frames, driver_peak
+from solostep.engine.choices import settle
 from solostep.engine.errors import SolostepError, UsageError
 from solostep.engine.pipeline import StepVideoPipeline
 from solostep.engine.progress import Progress
@@ -330,7 +331,9 @@ def timed_run(
     with pipe.memory.capped():
         if pipe.memory.is_planned:
             pipe.memory.refuse_early(settings)  # before a second is spent on what cannot be made
-        pipe._attention_backend(settings)  # measured once for a card, and kept
+        # Kernels are examined once for a card, and kept.
+        pipe._attention_backend(settings)
+        settle(device, pipe.mode.product_kinds | pipe.text_mode.product_kinds)
     if rates and device.type == "cuda":
         pipe.plan(**{name: getattr(settings, name) for name in asked})
     kept, count = _found(folder, recorder), Frames()

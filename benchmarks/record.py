@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from solostep.benchmarks.cell_state import terminated_like_interrupted
 from solostep.engine.errors import SolostepError, UsageError
 from solostep.engine.files import replacing
 from solostep.engine.progress import duration
@@ -35,7 +36,8 @@ PYTHON = (sys.executable, "-m")
 BENCH = (*PYTHON, "solostep.benchmarks.bench")
 SPEED = (*BENCH, "-m", "{model}", "--levels", "speed", "-n", "1", "--seeds", "1")
 WIDTH = (*PYTHON, "solostep.benchmarks.full_width")
-LEAST = 120.0
+MODEL = "model"
+LEAST = 180.0
 """Seconds below which nothing is begun that would be cut."""
 SLACK = 1.6
 """A measurement is stopped when it takes so much longer than expected, and a minute more."""
@@ -68,7 +70,7 @@ def speed_job(
 ) -> Job:
     """Speed and memory of modes of the full size, on the model of drawn weights."""
     command = (*SPEED, "--roles", roles, "--steps", str(steps), "-o", f"{{out}}/h200/{name}", *options)
-    return Job(name, command, seconds, ("model", *needs), resumes=True)
+    return Job(name, command, seconds, (MODEL, *needs), resumes=True)
 
 
 def vae_jobs() -> Iterator[Job]:
@@ -78,19 +80,37 @@ def vae_jobs() -> Iterator[Job]:
 
 
 LONG = ("--frames", "204")
+FULL_SIZE = (*PYTHON, "solostep.benchmarks.full_size", "drift")
+DEMO = (
+    "--precision",
+    "bf16,int8,fp8,int8-weight,fp8-weight,nf4,int4-weight",
+    "--levels",
+    "blocks,teacher,free,video,score",
+)
 JOBS: tuple[Job, ...] = (
-    Job("model", (*PYTHON, "solostep.benchmarks.synthetic", "{model}"), 60),
-    tests_of("tests-attention", 60, "tests/kernels/test_attention_hopper.py"),
+    Job(MODEL, (*PYTHON, "solostep.benchmarks.synthetic", "{model}"), 60),
+    tests_of("tests-attention", 90, "tests/kernels/test_attention_hopper.py", processes=8),
     # Its kernel is looked at first: a wrong one would cost twenty minutes.
     speed_job(
         "fifty", 1050, *LONG, "--precision", "int8", "--attention", "int8-fp8", steps=50, needs=("tests-attention",)
     ),
-    *vae_jobs(),
-    tests_of("tests", 90, "tests", processes=8),
     speed_job("resident", 330, *LONG, "--precision", "int8,fp8,bf16", "--vram", "none"),
+    Job(
+        "drift-204",
+        (*FULL_SIZE, "--frames", "204", "--times", "1", "--what", "own", "-o", "{out}/h200/drift-204"), 480,
+        resumes=True,
+    ),
     speed_job("weights", 320, *LONG, "--precision", "int8-weight,fp8-weight,nf4", "--vram", "none"),
     speed_job("reference", 115, *LONG, "--precision", "int8", roles="reference"),
+    Job(
+        "demo",
+        (*BENCH, "--device", "cuda", "-n", "32", "--seeds", "4", *DEMO, "--jobs", "8", "-o", "{out}/demo"), 480,
+        resumes=True,
+    ),
     speed_job("budgets", 400, *LONG, "--precision", "int8", "--vram", "48GB,24GB,16GB,12GB"),
+    Job(
+        "drift-51", (*FULL_SIZE, "--frames", "51", "--times", "2", "-o", "{out}/h200/drift"), 230, resumes=True,
+    ),
     speed_job("short", 330, "--frames", "136,102,51", "--precision", "int8", "--vram", "48GB,12GB"),
     Job("block", (*WIDTH, "block", "--repeats", "3", "-o", "{out}/block-h200.jsonl"), 120),
     Job(
@@ -99,27 +119,8 @@ JOBS: tuple[Job, ...] = (
          "{out}/kernels-h200.md"),
         290,
     ),
-    Job(
-        "drift-51",
-        (*PYTHON, "solostep.benchmarks.full_size", "drift", "--frames", "51", "--times", "2", "-o", "{out}/h200/drift"),
-        230,
-        resumes=True,
-    ),
-    Job(
-        "drift-204",
-        (*PYTHON, "solostep.benchmarks.full_size", "drift", "--frames", "204", "--times", "1", "--what", "own", "-o",
-         "{out}/h200/drift-204"),
-        480,
-        resumes=True,
-    ),
-    Job(
-        "demo",
-        (*BENCH, "--device", "cuda", "-n", "32", "--seeds", "4", "--precision",
-         "int8,fp8,int8-weight,fp8-weight,nf4,int4-weight", "--levels", "blocks,teacher,free,video,score", "--jobs",
-         "8", "-o", "{out}/demo"),
-        450,
-        resumes=True,
-    ),
+    *vae_jobs(),
+    tests_of("tests", 90, "tests", processes=8),
 )  # fmt: skip
 """In the order in which they are begun, what most depends on first."""
 
@@ -131,7 +132,7 @@ class Recording:
         self.jobs, self.out, self.model = list(jobs), out, model
         self.deadline = None if seconds is None else time.monotonic() + seconds
         self.known = {job.name for job in jobs}
-        self.done = {job.name for job in jobs if self._mark(job).exists()}
+        self.done = {job.name for job in jobs if self._is_there(job)}
         self.waiting = [job for job in jobs if job.name not in self.done]
         self.failed: set[str] = set()
         self.running: dict[str, subprocess.Popen[bytes] | None] = {}
@@ -223,6 +224,10 @@ class Recording:
         for process in running:
             _end(process)
 
+    def _is_there(self, job: Job) -> bool:
+        """A model is there or not, whatever a mark says that came from another machine."""
+        return self.model.is_dir() if job.name == MODEL else self._mark(job).exists()
+
     def _mark(self, job: Job) -> Path:
         return self.out / "done" / job.name
 
@@ -247,9 +252,12 @@ def chosen(only: Sequence[str], jobs: Sequence[Job] = JOBS) -> list[Job]:
         UsageError: there is no such one.
     """
     known = {job.name: job for job in jobs}
+    wanted = list(only)
     if unknown := [name for name in only if name not in known]:
         raise UsageError(f"--only {unknown[0]}: there is no such measurement; there are {', '.join(known)}.")
-    return [job for job in jobs if not only or job.name in only]
+    for name in wanted:  # what they need comes with them
+        wanted += [need for need in known[name].needs if need not in wanted]
+    return [job for job in jobs if not only or job.name in wanted]
 
 
 def cards_here(environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -282,8 +290,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         jobs, out = chosen(args.only), args.out.resolve()
         model = (args.model or out / "model").resolve()
-        if model.is_dir():
-            jobs = [job for job in jobs if job.name != "model"]
         recording = Recording(jobs, out, model, args.seconds)
         if args.list:
             for job in jobs:
@@ -292,7 +298,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if not (cards := cards_here()):
             raise UsageError("There is no CUDA card here to measure on.")
-        return 0 if recording.run(cards) else 1
+        with terminated_like_interrupted():
+            return 0 if recording.run(cards) else 1
     except SolostepError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

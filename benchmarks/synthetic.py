@@ -31,6 +31,7 @@ import argparse
 import hashlib
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -440,8 +441,12 @@ def write(
     """
     if folder.exists():
         raise UsageError(f"{folder} is there already; give a new folder.")
-    make(folder, precision, text_precision, device, lambda build, where: draw_network(build, where, seed), sizes)
-    (folder / MARKER).write_text(json.dumps(marked(seed)) + "\n", encoding="utf-8")
+    part = folder.with_name(f".{folder.name}.part")  # half of a model would be taken for one
+    if part.exists():
+        shutil.rmtree(part)
+    make(part, precision, text_precision, device, lambda build, where: draw_network(build, where, seed), sizes)
+    (part / MARKER).write_text(json.dumps(marked(seed)) + "\n", encoding="utf-8")
+    part.rename(folder)
 
 
 def main() -> int:

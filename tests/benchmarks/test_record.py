@@ -25,38 +25,49 @@ def ran(out: Path) -> dict[str, str]:
 
 def test_what_is_there_is_passed_over_and_what_failed_is_tried_again(tmp_path: Path) -> None:
     jobs = [job("one"), job("two", "raise SystemExit(3)"), job("three")]
-    assert not Recording(jobs, tmp_path, tmp_path).run(["0"])
+    assert not Recording(jobs, tmp_path, tmp_path / "model").run(["0"])
     assert ran(tmp_path) == {"one": "0", "two": "0", "three": "0"}
     jobs[1] = job("two")
-    assert Recording(jobs, tmp_path, tmp_path).run(["1"])
+    assert Recording(jobs, tmp_path, tmp_path / "model").run(["1"])
     assert ran(tmp_path) == {"one": "0", "two": "01", "three": "0"}
     assert "SystemExit" in (tmp_path / "logs" / "two.txt").read_text()
+
+
+def test_a_model_is_there_or_not_whatever_a_mark_says(tmp_path: Path) -> None:
+    jobs = [job("model"), job("speed", needs=("model",))]
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "model").touch()
+    assert Recording(jobs, tmp_path, tmp_path / "model").run(["0"])
+    assert sorted(ran(tmp_path)) == ["model", "speed"]
+    (tmp_path / "model").mkdir()
+    assert Recording(jobs, tmp_path, tmp_path / "model").run(["1"])
+    assert ran(tmp_path)["model"] == "0"
 
 
 def test_cards_share_the_list(tmp_path: Path) -> None:
     """The second card waits for what its measurement needs, and takes the last one meanwhile."""
     jobs = [job("model", "time.sleep(0.5)"), job("speed", needs=("model",)), job("other")]
-    assert Recording(jobs, tmp_path, tmp_path).run(["0", "7"])
+    assert Recording(jobs, tmp_path, tmp_path / "model").run(["0", "7"])
     cards = ran(tmp_path)
     assert {cards["model"], cards["other"]} == {"0", "7"} and cards["speed"] in ("0", "7")
 
 
 def test_what_needs_a_failed_one_does_not_begin(tmp_path: Path) -> None:
     jobs = [job("model", "raise SystemExit(1)"), job("speed", needs=("model",)), job("other")]
-    assert not Recording(jobs, tmp_path, tmp_path).run(["0", "1"])
+    assert not Recording(jobs, tmp_path, tmp_path / "model").run(["0", "1"])
     assert sorted(ran(tmp_path)) == ["model", "other"]
 
 
 def test_nothing_begins_too_late(tmp_path: Path) -> None:
     jobs = [job("long", seconds=100), job("short", seconds=1)]
-    assert not Recording(jobs, tmp_path, tmp_path, seconds=50).run(["0"])
+    assert not Recording(jobs, tmp_path, tmp_path / "model", seconds=50).run(["0"])
     assert sorted(ran(tmp_path)) == ["short"]
 
 
 def test_a_limit_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Job, "limit", 1.0)
     start = time.monotonic()
-    assert not Recording([job("hangs", "time.sleep(60)"), job("next")], tmp_path, tmp_path).run(["0"])
+    assert not Recording([job("hangs", "time.sleep(60)"), job("next")], tmp_path, tmp_path / "model").run(["0"])
     assert time.monotonic() - start < 30
     assert sorted(ran(tmp_path)) == ["hangs", "next"] and [p.name for p in (tmp_path / "done").iterdir()] == ["next"]
 
@@ -65,7 +76,7 @@ def test_what_goes_on_later_is_cut_at_the_end(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(record, "LEAST", 1.0)
     long = job("long", "time.sleep(60)", seconds=1000)
     start = time.monotonic()
-    assert not Recording([replace(long, resumes=True)], tmp_path, tmp_path, seconds=2).run(["0"])
+    assert not Recording([replace(long, resumes=True)], tmp_path, tmp_path / "model", seconds=2).run(["0"])
     assert 1 < time.monotonic() - start < 30
     assert sorted(ran(tmp_path)) == ["long"] and not list((tmp_path / "done").iterdir())
 
@@ -83,7 +94,10 @@ def test_every_command_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_names_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert record.main([str(tmp_path), "--only", "fifty", "--list"]) == 0
-    assert "--steps 50" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "--steps 50" in told and [line.split()[0] for line in told.splitlines()] == [
+        "model", "tests-attention", "fifty",
+    ]  # fmt: skip
     assert record.main([str(tmp_path), "--only", "sixty"]) == 2
     assert "there is no such measurement" in capsys.readouterr().err
     with pytest.raises(UsageError, match="no such measurement"):
