@@ -29,7 +29,7 @@ from torch import nn
 from ..kernels import attention
 from ..kernels.attention import BACKENDS, MODES, default_backend
 from ..kernels.attention_check import Verdict, choose, examine
-from ..kernels.cards import one_line
+from ..kernels.cards import OUT_OF_MEMORY, one_line
 from ..kernels.operators_check import CHECKS, examine_operators
 from ..kernels.quantize import warn_once
 from ..kernels.refused import refuse
@@ -53,8 +53,6 @@ GEMMS = (("qkv", 18_432, 6144), ("wo, q, o", 6144, 6144), ("ffn up", 24_576, 614
 QUICK_ROWS = 16_387
 """Rows of the one product that is timed at first use."""
 OPERATORS = "operators"
-OUT_OF_MEMORY = "out of memory"
-"""The reason of a failure that says nothing about a kernel."""
 
 
 # ---------------------------------------------------------------- the cache of choices
@@ -241,11 +239,12 @@ def _is_as_then(verdict: Verdict, missing: str | None) -> bool:
 
 def _measure_quickly(device: torch.device, mode: str, tokens: int) -> list[Verdict]:
     heads, length = fitting(device, tokens, QUICK_HEADS)
+    log.warning("measuring attention back ends for %s at %d tokens, once for this card ...", mode, length)
     start = time.perf_counter()
     verdicts = examine(device, mode, tokens=length, heads=heads, budget_ms=QUICK_MS, seed=fresh_seed())
     release_memory(device)
     seconds = time.perf_counter() - start
-    log.warning("measuring attention back ends for %s at %d tokens, %.1f s, once for this card", mode, length, seconds)
+    log.info("attention back ends for %s: %.1f s", mode, seconds)
     warn_of_wrong("attention back end", verdicts)
     return verdicts
 
@@ -362,22 +361,24 @@ def product_choice(device: torch.device, kind: str) -> tuple[str, ...]:
 
 
 def _measure_products(device: torch.device, kind: str) -> list[Verdict]:
+    log.warning("measuring matrix products of %s, once for this card ...", kind)
     start = time.perf_counter()
     rows = fitting_rows(device, GEMMS[0], QUICK_ROWS)
     found = examine_products(device, kind, shapes=GEMMS[:1], rows=rows, budget_ms=QUICK_MS, seed=fresh_seed())
     release_memory(device)
-    log.warning("measuring matrix products of %s, %.1f s, once for this card", kind, time.perf_counter() - start)
+    log.info("matrix products of %s: %.1f s", kind, time.perf_counter() - start)
     verdicts = list(found.verdicts.values())
     warn_of_wrong(f"matrix product {kind}", verdicts, "failed")
     return verdicts
 
 
 def _examine_operators(device: torch.device) -> list[Verdict]:
+    log.warning("examining the other kernels, once for this card ...")
     start = time.perf_counter()
     refuse(device, ())
     verdicts = examine_operators(device, fresh_seed())
     release_memory(device)
-    log.warning("examining the other kernels, %.1f s, once for this card", time.perf_counter() - start)
+    log.info("the other kernels: %.1f s", time.perf_counter() - start)
     warn_of_wrong("the kernel of", verdicts, "failed")
     return verdicts
 

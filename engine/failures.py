@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import torch
 
+from ..kernels.cards import ran_out
 from ..offload.reader import ReadError
 from .errors import CheckpointError, SolostepError
 from .request import Job, describe_device
-from .runtime import ran_out
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention_check import median_ms
+from ..offload.pinned import forget_error
 from .request import versions
 from .runtime import free_memory
 
@@ -172,8 +173,7 @@ def pinned_memory(quick: bool) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         if code:
             why = f"the driver refused {size / 1e9:.0f} GB (error {code})"
-            with contextlib.suppress(RuntimeError):  # the error stays behind until a call reports it
-                torch.zeros(1, device="cuda").item()
+            forget_error()
             break
         runtime.cudaHostUnregister(block.data_ptr())
         best, rate = size, size / seconds

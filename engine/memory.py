@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.cards import ran_out
 from .checkpoint import ModelFolder
 from .config import HOST_RAM, VRAM, GenerationSettings, from_environment
 from .errors import SolostepError, UsageError
@@ -31,7 +32,7 @@ from .plan import (
 from .precision import Mode
 from .progress import Progress, stage_of
 from .request import Job
-from .runtime import free_memory, host_room, measured, ran_out, release_memory, require_memory
+from .runtime import free_memory, host_room, measured, release_memory, require_memory
 from .sizes import Sizes, sizes_of
 from .streaming import NotPinned, PlacedTransformer, place
 
@@ -261,7 +262,7 @@ class Memory:
         if job.plan is None or placed is None:
             raise torch.OutOfMemoryError("there is nothing to give up")
         room = min(int(job.plan.blocks.device * 0.9), self.room() + placed.device_bytes)
-        plan, before = self.plan(job.request.settings, room, moves=True), placed.plan.resident
+        plan, before = self.plan(job.left, room, moves=True), placed.plan.resident
         self._move(placed, plan)
         job.plan = as_placed(plan, placed.plan)
         job.event(

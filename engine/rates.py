@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from ..kernels.attention_check import median_ms
+from ..kernels.cards import reason_of
 from ..offload.planner import GUESS, Rates
 from ..quant import foreign
 from ..quant.formats import install, quantize
@@ -107,17 +108,24 @@ def measured_rates(device: torch.device, mode: Mode, attention: str) -> Rated | 
         if mode.recipe is not None and any(foreign.is_foreign(kind) for _, kind in mode.recipe.rules):
             return None
         file = rates_file(device, mode, attention)
+        if file in _UNMEASURED:
+            return None
         with one_at_a_time(file):  # others would slow what is timed
             found = known_rates(device, mode, attention) or _measure_and_keep(device, mode, attention, file)
     return found
 
 
+_UNMEASURED: set[Path] = set()
+"""What this process could not measure, and need not try again for every plan."""
+
+
 def _measure_and_keep(device: torch.device, mode: Mode, attention: str, file: Path) -> Rated | None:
     try:
         found = measure(device, mode, attention)
-    except torch.OutOfMemoryError:
-        log.warning("There is too little free memory to measure this card's speed; plans are without times.")
+    except Exception as error:  # whatever a driver or a compiler raises: a plan without times is better than no run
+        log.warning("This card's speed could not be measured (%s); plans are without times.", reason_of(error))
         release_memory(device)
+        _UNMEASURED.add(file)
         return None
     values = {**vars(found.blocks), "decode": found.decode}
     with contextlib.suppress(OSError):

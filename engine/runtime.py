@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -128,13 +127,6 @@ def require_memory(needed: int, device: torch.device, what: str) -> None:
             f"{what} takes {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free; "
             "close other programs or use a device with more memory."
         )
-
-
-def ran_out(error: Exception) -> bool:
-    """Whether an error means that an allocation failed. On the CPU, and where a library or the driver allocates, it has
-    no type of its own; the second of the words is a size beyond all counting."""
-    words = "DefaultCPUAllocator|size calculation overflowed|CUDA error: out of memory|STATUS_ALLOC_FAILED"
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(words, str(error)) is not None
 
 
 def release_memory(device: torch.device) -> None:

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..kernels.cards import ran_out
 from . import latents as storage
 from .checkpoint import ModelFolder, load
 from .errors import OutputError
@@ -23,7 +24,7 @@ from .plan import WHOLE, first_frame_bytes, how_decoded
 from .precision import Mode
 from .progress import Progress, stage_of
 from .request import FrameSink, Job
-from .runtime import Stage, measured, ran_out, release_memory
+from .runtime import Stage, measured, release_memory
 from .sampling import GuidedVelocity, first_frame_condition, initial_noise, to_uint8
 from .scheduler import euler_step, make_sigmas
 from .streaming import PlacedTransformer

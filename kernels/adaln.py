@@ -30,9 +30,10 @@ from .quantize import (
     _on_card,
     _plan,
     _store_quantized,
+    e4m3_missing,
     quantize_rows_reference,
 )
-from .refused import by_rows, form
+from .refused import ROWS, by_rows, form
 
 try:
     import triton
@@ -322,7 +323,7 @@ def layer_norm_modulate(
     _vector("shift", shift, x.shape[1])
     _vector("scale", scale, x.shape[1])
     dtype = x.dtype if dtype is None else dtype
-    if not _has_kernel(f"layer_norm_modulate {form(dtype)}", x):
+    if e4m3_missing(x, dtype) or not _has_kernel(f"layer_norm_modulate {form(dtype)}", x):
 
         def plain(rows: Tensor) -> Tensor | Quantized:
             y = layer_norm_modulate_reference(rows, shift, scale, eps)
@@ -335,7 +336,7 @@ def layer_norm_modulate(
 def gelu(x: Tensor, *, dtype: torch.dtype | None = None, group: int = 1) -> Tensor | Quantized:
     """tanh-GELU of rows ``x [S, d]``: in place if ``dtype`` is None, or quantized as in layer_norm_modulate()."""
     _rows("x", x)
-    if not _has_kernel(f"gelu {form(dtype or x.dtype)}", x):
+    if e4m3_missing(x, dtype) or not _has_kernel(f"gelu {form(dtype or x.dtype)}", x):
         if dtype is None:
             by_rows(lambda rows: rows.copy_(gelu_reference(rows)), x)
             return x
@@ -362,7 +363,9 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     if y.shape != x.shape or not x.is_contiguous() or not y.is_contiguous():
         raise ValueError(f"x and y must be contiguous and of one shape, not {list(x.shape)} and {list(y.shape)}")
     if not _has_kernel("gate_residual", x):
-        return x.copy_(x.float() + gate.float() * y.float())
+        for part, more in zip(x.split(ROWS), y.split(ROWS), strict=True):
+            part.copy_(part.float() + gate.float() * more.float())
+        return x
     launch_gate(x, y, gate)
     return x
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from .attention import BACKENDS, HEAD_DIM, MODES, Backend, Operands, prepare
-from .cards import one_line
+from .cards import reason_of
 
 LIMITS = {
     "bf16": {"normal": 4e-3, "outliers": 4e-3, "growing": 5e-3, "spikes": 4e-3, "local means": 4e-3},
@@ -224,7 +224,7 @@ class _Examination:
         try:
             work()
         except Exception as error:  # whatever a compiler, a driver or another package raises is the finding
-            text = "out of memory" if isinstance(error, torch.OutOfMemoryError) else one_line(error)
+            text = reason_of(error)
             for backend in backends:
                 self.note(backend.name, status="failed", reason=text)
 

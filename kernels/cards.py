@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 
 import torch
 
@@ -56,6 +57,25 @@ def one_line(error: BaseException) -> str:
     """An exception's text, cut to what fits a table."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+OUT_OF_MEMORY = "out of memory"
+"""The reason of a failure that says nothing about a kernel."""
+_ALLOCATIONS = re.compile(
+    r"DefaultCPUAllocator|size calculation overflowed|STATUS_ALLOC_FAILED"
+    r"|(CUDA error|Triton Error \[CUDA\]): out of memory"
+)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error means that an allocation failed. On the CPU, and where a library or the driver allocates, it has
+    no type of its own; the second of the words is a size beyond all counting."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _ALLOCATIONS.search(str(error)) is not None
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a kernel failed, for its verdict."""
+    return OUT_OF_MEMORY if ran_out(error) else one_line(error)
 
 
 def triton_missing(device: torch.device) -> str | None:

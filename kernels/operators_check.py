@@ -27,7 +27,7 @@ from torch import Tensor
 from . import adaln, attention_causal, qk_norm_rope, quantize, values
 from .attention import BACKENDS, CROSS, HEAD_DIM, Operands, cross_name
 from .attention_check import Verdict, exact
-from .cards import one_line
+from .cards import reason_of
 from .scaled_mm_check import activation_like, poison, row_error
 
 DIM = 6144
@@ -253,5 +253,5 @@ def _examined(name: str, generator: torch.Generator) -> Verdict:
     except Fault as fault:
         return Verdict("", name, "wrong", str(fault), {"rows": fault.error})
     except Exception as error:  # whatever a compiler or a driver raises is the finding
-        text = "out of memory" if isinstance(error, torch.OutOfMemoryError) else one_line(error)
+        text = reason_of(error)
         return Verdict("", name, "failed", text)

@@ -223,6 +223,11 @@ def _has_kernel(name: str, x: Tensor) -> bool:
     return _on_card(x) and not is_refused(name, x.device)
 
 
+def e4m3_missing(x: Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether an output is to be of a type that kernels on this card cannot write."""
+    return dtype == torch.float8_e4m3fn and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9)
+
+
 def _check(x: Tensor, dtype: torch.dtype, group: int) -> None:
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"x must be float32, bfloat16 or float16, not {x.dtype}")
@@ -275,10 +280,10 @@ def quantize_rows(x: Tensor, dtype: torch.dtype, group: int = 1) -> tuple[Tensor
     on other types and on a group that is no power of two or does not divide K.
     """
     _check(x, dtype, group)
-    e4m3_missing = dtype != torch.int8 and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9)
-    if e4m3_missing or (x.is_cuda and triton is None):
+    missing = e4m3_missing(x, dtype)
+    if missing or (x.is_cuda and triton is None):
         warn_once(f"quantize_rows: no kernel for {dtype} on this card, plain torch instead")
-    if e4m3_missing or not _has_kernel(f"quantize_rows {form(dtype)}", x):
+    if missing or not _has_kernel(f"quantize_rows {form(dtype)}", x):
         # Contiguous, as the kernel's results are.
         return by_rows(lambda rows: quantize_rows_reference(rows, dtype, group), x.contiguous())
     rows = x.reshape(-1, x.shape[-1])

@@ -262,6 +262,8 @@ class Product:
     """The product; None if it found that it cannot, before anything was written."""
     slow: bool = False
     """It is there for where nothing else is right, and not worth timing."""
+    instead: str = ""
+    """What is said once where it is taken: that there is nothing better on this card."""
 
 
 def _hopper_available(device: torch.device, kind: str) -> str | None:
@@ -320,14 +322,12 @@ def _torch(x: Operands) -> Tensor:
 
 
 def _float64(x: Operands) -> Tensor:
-    warn_once("scaled_mm_int8: no other product is to be had on this card, slow ones in fp64 instead")
     right = x.b.double().t()
     return _in_parts(x, lambda part: _followed(part, (part.a.double() @ right).float()))
 
 
 def _bf16(x: Operands) -> Tensor:
     """Operands that were dequantized to bf16."""
-    warn_once("scaled_mm_fp8: this card has no right FP8 product, bf16 instead")
     right = (x.b.float() * x.scale_b[:, None]).bfloat16().t()
     one = torch.ones((), device=x.b.device)
 
@@ -386,9 +386,24 @@ PRODUCTS: dict[str, Product] = {
         Product("hopper", ("int8", "fp8"), _hopper_available, _fits_hopper, _hopper),
         Product("triton", ("int8",), lambda device, kind: cards.triton_missing(device), lambda x: x.a.is_cuda, _triton),
         Product("torch", ("int8", "fp8"), _torch_available, lambda x: True, _torch),
-        Product("bf16", ("fp8",), _needs_card, lambda x: True, _bf16),
-        Product("float64", ("int8",), _needs_card, lambda x: True, _float64, slow=True),
-    )
+        Product(
+            "bf16",
+            ("fp8",),
+            _needs_card,
+            lambda x: True,
+            _bf16,
+            instead="this card has no right FP8 product, bf16 instead",
+        ),
+        Product(
+            "float64",
+            ("int8",),
+            _needs_card,
+            lambda x: True,
+            _float64,
+            slow=True,
+            instead="no other product is to be had on this card, slow ones in fp64 instead",
+        ),
+    )  # fmt: skip
 }
 """In the order in which they are taken where nothing was measured."""
 KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -412,6 +427,8 @@ def _multiply(x: Operands, kind: str, backends: Sequence[str] | None) -> Tensor:
         if product.fits(x):
             found = product.run(x)
             if found is not None:
+                if product.instead:
+                    warn_once(f"scaled_mm_{kind}: {product.instead}")
                 return found
     shape = f"{len(x.a)} x {len(x.b)} x {x.a.shape[1]}"
     raise ValueError(f"no product of {kind} takes {shape} to {x.out_dtype}; there are {', '.join(names) or 'none'}")

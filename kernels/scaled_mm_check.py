@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention_check import Verdict, median_ms, sampled_rows
-from .cards import one_line
+from .cards import reason_of
 from .quantize import quantize_rows, quantize_rows_reference
 from .scaled_mm import KINDS, NOTHING, PRODUCTS, After, Operands, Product
 
@@ -82,7 +82,7 @@ class Examined:
         try:
             work()
         except Exception as error:  # whatever a compiler or a driver raises is the finding
-            text = "out of memory" if isinstance(error, torch.OutOfMemoryError) else one_line(error)
+            text = reason_of(error)
             self.note(name, status="failed", reason=text)
 
 

@@ -124,6 +124,7 @@ class HostSlab:
         portable = 1  # for every card, whichever this thread has in mind
         code = int(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), self.memory.numel(), portable))
         if code != 0:
+            forget_error()
             raise PinError(f"{self.memory.numel():,} bytes of host memory could not be pinned (CUDA error {code})")
         self.pinned = True
         # A slab that nobody closes does not leave its memory pinned: the mapping stays until it is given back.
@@ -135,6 +136,12 @@ class HostSlab:
         if self.pinned:
             self._give_back()
             self.pinned = False
+
+
+def forget_error() -> None:
+    """What the driver refused stays behind until a call reports it, and would be taken for that call's own."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda").item()
 
 
 def _unregister(memory: Tensor) -> None:

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.attention_causal import frame_causal_attention, has_wide_kernel
+from ...kernels.cards import ran_out
 from ...offload.pinned import HostSlab, PinError, lay_out
 from ..config import CHUNK_FRAMES, CHUNK_LATENTS, VAEConfig
-from ..runtime import ran_out, slow_in_bf16
+from ..runtime import slow_in_bf16
 
 GROUPS = 32
 MAX_ELEMENTS = 2**30
