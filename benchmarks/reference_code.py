@@ -17,10 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 START = "engine/pipeline.py"
 APART = (
-    "engine/demo/__init__.py", "engine/doctor.py", "engine/rates.py", "engine/sensitivity.py", "engine/video.py",
+    "engine/demo/__init__.py", "engine/rates.py", "engine/sensitivity.py", "engine/video.py",
 )  # fmt: skip
-"""Imported by functions that a reference run does not call: they find the demo model, choose an attention back end (the
-official numerics have one), tell seconds, measure recipes, and write mp4 files."""
+"""Imported by functions that a reference run does not call: they find the demo model, tell seconds, measure recipes,
+and write mp4 files."""
 
 
 def _imported(file: Path, root: Path) -> Iterator[Path]:

@@ -1,8 +1,8 @@
 """Which precision mode may I use, what does it cost and what does it save: results of `solostep bench` as a page.
 
-    solostep report results/ -o report.html                     # one HTML file that needs nothing else
-    solostep report results/ --markdown report/                 # the same tables as Markdown, its plots as PNG beside
-    it solostep report --compare results-before/ results-after/    # what changed, cell by cell
+    solostep report results/ -o report.html  # one HTML file that needs nothing else
+    solostep report results/ --markdown report/  # the same tables as Markdown, its plots as PNG beside it
+    solostep report --compare results-before/ results-after/  # what changed, cell by cell
 
 The page takes a few seconds a model and clip size, most of it drawing. It adds no error: medians and their intervals
 are those of :mod:`solostep.benchmarks.statistics`, and what was not measured is a dash.

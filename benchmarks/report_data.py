@@ -35,7 +35,6 @@ from solostep.benchmarks.statistics import Interval
 
 REFERENCE, MODE, OTHER_SEED = "reference", "mode", "other-seed"
 FLOORS = {"floor-backend": "noise floor: another back end", "floor-order": "noise floor: another order"}
-END_TO_END = ("50", "15")
 
 
 @dataclass
