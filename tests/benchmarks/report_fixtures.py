@@ -196,6 +196,7 @@ def _speed(step: float, rng: np.random.Generator, steps: int, frames: int) -> di
         "video_seconds": round(11.8 + sum(times), 3),
         "frames_written": frames,
         "written": "mp4",
+        "clocks": None,
         "ran": dict.fromkeys(("precision", "text_precision", "attention", "device")),
         "end_to_end": {
             "50": {"seconds": round(11.8 + 50 * middle, 3), "extrapolated": True},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from separate import run_separately
 
 import solostep.engine.stages as stages_module
 from solostep import StepVideoPipeline
@@ -331,7 +331,7 @@ def test_two_processes_do_not_share_a_run(pipe: StepVideoPipeline, tmp_path: Pat
             "except UsageError as error: print(error)\n"
         )
         if i == 0:
-            refused.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+            refused.append(run_separately(code, tmp_path, SOLOSTEP_CACHE=os.environ["SOLOSTEP_CACHE"]))
 
     latents_of(other, latents_path=path, callback_on_step_end=intrude)
     assert "Another process" in refused[0]
