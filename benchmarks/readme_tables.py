@@ -4,7 +4,8 @@
     python -m solostep.benchmarks.readme_tables --check    # exit code 1 where one is not
 
 A region is what stands between `<!-- table: NAME -->` and `<!-- /table -->`; NAME is one of `modes` (the full size on
-one card), `budgets` (the same, in memory budgets) and `drift` (the demo model). What was not measured is a dash.
+one card), `budgets` (the same, in memory budgets), `drift` (the demo model), `block` and `decoding` (readme_lines.py).
+What was not measured is a dash.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from solostep.benchmarks.readme_lines import block_table, decoding_table
 from solostep.benchmarks.report_data import Group, Row, make_groups, model_name, row_of
 from solostep.benchmarks.report_markdown import table
 from solostep.benchmarks.report_measures import MISSING, cell_text, end_to_end, gigabytes, number
@@ -157,7 +159,10 @@ def budgets_table(root: Path) -> list[str]:
     return [*made, "", f"{_about(results)}.", *_calculated(rows)]
 
 
-TABLES: dict[str, Callable[[Path], list[str]]] = {"modes": modes_table, "drift": drift_table, "budgets": budgets_table}
+TABLES: dict[str, Callable[[Path], list[str]]] = {
+    "modes": modes_table, "drift": drift_table, "budgets": budgets_table, "block": block_table,
+    "decoding": decoding_table,
+}  # fmt: skip
 
 
 def _marks(group: Group) -> list[str]:

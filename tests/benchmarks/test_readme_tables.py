@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from solostep.benchmarks.readme_lines import BLOCK, DECODING, block_table, decoding_table
 from solostep.benchmarks.readme_tables import ROOT, TABLES, main, stale, updated
 from solostep.engine.errors import UsageError
 
@@ -23,7 +26,9 @@ README = "# x\n\nbefore\n\n" + "".join(
 
 def test_the_readme_is_up_to_date():
     """Run `python -m solostep.benchmarks.readme_tables` where this fails."""
-    assert stale((ROOT / "README.md").read_text(encoding="utf-8"), ROOT) == []
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.count("<!-- table: ") >= 2 and stale(readme, ROOT) == []
+    assert stale(readme.replace("| 0.8", "| 0.9"), ROOT) == ["decoding", "block"]
 
 
 @pytest.fixture
@@ -32,6 +37,8 @@ def root(tmp_path: Path) -> Path:
     results = tmp_path / "benchmarks" / "results"
     made.full_size_set(results / "h200")
     made.demo_set(results / "demo" / "some-card", frames=False)
+    for name in (BLOCK, DECODING):
+        shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "README.md").write_text(README, encoding="utf-8")
     return tmp_path
 
@@ -49,7 +56,9 @@ def test_regions_are_made_and_kept(root: Path, capsys: pytest.CaptureFixture[str
 
 def test_what_the_tables_say(root: Path):
     text = updated(README, root)
-    modes, drift, budgets = (text.split(f"<!-- table: {name} -->")[1].split("<!-- /table -->")[0] for name in TABLES)
+    modes, drift, budgets, *_ = (
+        text.split(f"<!-- table: {name} -->")[1].split("<!-- /table -->")[0] for name in TABLES
+    )
     heads = ["mode", "seconds a step", "50 steps", "15 steps (Turbo)", "GPU peak", "host peak", "teacher-forced error"]
     assert f"| {' | '.join(heads)} |" in modes
     (row,) = [line for line in modes.splitlines() if line.startswith("| int8 · int8 attention |")]
@@ -93,3 +102,23 @@ def test_results_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert "benchmarks/results/" in capsys.readouterr().err
     (tmp_path / "README.md").write_text("no region\n", encoding="utf-8")
     assert main(["--check"], tmp_path) == 0
+
+
+def test_the_last_line_of_a_measurement_counts(tmp_path: Path):
+    """A run writes a line for each variant, older ones wrote one for all; what failed is left out."""
+    (tmp_path / BLOCK).parent.mkdir(parents=True)
+
+    def line(seconds: float, commit: str, **more: float) -> dict[str, Any]:
+        """Beside the official order, which takes a second."""
+        of = lambda value, official: {"official": official, "int8/int8": value}  # noqa: E731
+        return {
+            "seconds": of(seconds, 1.0) | more, "ratio": of(1 / seconds, 1.0), "peak_above_gib": of(4.0, 17.0),
+            "error": {"int8/int8": 0.03}, "commit": commit,
+        }  # fmt: skip
+
+    old, new = line(0.6, "a", plain=1.0), line(0.5, "b")
+    lines = [old, new, {"variant": "fp8/int8", "failed": "it does not compile", "commit": "c"}]
+    (tmp_path / BLOCK).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert block_table(tmp_path)[3:] == ["| int8 / int8 | 0.500 | 2.00x | 4.0 GiB | 3.0 % | b |"]
+    with pytest.raises(UsageError, match="vae-h200.jsonl holds no measurement"):
+        decoding_table(tmp_path)
