@@ -1,4 +1,4 @@
-"""Tables of README.md that are made from recorded lines (benchmarks/results/*.jsonl, a measurement each): a block of the
+"""Tables of README.md made of recorded lines (benchmarks/results/*.jsonl, a measurement each): a block of the
 DiT, and decoding. Of what was measured several times, the last line counts; each row names its commit."""
 
 from __future__ import annotations
