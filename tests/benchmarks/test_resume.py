@@ -267,7 +267,8 @@ def test_a_reference_runs_only_code_that_it_is_known_by(work: Path) -> None:
         sys.setprofile(None)
     recorder.finished()
     ours = {Path(name).resolve() for name in ran if name.endswith(".py")}
-    ours = {p for p in ours if p.is_relative_to(ROOT) and p.relative_to(ROOT).parts[0] not in ("benchmarks", "tests")}
+    folders = "engine", "kernels", "offload", "quant"  # an environment may lie in the checkout, too
+    ours = {p for p in ours if p.is_relative_to(ROOT) and p.relative_to(ROOT).parts[0] in folders}
     known = set(official_files())
     assert ours <= known and {ROOT / "engine/runtime.py", ROOT / "engine/models/transformer.py"} <= ours
     names = {p.relative_to(ROOT).as_posix() for p in known}
@@ -277,9 +278,9 @@ def test_a_reference_runs_only_code_that_it_is_known_by(work: Path) -> None:
 
 def test_imports_are_followed_wherever_they_stand(tmp_path: Path) -> None:
     files = {
-        "engine/pipeline.py": "from . import stages as s\nfrom ..kernels.fast import f\nfrom .doctor import choice\n",
+        "engine/pipeline.py": "from . import stages as s\nfrom ..kernels.fast import f\nfrom .rates import rate\n",
         "engine/stages.py": "def run():\n    from solostep.quant import formats\n    import torch\n",
-        "engine/doctor.py": "from .apart import x\n", "engine/apart.py": "", "engine/other.py": "",
+        "engine/rates.py": "from .apart import x\n", "engine/apart.py": "", "engine/other.py": "",
         "kernels/fast.py": "import solostep.kernels.inner\n", "kernels/inner.py": "a = 1\n", "quant/formats.py": "",
     }  # fmt: skip
     for name, text in files.items():

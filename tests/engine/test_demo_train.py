@@ -297,6 +297,7 @@ def test_sizes_of_the_demo_fit():
 # ---------------------------------------------------------------- the whole of it
 
 
+@pytest.mark.more  # 15 s; its parts are tested above
 def test_smoke_makes_a_whole_model(tmp_path: Path):
     """All three stages; the folders are the released layout, load strictly and keep their scale."""
     train.main(["--out", str(tmp_path), "--smoke", "--device", "cpu"])

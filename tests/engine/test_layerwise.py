@@ -359,7 +359,7 @@ PRECISIONS = ["bf16", "fp32", "int8", "nf4", "int4-weight"]
 
 
 @pytest.mark.parametrize(
-    "precision", ["bf16", "int8", "nf4", *(pytest.param(p, marks=pytest.mark.more) for p in ("fp32", "int4-weight"))]
+    "precision", ["bf16", "int8", *(pytest.param(p, marks=pytest.mark.more) for p in ("fp32", "nf4", "int4-weight"))]
 )
 def test_one_layer_is_in_memory_at_a_time(
     precision: str, deep: Callable[[int], ModelFolder], monkeypatch: pytest.MonkeyPatch

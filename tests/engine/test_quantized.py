@@ -235,7 +235,7 @@ def stop_after(step: int) -> Callable[..., None]:
     return callback
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("precision", ["int8", pytest.param("fp8", marks=pytest.mark.more)])
 def test_resume_gives_the_same_bits(precision: str, tmp_path: Path) -> None:
     whole = latents_of(pipeline(precision=precision), num_inference_steps=3)
     place = {"latents_path": tmp_path / "x.latents.safetensors", "num_inference_steps": 3}
