@@ -26,8 +26,20 @@ LONG = (
     "kernels/test_quantize.py",
     "engine/test_demo.py",
     "quant/test_convert.py",
+    "benchmarks/test_gate.py",
+    "engine/test_cli.py",
+    "engine/test_fused_blocks.py",
+    "engine/test_layerwise.py",
+    "engine/test_loading.py",
+    "engine/test_memory.py",
+    "engine/test_pipeline.py",
+    "engine/test_quantized.py",
+    "engine/test_sensitivity.py",
+    "engine/test_vae_memory.py",
+    "offload/test_streamer.py",
+    "test_house.py",
 )
-"""Few tests that take long: first, or one process compiles at the end while the other has nothing left to do."""
+"""What takes long: first, or one process compiles at the end while the other has nothing left to do."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

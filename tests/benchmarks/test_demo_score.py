@@ -77,7 +77,7 @@ def test_intervals_that_do_not_overlap_are_named() -> None:
     assert apart(table(0.95, 0.99), table(0.8, 0.94)) == ["kind (language=zh)"]
 
 
-@pytest.mark.parametrize("image_to_video", [False, True])
+@pytest.mark.parametrize("image_to_video", [False, pytest.param(True, marks=pytest.mark.more)])
 def test_the_same_precision_twice_is_the_same_video(image_to_video: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The harness reads zero for identical runs, and not for others; text precision counts."""
 
