@@ -345,18 +345,18 @@ def _followed(x: Operands, product: Tensor) -> Tensor:
 def _in_parts(x: Operands, product: Callable[[Operands], Tensor]) -> Tensor:
     """Some rows at a time: what plain torch follows up takes 16 bytes a value."""
     out = x.output()
-    for start, end in _row_parts(len(x.a)):
+    for start, end in row_parts(len(x.a), ROWS):
         made = product(x.rows(start, end))
         if x.after.residual is None:  # else it is there already
             out[start:end] = made
     return out
 
 
-def _row_parts(count: int) -> Iterator[tuple[int, int]]:
-    """First and last row (not included) of each part."""
+def row_parts(count: int, size: int) -> Iterator[tuple[int, int]]:
+    """First and last row (not included) of each part; the last takes a few more where little would be left."""
     start = 0
     while start < count:
-        end = start + ROWS if count - start - ROWS >= FEW else count
+        end = start + size if count - start - size >= FEW else count
         yield start, end
         start = end
 

@@ -37,7 +37,7 @@ from ...kernels.attention import (
 )
 from ...kernels.qk_norm_rope import norm_heads
 from ...kernels.quantize import quantize_rows
-from ...kernels.scaled_mm import After
+from ...kernels.scaled_mm import After, row_parts
 from ...offload.pinned import HostSlab, PinError, lay_out
 from ...offload.planner import CHUNK
 from ...quant.linear import QuantizedLinear, narrowed
@@ -98,20 +98,6 @@ def add_product(linear: nn.Module, rows: Rows, x: Tensor, gate: Tensor) -> None:
         gate_residual(x, cast(Tensor, linear(rows)), gate)
 
 
-FEW = 128
-"""Tokens that are no chunk of their own behind others: a product of 8 bits of so few may be another kernel's, which
-rounds otherwise, and where chunks end must not show in the result."""
-
-
-def chunks(tokens: int, size: int) -> Iterator[tuple[int, int]]:
-    """First and last token (not included) of each chunk; the last takes a few more where little would be left."""
-    start = 0
-    while start < tokens:
-        end = start + size if tokens - start - size >= FEW else tokens
-        yield start, end
-        start = end
-
-
 @dataclass
 class FusedBlocks:
     """Runs the blocks of one prompt: the same text in every step.
@@ -164,7 +150,7 @@ class FusedBlocks:
         self._cross_attention(block.attn2, tokens, *self._text(index, row, block.attn2))
         up, down = block.ff.net[0].proj, block.ff.net[2]
         shift2, scale2 = modulated(block.norm2, shift2, scale2)
-        for start, end in chunks(len(tokens), self.chunk):
+        for start, end in row_parts(len(tokens), self.chunk):
             part = tokens[start:end]
             hidden = product(up, normed_for(up, part, shift2, scale2, block.norm2.eps), x.dtype)
             rows = gelu_for(down, hidden)

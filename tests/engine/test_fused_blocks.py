@@ -12,11 +12,12 @@ from torch import Tensor
 
 from solostep.engine.config import GenerationSettings
 from solostep.engine.models import fused as fused_module
-from solostep.engine.models.fused import FusedBlocks, Parking, chunks
+from solostep.engine.models.fused import FusedBlocks, Parking
 from solostep.engine.models.transformer import StepVideoTransformer
 from solostep.engine.sampling import GuidedVelocity
 from solostep.engine.text import PromptEmbedding
 from solostep.kernels.attention import MODES
+from solostep.kernels.scaled_mm import row_parts
 from solostep.offload.planner import Savings
 from solostep.offload.streamer import BlockStreamer, HostLane
 
@@ -340,6 +341,6 @@ def test_savings_change_nothing_on_a_card(precision: str, mode: str) -> None:
      (427, 300, [427]), (428, 300, [300, 428])],
 )  # fmt: skip
 def test_no_chunk_is_a_few_tokens(tokens: int, size: int, ends: list[int]) -> None:
-    found = list(chunks(tokens, size))
+    found = list(row_parts(tokens, size))
     assert [end for _, end in found] == ends
     assert [start for start, _ in found] == [0, *ends][: len(ends)]

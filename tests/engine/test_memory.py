@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-import typer
+from plan_command import plan_command
 
 from solostep import StepVideoPipeline
 from solostep.engine import machine, memory, rates, runtime, stages, streaming
@@ -377,14 +377,7 @@ def test_more_memory_is_never_slower(frames: int) -> None:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """`solostep plan` in this process: exit code, stdout, stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            typer.main.get_command(cli.app).main(["plan", *arguments], prog_name="solostep")
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
-
-    return call
+    return plan_command(capsys)
 
 
 def test_the_command(run: Callable[..., tuple[int, str, str]]) -> None:

@@ -5,27 +5,24 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
+from plan_command import Run, plan_command
 
 import solostep.engine.asked
 from solostep.engine import cards, rates
 from solostep.engine.asked import Asked, ask
 from solostep.engine.errors import SolostepError, UsageError
 from solostep.engine.forecast import plan_line
-from solostep.engine.interfaces import cli
 from solostep.engine.pipeline import StepVideoPipeline
 from solostep.engine.plan import CONTEXT, PROGRAM, Plan, parse_size
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 T2V = Path(__file__).parents[1] / "golden" / "tiny-stepvideo-t2v"
 GB = 10**9
-Run = Callable[..., tuple[int, str, str]]
 
 
 once = functools.cache(ask)
@@ -49,14 +46,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """`solostep plan t2v` in this process: exit code, stdout, stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            typer.main.get_command(cli.app).main(["plan", *arguments], prog_name="solostep")
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
-
-    return call
+    return plan_command(capsys)
 
 
 # --- limits -------------------------------------------------------------------------------------------------------
