@@ -409,7 +409,8 @@ def _consumer_8(
     largest = l_i
     o = gl.zeros([BM, D], gl.float32, layout=o_layout)
     if FOLD:
-        m_fold = m_i
+        # Another value, if an equal one: were it m_i itself, Triton would not see that the loop changes it.
+        m_fold = m_i + 0.0
     ki = 1
     k_phase = 0
     for t in range(1, n_tiles):
