@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -186,6 +187,7 @@ def bench_vae(
     if at_once is None:
         return timed(lambda: network(x), device, repeats) | about
     error, frame, start = 0.0, 0, time.perf_counter()
+    low, high = (float(v) for v in torch.aminmax(out))
     host = HostFrames(device) if strips > 1 else None
     for piece in network.slices(x, at_once, strips, host):
         difference = piece.float() - out[:, :, frame : frame + piece.shape[2]].float()
@@ -196,6 +198,7 @@ def bench_vae(
         "counted_gib": round(decode_bytes(config, settings.height, settings.width, at_once, strips) / 2**30, 2),
         "first_seconds": round(time.perf_counter() - start, 2),
         "error": float(f"{(error / float(out.float().square().sum())) ** 0.5:.2e}"),
+        "psnr_db": round(10 * math.log10((high - low) ** 2 * out.numel() / error), 1) if error else "exact",
     }
     del out, difference
 

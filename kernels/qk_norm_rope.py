@@ -36,9 +36,10 @@ KEY_GROUP = 32
 of different sizes: 2.6e-2 with 32, 2.5e-2 with 16, whose kernel takes 6 % longer on an H200; 64 are no faster."""
 FLOOR = 2.0**-50
 """The least amax a scale is made of: the product of two such scales is no zero yet."""
-LARGEST = 127.49
-"""What the largest value of a row or group becomes before it is rounded, to 127: steps as fine as they can be without
-clipping. Against 127 it lowers attention's error on keys of very different sizes by 1 %."""
+LARGEST = 127.0
+"""What the largest value of a row or group becomes. With 127.49, which is rounded to 127 as well, steps are finer by
+0.4 %, but the largest values, of which few make a peak of attention, are always off by half a step: on clustered keys
+the error is 2 % larger, in the mean of twelve draws."""
 SAMPLES = 256
 """Tokens that k's mean is estimated from."""
 
@@ -150,11 +151,11 @@ if triton is not None:
 
     @triton.jit
     def _scale(amax):
-        return tl.div_rn(tl.maximum(amax * 0.08838834764831845, 8.881784197001252e-16), 127.49)
+        return tl.div_rn(tl.maximum(amax * 0.08838834764831845, 8.881784197001252e-16), 127.0)
 
     @triton.jit
     def _round_int8(x):
-        # 1.5 x 2^23: the sum's low bits are the integer, rounded half to even. |x| <= 127.49 (1 + 2^-22): no clamp.
+        # 1.5 x 2^23: the sum's low bits are the integer, rounded half to even. |x| <= 127 (1 + 2^-22): no clamp.
         return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
     @triton.jit

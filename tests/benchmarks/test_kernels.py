@@ -93,7 +93,8 @@ def test_data_is_of_its_kind_and_seeded() -> None:
 
 def test_errors_on_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
     real = attention_data
-    monkeypatch.setattr(kernels, "attention_data", lambda kind: real(kind, 1000, 20))
+    monkeypatch.setattr(kernels, "attention_data", lambda kind, seed: real(kind, 1000, 20, seed))
+    monkeypatch.setattr(kernels, "DATA_DRAWS", 2)
     lines, notes = kernels.data_errors(CPU)
     assert not notes
     found = {(line["errors"], line["backend"]): line for line in lines}
