@@ -74,9 +74,16 @@ def speed_job(
 
 
 def vae_jobs() -> Iterator[Job]:
-    for frames, strips in ((0, 0), (4, 1), (8, 8), (4, 8), (4, 16), (2, 8), (1, 16)):
+    for frames, strips in ((0, 0), (4, 1), (8, 8), (8, 16), (4, 8), (4, 16), (2, 8), (2, 16), (1, 16)):
         options = ("--at-once", str(frames), "--strips", str(strips)) if frames else ()
         yield Job(f"vae-{frames}-{strips}", (*WIDTH, "vae", *options, "-o", "{out}/vae-h200.jsonl"), 25)
+
+
+def kernels_job(tokens: int, seconds: float) -> Job:
+    """Every kernel at the tokens of 204 frames, or fewer."""
+    name = "kernels-h200" if tokens == 75_888 else f"kernels-h200-{tokens}"
+    options = ("--tokens", str(tokens), "-o", f"{{out}}/{name}.jsonl", "--markdown", f"{{out}}/{name}.md")
+    return Job(name.replace("-h200", ""), (*PYTHON, "solostep.benchmarks.kernels", *options), seconds)
 
 
 LONG = ("--frames", "204")
@@ -107,18 +114,14 @@ JOBS: tuple[Job, ...] = (
         (*BENCH, "--device", "cuda", "-n", "32", "--seeds", "4", *DEMO, "--jobs", "8", "-o", "{out}/demo"), 480,
         resumes=True,
     ),
-    speed_job("budgets", 400, *LONG, "--precision", "int8", "--vram", "48GB,24GB,16GB,12GB"),
+    speed_job("budgets", 560, *LONG, "--precision", "int8", "--vram", "80GB,48GB,24GB,16GB,12GB,8GB"),
     Job(
         "drift-51", (*FULL_SIZE, "--frames", "51", "--times", "2", "-o", "{out}/h200/drift"), 230, resumes=True,
     ),
     speed_job("short", 330, "--frames", "136,102,51", "--precision", "int8", "--vram", "48GB,12GB"),
+    speed_job("files", 250, *LONG, "--precision", "int8", "--vram", "12GB", "--host-ram", "8GB"),
     Job("block", (*WIDTH, "block", "--repeats", "3", "-o", "{out}/block-h200.jsonl"), 120),
-    Job(
-        "kernels",
-        (*PYTHON, "solostep.benchmarks.kernels", "-o", "{out}/kernels-h200.jsonl", "--markdown",
-         "{out}/kernels-h200.md"),
-        290,
-    ),
+    *(kernels_job(tokens, seconds) for tokens, seconds in ((75_888, 290), (18_972, 130), (5_007, 100))),
     *vae_jobs(),
     tests_of("tests", 90, "tests", processes=8),
 )  # fmt: skip

@@ -308,6 +308,25 @@ def test_a_graph_repeats_what_it_recorded(precision: str | None) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 @pytest.mark.parametrize("mode", MODES)
+def test_workspaces_are_taken_once(mode: str) -> None:
+    """After the first step nothing comes from the driver, and nothing goes back to it."""
+    model = make(torch.bfloat16, "int8", heads=4).cuda()
+    settings = GenerationSettings(num_frames=17, height=544, width=480)
+    texts = [PromptEmbedding(torch.randn(5, 64), torch.randn(77, 32), length) for length in (82, 80)]
+    taken = []
+    with torch.inference_mode():
+        velocity = GuidedVelocity(model, texts, settings, attention=mode, graph=False)
+        for step in range(4):
+            velocity(torch.randn(1, 3, 4, 34, 30), torch.tensor(1 - 0.2 * step))
+            torch.cuda.synchronize()
+            stats = torch.cuda.memory_stats()
+            taken.append([stats[f"segment.all.{name}"] for name in ("allocated", "freed")])
+    assert taken[0][0] > 0 and taken[1:] == taken[:1] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_savings_change_nothing_on_a_card(precision: str, mode: str) -> None:
     """Not a bit, with copies beside computation and with streamed blocks; and memory is what they are there for."""
