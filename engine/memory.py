@@ -235,7 +235,10 @@ class Memory:
                 self.free("vae", always=True)
                 plan = self.plan(settings, moves=True)
             if not _fits(placed, plan):
-                self._move(placed, plan)
+                del placed
+                if not self._move(plan, job, say):
+                    return self.networks["transformer"]
+                placed = self.networks["transformer"]
             placed.savings = plan.blocks.savings
             job.plan = as_placed(plan, placed.plan)
             return placed
@@ -245,30 +248,36 @@ class Memory:
         else:
             self.refuse_early(settings)
         with measured("load transformer", self.device, job.stages):
-            placed = None
-            while placed is None:
-                placed = self._load(job, say)
+            return self._loaded(job, say)
+
+    def _loaded(self, job: Job, say: Progress) -> PlacedTransformer:
+        placed = None
+        while placed is None:
+            placed = self._load(job, say)
         self.networks["transformer"] = placed
         return placed
 
-    def spare(self, job: Job) -> None:
-        """Moves the transformer to a plan for nine tenths of the memory, or of what there still is.
+    def spare(self, job: Job, say: Progress) -> PlacedTransformer:
+        """Moves the transformer, which nobody else may hold, to a plan for nine tenths of the memory, or of what there
+        still is; if the host has no room for what leaves the card, it is loaded anew.
 
         Raises:
             SolostepError: nothing smaller is possible.
         """
         release_memory(self.device)
-        placed = self.placed
-        if job.plan is None or placed is None:
+        if job.plan is None or self.placed is None:
             raise torch.OutOfMemoryError("there is nothing to give up")
-        room = min(int(job.plan.blocks.device * 0.9), self.room() + placed.device_bytes)
-        plan, before = self.plan(job.left, room, moves=True), placed.plan.resident
-        self._move(placed, plan)
-        job.plan = as_placed(plan, placed.plan)
+        room = min(int(job.plan.blocks.device * 0.9), self.room() + self.placed.device_bytes)
+        plan, before = self.plan(job.left, room, moves=True), self.placed.plan.resident
+        moved = self._move(plan, job, say)
+        placed: PlacedTransformer = self.networks["transformer"]
+        if moved:
+            job.plan = as_placed(plan, placed.plan)
         job.event(
             f"Out of memory at step {job.saved.step + 1}: {placed.plan.resident} of {plan.network.blocks} blocks "
             f"stay on the card, where {before} did; the step is repeated."
         )
+        return placed
 
     def _load(self, job: Job, say: Progress) -> PlacedTransformer | None:
         """The transformer, loaded; None if its plan was too large for what there is. Then the job has a smaller one.
@@ -288,12 +297,7 @@ class Memory:
                 raise
         release_memory(self.device)  # here, where no traceback holds what was loaded
         if refused is not None:
-            self.pinned = job.plan.blocks.host // 2
-            try:
-                job.plan = self.plan(job.left)
-            except SolostepError:
-                raise refused from None
-            job.event("So much host memory cannot be pinned: more blocks come from their files; loading begins anew.")
+            job.plan = self._from_files(job, job.plan.blocks.host, refused)
             return None
         # Other programs took memory meanwhile.
         job.plan = self.plan(job.left, min(self.room(), int(job.plan.budget * 0.9)))
@@ -305,12 +309,37 @@ class Memory:
         component = self.model.components["transformer"]
         return place(component, self.modes()[0], self.device, blocks, stage_of(say, "load transformer"))
 
-    def _move(self, placed: PlacedTransformer, plan: Plan) -> None:
+    def _from_files(self, job: Job, asked: int, refused: NotPinned, room: int | None = None) -> Plan:
+        """A plan with half of the pinned memory that was refused."""
+        self.pinned = asked // 2
+        try:
+            plan = self.plan(job.left, room)
+        except SolostepError:
+            raise refused from None
+        job.event("So much host memory cannot be pinned: more blocks come from their files; loading begins anew.")
+        return plan
+
+    def _move(self, plan: Plan, job: Job, say: Progress) -> bool:
+        """Moves the transformer to a plan; False if it was loaded anew, for want of pinned memory, as the job's plan
+        then says."""
+        placed: PlacedTransformer | None = self.networks["transformer"]
+        refused: NotPinned | None = None
         try:
             placed.move(plan.blocks)
+        except NotPinned as error:
+            refused = error.with_traceback(None)
         except BaseException:  # what is left of it would be taken for a whole one
             self.free("transformer", always=True)
             raise
+        if refused is None:
+            return True
+        placed = None
+        self.free("transformer", always=True)
+        if not plan.blocks.host:
+            raise refused
+        job.plan = self._from_files(job, plan.blocks.host, refused, min(self.room(), plan.budget))
+        self._loaded(job, say)
+        return False
 
 
 def _fits(placed: PlacedTransformer, plan: Plan) -> bool:

@@ -109,8 +109,8 @@ class Stages:
             for step in range(saved.step, saved.steps):
                 made = _step(velocity, latents, sigmas[step], sigmas[step + 1])
                 while made is None:  # other programs took memory: a smaller plan, and the step again
-                    del velocity
-                    self.memory.spare(job)
+                    del velocity, transformer
+                    transformer = self.memory.spare(job, say)
                     velocity = guided()
                     made = _step(velocity, latents, sigmas[step], sigmas[step + 1])
                 latents = made

@@ -56,7 +56,7 @@ class Case:
 CASES = (
     Case("normal", 1003, 776, 6144, outliers=False),
     Case("outliers, bias", 517, 776, 1040, bias=True),
-    Case("outliers, gated", 517, 776, 1040, gated=True),
+    Case("outliers, gated", 517, 776, 1152, gated=True),
     Case("outliers, bias, gated", 261, 264, 1040, bias=True, gated=True),
     Case("few rows", 5, 77, 1000),
 )

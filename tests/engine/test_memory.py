@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -204,6 +205,18 @@ def test_what_cannot_be_pinned_comes_from_files(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(memory, "place", lambda *_: (_ for _ in ()).throw(streaming.NotPinned("nothing can be pinned")))
     with pytest.raises(SolostepError, match="nothing can be pinned"):
         make(budgets()[2])
+
+
+def test_what_cannot_be_pinned_while_a_step_is_repeated_is_loaded_anew(
+    unlimited: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step ran out of the card's memory, and the host had none for what had to leave it."""
+    fail_at(monkeypatch, {2})
+    fail_once(monkeypatch, streaming.PlacedTransformer, "move", streaming.NotPinned("no more can be pinned"))
+    found, record = make(budgets()[1] + 1)
+    assert torch.equal(found, unlimited)
+    assert [len(re.findall("from their files|is repeated", event)) for event in record["events"]] == [1, 1]
+    assert record["plan"]["blocks_from_disk"] > 0
 
 
 @pytest.mark.parametrize("version", [1, 2])
