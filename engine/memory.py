@@ -28,6 +28,7 @@ from .plan import (
     choose_decoding,
     make_plan,
     parse_size,
+    slower,
 )
 from .precision import Mode
 from .progress import Progress, stage_of
@@ -214,13 +215,13 @@ class Memory:
         return choose_decoding(self.model.vae_config, settings.height, settings.width, room, itemsize, host)
 
     def decodes_better_alone(self, settings: GenerationSettings) -> bool:
-        """Whether decoding beside the transformer is slower than without it, or has no room at all."""
+        """Whether decoding beside the transformer is much slower than without it, or has no room at all."""
         if self.placed is None:
             return False
         room = self.room() - (0 if "vae" in self.networks else self.sizes.vae)
         beside, needed = self.decoding(settings, room)
         alone, _ = self.decoding(settings, room + self.placed.device_bytes, None, self.placed)
-        return needed > room or beside != alone
+        return needed > room or slower(beside, alone)
 
     # --- the transformer ------------------------------------------------------------------------------------------
 

@@ -281,6 +281,11 @@ def choose_decoding(
     return fitting[0] if fitting else min(counted, key=lambda one: one[1])
 
 
+def slower(one: Decoding, other: Decoding) -> bool:
+    """Whether a way to decode takes more than a tenth longer than another, or nobody knows."""
+    return one != other and (one not in PLACES or other not in PLACES or PLACES[one] > 1.1 * PLACES[other])
+
+
 def how_decoded(frames: int | None, strips: int) -> str:
     """In words."""
     if frames is None:

@@ -16,7 +16,7 @@ import torch
 from plan_command import plan_command
 
 from solostep import StepVideoPipeline
-from solostep.engine import machine, memory, rates, runtime, stages, streaming
+from solostep.engine import machine, memory, plan, rates, runtime, stages, streaming
 from solostep.engine.asked import ask
 from solostep.engine.errors import SolostepError, UsageError
 from solostep.engine.interfaces import cli
@@ -127,6 +127,13 @@ def test_sizes() -> None:
 
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("simulated")
+
+
+def test_decoding_beside_the_transformer_may_take_a_tenth_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "PLACES", {(None, 1): 1.0, (8, 8): 1.09, (4, 8): 1.2})
+    assert not plan.slower((None, 1), (None, 1)) and not plan.slower((8, 8), (None, 1))
+    assert plan.slower((4, 8), (None, 1)) and not plan.slower((4, 8), (8, 8))
+    assert plan.slower((2, 1), (None, 1)) and not plan.slower((2, 1), (2, 1))
 
 
 def fail_at(
