@@ -15,10 +15,13 @@ to rotated int8 (76 %); four fifths of the last are instructions, 20 a value.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cards import hopper_missing
 from .packed import _fits, _rotated, _shift, _store_packed
 from .quantize import (
     BLOCK,
@@ -290,6 +293,28 @@ def _row_plan(
     return plan
 
 
+@functools.cache
+def _tensor_cores(device: torch.device) -> bool:
+    """Whether rotated rows take the kernel of rows_hopper.py."""
+    return hopper_missing(device, ".rows_hopper") is None
+
+
+def _run_rotated(
+    x: Tensor, out: Tensor, out_scale: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float
+) -> bool:
+    """Runs the kernel of rows_hopper.py; False where it is not for these rows or this card."""
+    if out_scale is None or not _tensor_cores(x.device):
+        return False
+    from . import rows_hopper
+
+    plan = rows_hopper.plan_for(x, gelu=shift is None)
+    if plan is None:
+        return False
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    rows_hopper.launch(x, out, out_scale, shift, scale, eps, plan, processors)
+    return True
+
+
 def _run_rows(
     x: Tensor, out: Tensor, out_scale: Tensor | None, group: int, shift: Tensor | None, scale: Tensor | None,
     eps: float, plan: dict[str, int] | None = None,
@@ -297,6 +322,8 @@ def _run_rows(
     rows, channels = x.shape
     even = _plan(channels, group)["TILES"] * _plan(channels, group)["BLOCKS"] * BLOCK == channels
     packed = _on_card(x) and even and out.dtype == torch.int8 and group == 256
+    if packed and plan is None and _run_rotated(x, out, out_scale, shift, scale, eps):
+        return
     plan = plan or _row_plan(
         channels, group, shift is None, packed, out.dtype in QMAX, _registers_are_known(x)
     )  # fmt: skip

@@ -128,6 +128,8 @@ COMPILED: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]] = 
     "norm int8": (("_row_kernel",), (86, 90), CARDS),
     "gelu e4m3": (("_row_kernel",), CARDS, CARDS),  # bf16 where there is no e4m3
     "gelu int8": (("_row_kernel",), (80, 90), CARDS),
+    "norm rotated": (("_rows_kernel",), (90,), (90,)),
+    "gelu rotated": (("_rows_kernel",), (), (90,)),
     "rows rotated": (("_quantize_rows_kernel",), (80, 90), CARDS),
     "rows plain": (("_quantize_rows_kernel",), (86, 89, 100, 120), CARDS),
     "gate": (("_gate_residual_kernel",), CARDS, CARDS),
@@ -145,7 +147,7 @@ import json
 import sys
 import torch
 from compiling import compile_for
-from solostep.kernels import adaln, qk_norm_rope, quantize, values
+from solostep.kernels import adaln, qk_norm_rope, quantize, rows_hopper, values
 
 adaln._on_card = values._on_card = lambda x: True  # compile what runs on a card
 adaln._registers_are_known = lambda x: arch == 90
@@ -159,6 +161,10 @@ def rows(group):
 def gelu():
     adaln.launch(wide, torch.float8_e4m3fn if arch >= 89 else torch.bfloat16, 1, None, None, 0.0)
 
+def rotated(x, *vectors):
+    q, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
+    rows_hopper.launch(x, q, scale, *vectors, 1e-5, rows_hopper.plan_for(x, vectors[0] is None), 132)
+
 def rope(quantized):
     plan = qk_norm_rope.plan_for(quantized, arch, 75_888)
     qk_norm_rope.launch(qkv, weight, weight, table, table, quantized, 1e-6, plan=plan)
@@ -167,6 +173,8 @@ runs = {
     "norm int8": lambda: adaln.launch(x, torch.int8, 256, vector, vector, 1e-5),
     "gelu e4m3": gelu,
     "gelu int8": lambda: adaln.launch(wide, torch.int8, 256, None, None, 0.0),
+    "norm rotated": lambda: rotated(x, vector, vector),
+    "gelu rotated": lambda: rotated(wide, None, None),
     "rows rotated": lambda: rows(256),
     "rows plain": lambda: rows(1),
     "gate": lambda: adaln.launch_gate(x, x, weight.new_empty(6144)),
@@ -177,7 +185,7 @@ runs = {
     "v": lambda: values.launch(qkv[..., 256:]),
 }
 kernels = [(adaln, "_row_kernel"), (adaln, "_gate_residual_kernel"), (quantize, "_quantize_rows_kernel"),
-           (qk_norm_rope, "_qk_norm_rope_kernel"), (qk_norm_rope, "_k_mean_kernel"),
+           (rows_hopper, "_rows_kernel"), (qk_norm_rope, "_qk_norm_rope_kernel"), (qk_norm_rope, "_k_mean_kernel"),
            (qk_norm_rope, "_norm_heads_kernel"), (values, "_ranges_kernel"), (values, "_quantize_v_kernel")]
 for name, only, arch in json.loads(sys.argv[1]):
     compile_for(arch, kernels, runs[name], only)
@@ -200,7 +208,7 @@ def test_compiles_for_every_card(cards: tuple[int, ...], tmp_path: Path, request
         assert int(shared) <= (227 if arch == "90" else 99) * 1024, line
         seen.append((name, int(arch)))
     assert seen == [(name, arch) for _, only, arch in jobs for name in only]
-    assert len(set(seen)) == 6 * len(cards) + 2 * sum(arch >= 89 for arch in cards)
+    assert len(set(seen)) == 6 * len(cards) + 2 * sum(arch >= 89 for arch in cards) + (90 in cards)
 
 
 # --- the references are the network's own numbers -----------------------------------------------------------------
