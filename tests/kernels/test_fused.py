@@ -22,13 +22,13 @@ import torch
 from solostep.kernels import adaln, qk_norm_rope, values
 from solostep.kernels.quantize import quantize_rows_reference
 
-device, rows, roped = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+device, shapes, roped = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
 generator = torch.Generator().manual_seed(0)
 normal = lambda *shape: torch.randn(*shape, generator=generator).to(device)
 worst = lambda a, b: float((a.float() - b.float()).abs().max())
 ratio = lambda a, b: worst(a / b, torch.ones_like(a))
 found = {}
-for tokens, d in rows:
+for tokens, d in shapes:
     x, y, shift, scale = normal(tokens, d), normal(tokens, d), normal(d), normal(d)
     x[0, 3] = 40
     want = adaln.layer_norm_modulate_reference(x, shift, scale, 1e-5)
@@ -46,12 +46,16 @@ for tokens, d in rows:
     vectors = shift.bfloat16(), scale.bfloat16()
     want = adaln.layer_norm_modulate_reference(half, *vectors, 1e-5)
     case["norm pairs"] = worst(adaln.launch(half, torch.float32, 1, *vectors, 1e-5), want)
+    group = min(256, d & -d)
+    q, s = adaln.launch(half, torch.int8, group, *vectors, 1e-5)
+    q_want, s_want = quantize_rows_reference(want, torch.int8, group)
+    case[f"norm pairs int8 {group}"] = max(worst(q, q_want) / 1e3, ratio(s, s_want))
     sizes = 10.0 ** (torch.arange(tokens) * 7 % 12 - 6)  # also such as fp16 does not hold, in the first six rows too
     odd = x * sizes.to(device)[:, None]
-    group = min(256, d & -d)
-    q, s = adaln.launch(odd, torch.int8, group, None, None, 0.0)
-    q_want, s_want = quantize_rows_reference(adaln.gelu_reference(odd), torch.int8, group)
-    case[f"sizes int8 {group}"] = max(worst(q, q_want) / 1e3, ratio(s, s_want))
+    for name, rows in {"sizes": odd, "sizes pairs": odd.bfloat16()}.items():
+        q, s = adaln.launch(rows, torch.int8, group, None, None, 0.0)
+        q_want, s_want = quantize_rows_reference(adaln.gelu_reference(rows), torch.int8, group)
+        case[f"{name} int8 {group}"] = max(worst(q, q_want) / 1e3, ratio(s, s_want))
     gated = x.clone()
     adaln.launch_gate(gated, y, scale)
     case["gate"] = worst(gated, x + scale * y)
