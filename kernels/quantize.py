@@ -239,8 +239,9 @@ def _check(x: Tensor, dtype: torch.dtype, group: int) -> None:
         raise ValueError(f"group must be a power of two that divides the {x.shape[-1]} channels of x, not {group}")
 
 
+@functools.cache
 def _plan(channels: int, group: int) -> dict[str, int]:
-    """How a row is laid out: tiles, 256-channel blocks in each, warps.
+    """How a row is laid out: tiles, 256-channel blocks in each, warps; not to be changed.
 
     Extents are powers of two, so three quarters of one are three tiles (6,144 and 24,576 are).
     """
