@@ -275,6 +275,15 @@ def test_uniform_attention_gets_v_s_mean_exactly() -> None:
     assert keys[:16].tolist() == [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
 
 
+def test_only_aligned_16_bit_rows_take_the_tensor_cores() -> None:
+    plan_for = pytest.importorskip("solostep.kernels.rows_hopper").plan_for
+    wide = torch.empty(4, 6144 + 64).bfloat16()
+    assert plan_for(wide[:, :6144], False) and plan_for(wide[:, 8:6152], False)
+    assert plan_for(torch.empty(2, 24_576).bfloat16(), True)
+    others = wide[:, 1:6145], wide[:, :5120], torch.empty(4, 6144), torch.empty(4, 6150).bfloat16()[:, :6144]
+    assert not any(plan_for(x, False) for x in others)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
