@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cards import hopper_missing
 from .quantize import _has_kernel, hadamard
 
 try:
@@ -53,6 +54,18 @@ def plan_for(quantize: bool, capability: int, tokens: int) -> dict[str, int]:
     if 90 <= capability < 120:
         return {"heads": 24 if tokens >= 16_384 else 6, "stages": 3, "warps": 4}
     return {"heads": 1, "stages": 1, "warps": 8}
+
+
+HOPPER = {"heads": 24, "prefetch": 2, "registers": 168}
+"""How the form for Hopper takes int8: see launch_hopper()."""
+
+
+def hopper_plan(qkv: Tensor, tokens: int) -> dict[str, int] | None:
+    """The plan of int8's form for Hopper (qk_hopper.py); None where it cannot take this product."""
+    aligned = qkv.data_ptr() % 16 == 0 and qkv.stride(0) % 8 == 0 and qkv.stride(1) % 8 == 0
+    if qkv.dtype != torch.bfloat16 or not aligned or hopper_missing(qkv.device, ".qk_hopper"):
+        return None
+    return HOPPER | ({} if tokens >= 16_384 else {"heads": 6})
 
 
 def qk_norm_rope_reference(
@@ -322,6 +335,8 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """The kernels, on checked arguments (also under Triton's interpreter)."""
     tokens, heads, _ = qkv.shape
+    if plan is None and quantize:
+        plan = hopper_plan(qkv, tokens)
     if plan is None:
         major, minor = torch.cuda.get_device_capability(qkv.device) if qkv.is_cuda else (9, 0)
         plan = plan_for(quantize, 10 * major + minor, tokens)
@@ -341,10 +356,16 @@ def launch(
             qkv, mean, k_weight, cos, sin, step, count, qkv.stride(0), qkv.stride(1), eps, BLOCK=32, num_warps=4
         )
     together = next(n for n in (plan["heads"], 6, 4, 3, 2, 1) if heads % n == 0)
-    _qk_norm_rope_kernel[(heads // together, blocks)](
+    if "prefetch" in plan:
+        from .qk_hopper import launch_hopper
+
+        launch_hopper(qkv, q, k, q_scale, k_scale, mean, q_weight, k_weight, cos, sin, eps, key_group, together, plan)
+        return q, k, q_scale, k_scale
+    block = plan.get("tokens", TOKENS)
+    _qk_norm_rope_kernel[(heads // together, blocks * TOKENS // block)](
         qkv, q, k, q_scale, k_scale, mean, q_weight, k_weight, cos, sin, _walsh(qkv.device) if quantize else None,
         tokens, qkv.stride(0), qkv.stride(1), q.stride(0), q.stride(1), eps, HEADS=together, QUANTIZE=quantize,
-        KEYS=key_group, BLOCK=TOKENS, STAGES=plan["stages"], num_warps=plan["warps"],
+        KEYS=key_group, BLOCK=block, STAGES=plan["stages"], num_warps=plan["warps"],
     )  # fmt: skip
     return q, k, q_scale, k_scale
 

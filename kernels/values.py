@@ -11,7 +11,8 @@ in V, and the relative error of normal values was 4.7e-2 with 8,192 keys and abo
 3.7e-2: most likely the sums of e4m3 products, which wgmma keeps to about 14 bits, shrink as they grow.
 
 Two passes over V where the qkv product left it, the first for sums and ranges: 2 x 2 bytes a value in, 1 out, and a
-few numbers for every 1,024 tokens. Sums are in a fixed order: the same bits every time.
+few numbers for every 1,024 tokens. Sums are in a fixed order: the same bits every time. On Hopper both are one launch,
+whose second pass finds V in the L2 cache (values_hopper.py).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .cards import hopper_missing
 from .quantize import FLOOR, QMAX, _has_kernel, _on_card
 
 try:
@@ -35,6 +37,8 @@ CHUNK = 2048
 """Tokens of one of its programs."""
 RANGE = 1024
 """Tokens of one program of the first pass."""
+HOPPER = {"steps": 2, "lead": 0, "registers": 0}
+"""How the form for Hopper takes V: see quantize_v_hopper()."""
 
 
 def permute_keys(v: Tensor) -> Tensor:
@@ -163,8 +167,22 @@ def quantize_v(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return launch(v)
 
 
-def launch(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernels, on a checked argument (also under Triton's interpreter)."""
+def hopper_plan(v: Tensor) -> dict[str, int] | None:
+    """The plan of the form for Hopper; None where it cannot take this V."""
+    aligned = v.data_ptr() % 16 == 0 and v.stride(0) % 8 == 0 and v.stride(1) % 8 == 0
+    if v.dtype != torch.bfloat16 or not aligned or hopper_missing(v.device, ".values_hopper"):
+        return None
+    return HOPPER
+
+
+def launch(v: Tensor, plan: dict[str, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernels, on a checked argument (also under Triton's interpreter); an empty plan is the form for all cards."""
+    if plan is None:
+        plan = hopper_plan(v)
+    if plan:
+        from .values_hopper import quantize_v_hopper
+
+        return quantize_v_hopper(v, plan)
     tokens, heads, _ = v.shape
     stats = torch.empty(heads, -(-tokens // RANGE), 3, HEAD_DIM, device=v.device)
     _ranges_kernel[(heads, stats.shape[1])](
