@@ -56,7 +56,7 @@ def plan_for(quantize: bool, capability: int, tokens: int) -> dict[str, int]:
     return {"heads": 1, "stages": 1, "warps": 8}
 
 
-HOPPER = {"heads": 24, "prefetch": 2, "registers": 168}
+HOPPER = {"heads": 24, "prefetch": 2, "shared": 1, "registers": 168}
 """How the form for Hopper takes int8: see launch_hopper()."""
 
 

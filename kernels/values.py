@@ -37,8 +37,8 @@ CHUNK = 2048
 """Tokens of one of its programs."""
 RANGE = 1024
 """Tokens of one program of the first pass."""
-HOPPER = {"steps": 2, "lead": 0, "registers": 0}
-"""How the form for Hopper takes V: see quantize_v_hopper()."""
+HOPPER = {"steps": 2, "lead": 96, "registers": 168}
+"""How the form for Hopper takes V: see quantize_v_hopper(). 168 registers: three programs a multiprocessor."""
 
 
 def permute_keys(v: Tensor) -> Tensor:

@@ -216,11 +216,17 @@ def _sum_of_word(word):
 
 
 @gluon.jit
-def _step_words(at, to, S, quads, row0, row_stride, inverse, shift, MASKED: gl.constexpr):
-    """Quantizes 128 tokens; what their values sum to, ``[128, 32]``."""
+def _step(at, S, row0, row_stride, MASKED: gl.constexpr):
+    """128 tokens; beyond the end the last one."""
     row = row0 + gl.arange(0, STEP, layout=gl.SliceLayout(1, _READ))
-    safe = gl.minimum(row, S - 1).to(gl.int64) if MASKED else row.to(gl.int64)
-    x = gl.load(at + safe[:, None] * row_stride, eviction_policy="evict_first")
+    row = gl.minimum(row, S - 1).to(gl.int64) if MASKED else row.to(gl.int64)
+    return gl.load(at + row[:, None] * row_stride, eviction_policy="evict_first")
+
+
+@gluon.jit
+def _step_words(x, to, S, quads, row0, inverse, shift, MASKED: gl.constexpr):
+    """Quantizes and stores 128 tokens; what their values sum to, ``[128, 32]``."""
+    row = row0 + gl.arange(0, STEP, layout=gl.SliceLayout(1, _READ))
     word = _words_of(x, inverse, shift, row, S, MASKED)
     place = row0 // 4 + gl.arange(0, STEP // 4, layout=gl.SliceLayout(0, _WORDS))
     if MASKED:
@@ -235,27 +241,31 @@ def _value_item(
     v_ptr, q_ptr, sums_ptr, group_sums_ptr, counters_ptr, mean_ptr, scale_ptr, add_ptr, head, item, items, groups, S,
     quads, row_stride, head_stride, STEPS: gl.constexpr,
 ):  # fmt: skip
+    columns: gl.constexpr = gl.SliceLayout(0, _READ)
+    c = gl.arange(0, 128, layout=columns)
+    at = v_ptr + head * head_stride + c[None, :]
+    first = item * (STEPS * STEP)
+    x = _step(at, S, first, row_stride, True)  # under way while the head's ranges are waited for
     counters = counters_ptr + 1 + head * (2 * groups + 3)
     ready = gl.atomic_add(counters + 1, 0, sem="acquire", scope="gpu")
     while ready == 0:
         ready = gl.atomic_add(counters + 1, 0, sem="acquire", scope="gpu")
-    columns: gl.constexpr = gl.SliceLayout(0, _READ)
-    c = gl.arange(0, 128, layout=columns)
     scale = gl.load(scale_ptr + head * 128 + c, cache_modifier=".cg")
     inverse = gl.div_rn(gl.full_like(scale, 1.0), scale)
     shift = gl.load(mean_ptr + head * 128 + c, cache_modifier=".cg") * inverse
-    at = v_ptr + head * head_stride + c[None, :]
     channel = gl.arange(0, 128, layout=gl.SliceLayout(1, _WORDS))
     to = q_ptr + (head * 128 + channel).to(gl.int64)[:, None] * (quads * 4)
-    first = item * (STEPS * STEP)
-    total = gl.zeros([128, 32], gl.float32, layout=_WORDS)
     if first + STEPS * STEP <= S:
-        for i in gl.static_range(STEPS):
-            total += _step_words(at, to, S, quads, first + i * STEP, row_stride, inverse, shift, False)
+        total = _step_words(x, to, S, quads, first, inverse, shift, False)
+        for i in gl.static_range(1, STEPS):
+            x = _step(at, S, first + i * STEP, row_stride, False)
+            total += _step_words(x, to, S, quads, first + i * STEP, inverse, shift, False)
     else:
-        for i in range(STEPS):
+        total = _step_words(x, to, S, quads, first, inverse, shift, True)
+        for i in range(1, STEPS):
             if first + i * STEP < S:
-                total += _step_words(at, to, S, quads, first + i * STEP, row_stride, inverse, shift, True)
+                x = _step(at, S, first + i * STEP, row_stride, True)
+                total += _step_words(x, to, S, quads, first + i * STEP, inverse, shift, True)
     sums = sums_ptr + head * items * 128
     gl.store(sums + item * 128 + channel, gl.sum(total, 1))
     group = item // GROUP
@@ -278,9 +288,12 @@ def _value_item(
 def _values_kernel(
     v_ptr, q_ptr, stats_ptr, group_stats_ptr, sums_ptr, group_sums_ptr, counters_ptr, mean_ptr, scale_ptr, add_ptr,
     heads, items, groups, lead, S, quads, row_stride, head_stride,
-    STEPS: gl.constexpr,
+    STEPS: gl.constexpr, IN_ORDER: gl.constexpr,
 ):  # fmt: skip
-    ticket = gl.atomic_add(counters_ptr, 1, sem="relaxed", scope="gpu")
+    if IN_ORDER:
+        ticket = gl.program_id(0)
+    else:
+        ticket = gl.atomic_add(counters_ptr, 1, sem="relaxed", scope="gpu")
     # Ranges alone come first, then both kinds in turn, and what is left to quantize last.
     turn = ticket - lead
     ranges = (turn < 0) | ((turn & 1) == 0)
@@ -300,7 +313,9 @@ def _values_kernel(
 
 def quantize_v_hopper(v: Tensor, plan: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:
     """quantize_v() of a bf16 ``v``: ``plan`` has the steps of 128 tokens of an item, how many items more than a head's
-    the ranges are ahead, and how many registers a thread may have (0: what the compiler takes)."""
+    the ranges are ahead, and how many registers a thread may have (0: what the compiler takes). With ``in_order``, the
+    number of a program is taken for its item: right only where programs start in the order of their numbers, which CUDA
+    does not promise."""
     tokens, heads, width = v.shape
     items = -(-tokens // (plan["steps"] * 128))
     groups = -(-items // 16)
@@ -316,6 +331,7 @@ def quantize_v_hopper(v: Tensor, plan: dict[str, int]) -> tuple[Tensor, Tensor, 
     limits = {"maxnreg": plan["registers"]} if plan["registers"] else {}
     _values_kernel[grid](
         v, q.view(torch.int32), stats, group_stats, sums, group_sums, counters, mean, scale, add, heads, items,
-        groups, lead, tokens, padded // 16, v.stride(0), v.stride(1), STEPS=plan["steps"], num_warps=4, **limits,
+        groups, lead, tokens, padded // 16, v.stride(0), v.stride(1), STEPS=plan["steps"],
+        IN_ORDER=bool(plan.get("in_order")), num_warps=4, **limits,
     )  # fmt: skip
     return q, scale.view(heads, width), add.view(heads, width)
