@@ -9,6 +9,8 @@ sampled tokens (a channel with a large mean would eat the range of int8). q and 
 Hadamard transform over the 128 channels of a head, which leaves q k^T alone and spreads what sticks out. q gets a scale
 for each token, k one for 32 tokens, as the attention kernels take them.
 
+On Hopper, 8 bits have a form of their own (qk_hopper.py).
+
 Moves 4 S H 128 values of 2 bytes in and as many out (of 1 byte in 8 bits): 2.8 GB at 75,888 tokens and 48 heads.
 """
 
@@ -352,9 +354,11 @@ def launch(
         k_scale = torch.empty(heads, key_groups(tokens, key_group), device=qkv.device)
         mean = torch.empty(heads, HEAD_DIM, device=qkv.device)
         step, count = sampled_tokens(tokens)
+        few = "prefetch" not in plan  # tokens at a time; they come one after the other, and little else runs
         _k_mean_kernel[(heads,)](
-            qkv, mean, k_weight, cos, sin, step, count, qkv.stride(0), qkv.stride(1), eps, BLOCK=32, num_warps=4
-        )
+            qkv, mean, k_weight, cos, sin, step, count, qkv.stride(0), qkv.stride(1), eps, BLOCK=32 if few else 128,
+            num_warps=4 if few else 8,
+        )  # fmt: skip
     together = next(n for n in (plan["heads"], 6, 4, 3, 2, 1) if heads % n == 0)
     if "prefetch" in plan:
         from .qk_hopper import launch_hopper
