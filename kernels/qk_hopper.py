@@ -159,7 +159,7 @@ def _amax(x):
 
 @gluon.jit
 def _scale(amax):
-    return gl.maximum(amax * _NORM, 8.881784197001252e-16) * (1 / 127.49)
+    return gl.maximum(amax * _NORM, 8.881784197001252e-16) * (1 / 127)
 
 
 @gluon.jit
