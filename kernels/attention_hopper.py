@@ -610,8 +610,8 @@ SCHEDULES = {
     "bf16": Schedule(3, 64, 4, 160, refresh=32),
     "int8-exact": Schedule(2, 128, 2, 240, in_turn=True),
     "int8": Schedule(2, 128, 3, 240, in_turn=True, refresh=64),
-    "int8-fp8-exact": Schedule(3, 128, 3, 160, fold=4),
-    "int8-fp8": Schedule(3, 128, 3, 160, refresh=16, fold=4),
+    "int8-fp8-exact": Schedule(3, 128, 2, 160, fold=8),
+    "int8-fp8": Schedule(3, 128, 2, 160, refresh=16, fold=8),
 }
 
 _TYPES = {

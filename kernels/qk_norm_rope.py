@@ -58,16 +58,16 @@ def plan_for(quantize: bool, capability: int, tokens: int) -> dict[str, int]:
     return {"heads": 1, "stages": 1, "warps": 8}
 
 
-HOPPER = {"heads": 24, "prefetch": 2, "shared": 1, "registers": 168}
+HOPPER = {"heads": 24, "prefetch": 2, "shared": 0, "registers": 168}
 """How the form for Hopper takes int8: see launch_hopper()."""
 
 
 def hopper_plan(qkv: Tensor, tokens: int) -> dict[str, int] | None:
     """The plan of int8's form for Hopper (qk_hopper.py); None where it cannot take this product."""
     aligned = qkv.data_ptr() % 16 == 0 and qkv.stride(0) % 8 == 0 and qkv.stride(1) % 8 == 0
-    if qkv.dtype != torch.bfloat16 or not aligned or hopper_missing(qkv.device, ".qk_hopper"):
+    if tokens < 16_384 or qkv.dtype != torch.bfloat16 or not aligned or hopper_missing(qkv.device, ".qk_hopper"):
         return None
-    return HOPPER | ({} if tokens >= 16_384 else {"heads": 6})
+    return HOPPER
 
 
 def qk_norm_rope_reference(

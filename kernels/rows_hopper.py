@@ -343,7 +343,7 @@ PLANS = {
     # groups of 256 in a row, GELU: warps a row, programs on a multiprocessor (0: one a row), whether the next row is
     # read ahead, a limit on registers.
     (24, False): {"num_warps": 4, "programs": 3, "AHEAD": True, "maxnreg": 168},
-    (96, True): {"num_warps": 8, "programs": 2, "AHEAD": True, "maxnreg": 128},
+    (96, True): {"num_warps": 16, "programs": 1, "AHEAD": True, "maxnreg": 128},
 }
 
 

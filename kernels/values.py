@@ -37,7 +37,7 @@ CHUNK = 2048
 """Tokens of one of its programs."""
 RANGE = 1024
 """Tokens of one program of the first pass."""
-HOPPER = {"steps": 2, "lead": 96, "registers": 168}
+HOPPER = {"steps": 2, "lead": 192, "registers": 168}
 """How the form for Hopper takes V: see quantize_v_hopper(). 168 registers: three programs a multiprocessor."""
 
 
@@ -170,7 +170,7 @@ def quantize_v(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def hopper_plan(v: Tensor) -> dict[str, int] | None:
     """The plan of the form for Hopper; None where it cannot take this V."""
     aligned = v.data_ptr() % 16 == 0 and v.stride(0) % 8 == 0 and v.stride(1) % 8 == 0
-    if v.dtype != torch.bfloat16 or not aligned or hopper_missing(v.device, ".values_hopper"):
+    if len(v) >= 16_384 or v.dtype != torch.bfloat16 or not aligned or hopper_missing(v.device, ".values_hopper"):
         return None
     return HOPPER
 
