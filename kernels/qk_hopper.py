@@ -170,26 +170,11 @@ def _round_int8(x, factor):
     )  # fmt: skip
 
 
-@gluon.jit
-def _own(x):
-    """``[64, 64]`` as ``[4, 128, 8]``: 16 bytes for each thread that holds them, threads side by side, so that shared
-    memory is read without bank conflicts."""
-    x = gl.permute(gl.reshape(x, [4, 2, 8, 2, 4, 8]), (1, 3, 0, 2, 4, 5))
-    return gl.reshape(x, [4, 128, 8])
-
-
-@gluon.jit
-def _own_pairs(table, layout: gl.constexpr):
-    """The way back from :func:`_own`, out of shared memory."""
-    x = gl.permute(gl.reshape(table.load(layout), [2, 2, 4, 8, 4, 8]), (2, 0, 3, 1, 4, 5))
-    return gl.convert_layout(gl.reshape(x, [64, 64]), _PAIRS, assert_trivial=True)
-
-
 @gluon.jit(do_not_specialize=["S"])
 def _qk_hopper_kernel(
     qkv_ptr, q_ptr, k_ptr, q_scale_ptr, k_scale_ptr, k_mean_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
     h_ptr, S, row_stride, head_stride, out_row, out_head, eps,
-    HEADS: gl.constexpr, KEYS: gl.constexpr, PREFETCH: gl.constexpr, SHARED: gl.constexpr,
+    HEADS: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
     """64 tokens of HEADS heads, one after the other; the tables and H are loaded once."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
@@ -202,12 +187,6 @@ def _qk_hopper_kernel(
     table = row.to(gl.int64)[:, None] * 128 + first[None, :]
     c = gl.load(cos_ptr + table, mask=mask, other=0.0).to(gl.float16)
     s = gl.load(sin_ptr + table, mask=mask, other=0.0).to(gl.float16)
-    own = _own(c)
-    own_layout: gl.constexpr = own.type.layout
-    if SHARED:
-        flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-        cos = gl.allocate_shared_memory(gl.float16, [4, 128, 8], flat, own)
-        sin = gl.allocate_shared_memory(gl.float16, [4, 128, 8], flat, _own(s))
     q_first, q_second = _kept(q_weight_ptr, first), _kept(q_weight_ptr, second)
     k_first, k_second = _kept(k_weight_ptr, first), _kept(k_weight_ptr, second)
     at = qkv_ptr + row.to(gl.int64)[:, None] * row_stride
@@ -229,27 +208,19 @@ def _qk_hopper_kernel(
     for i in range(HEADS):
         head = head0 + i
         here = at + head * head_stride
-        if PREFETCH > 0:
-            u, v = _loaded(here + 128, mask, first[None, :], second[None, :])
+        u, v = _loaded(here + 128, mask, first[None, :], second[None, :])
         x, y = _normed(x, y, q_first.load(columns), q_second.load(columns), eps)
-        if SHARED:
-            c, s = _own_pairs(cos, own_layout), _own_pairs(sin, own_layout)
         q = _turned(_less(x, c, _product(y, s)), _fma(y, c, _product(x, s)), h_first, h_second, mma)
         scale = _scale(_amax(q))
         gl.store(q_scale_ptr + head * S + to_row, scale, mask=to_mask)
         gl.store(q_ptr + (to + head * out_head), _round_int8(q, (_NORM / scale)), mask=to_mask[:, None])
 
-        if PREFETCH == 0:
-            u, v = _loaded(here + 128, mask, first[None, :], second[None, :])
-        if PREFETCH == 2:
-            # The last turn loads its own q again.
-            x, y = _loaded(at + (head0 + gl.minimum(i + 1, HEADS - 1)) * head_stride, mask, first[None, :],
-                           second[None, :])  # fmt: skip
+        # The last turn loads its own q again.
+        after = at + (head0 + gl.minimum(i + 1, HEADS - 1)) * head_stride
+        x, y = _loaded(after, mask, first[None, :], second[None, :])
         u, v = _normed(u, v, k_first.load(columns), k_second.load(columns), eps)
         u, mean_first = gl.broadcast(u, gl.load(k_mean_ptr + head * 128 + first).to(gl.float16)[None, :])
         v, mean_second = gl.broadcast(v, gl.load(k_mean_ptr + head * 128 + second).to(gl.float16)[None, :])
-        if SHARED:
-            c, s = _own_pairs(cos, own_layout), _own_pairs(sin, own_layout)
         u, v = _less(u, c, _fma(v, s, mean_first)), _fma(v, c, _less(u, s, mean_second))
         k = _turned(u, v, h_first, h_second, mma)
         groups: gl.constexpr = 64 // KEYS
@@ -261,9 +232,6 @@ def _qk_hopper_kernel(
         factor = (_NORM / scale)[:, None] + gl.zeros([groups, KEYS], gl.float32, layout=grouped)
         factor = gl.convert_layout(gl.reshape(factor, [64]), gl.SliceLayout(1, _OUT))
         gl.store(k_ptr + (to + head * out_head), _round_int8(k, factor), mask=to_mask[:, None])
-        if PREFETCH != 2:
-            x, y = _loaded(at + (head0 + gl.minimum(i + 1, HEADS - 1)) * head_stride, mask, first[None, :],
-                           second[None, :])  # fmt: skip
 
 
 @functools.cache
@@ -284,13 +252,12 @@ def launch_hopper(
     qkv: Tensor, q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor, mean: Tensor, q_weight: Tensor,
     k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, key_group: int, heads: int, plan: dict[str, int],
 ) -> None:  # fmt: skip
-    """Fills int8 q and k and their scales, for bf16 ``qkv``. ``plan`` says which loads are made ahead (0: none, 1: k's,
-    2: also the next q's), whether cos and sin stay in shared memory, and how many registers a thread may have (0: what
-    the compiler takes)."""
+    """Fills int8 q and k and their scales, for bf16 ``qkv``. ``plan`` says how many registers a thread may have, 0 for
+    what the compiler takes."""
     blocks = k_scale.shape[1] // (BLOCK // key_group)
     limits = {"maxnreg": plan["registers"]} if plan["registers"] else {}
     _qk_hopper_kernel[(qkv.shape[1] // heads, blocks)](
         qkv, q, k, q_scale, k_scale, mean, q_weight, k_weight, cos, sin, walsh(qkv.device), len(qkv), qkv.stride(0),
-        qkv.stride(1), q.stride(0), q.stride(1), eps, HEADS=heads, KEYS=key_group, PREFETCH=plan["prefetch"],
-        SHARED=bool(plan["shared"]), num_warps=4, **limits,
+        qkv.stride(1), q.stride(0), q.stride(1), eps, HEADS=heads, KEYS=key_group, num_warps=4,
+        **limits,
     )  # fmt: skip

@@ -58,8 +58,8 @@ def plan_for(quantize: bool, capability: int, tokens: int) -> dict[str, int]:
     return {"heads": 1, "stages": 1, "warps": 8}
 
 
-HOPPER = {"heads": 24, "prefetch": 2, "shared": 0, "registers": 168}
-"""How the form for Hopper takes int8: see launch_hopper()."""
+HOPPER = {"heads": 24, "registers": 168}
+"""How the form for Hopper takes int8, the fastest of six on an H200: see launch_hopper()."""
 
 
 def hopper_plan(qkv: Tensor, tokens: int) -> dict[str, int] | None:
@@ -354,22 +354,21 @@ def launch(
         k_scale = torch.empty(heads, key_groups(tokens, key_group), device=qkv.device)
         mean = torch.empty(heads, HEAD_DIM, device=qkv.device)
         step, count = sampled_tokens(tokens)
-        few = "prefetch" not in plan  # tokens at a time; they come one after the other, and little else runs
+        few = "registers" not in plan  # tokens at a time; they come one after the other, and little else runs
         _k_mean_kernel[(heads,)](
             qkv, mean, k_weight, cos, sin, step, count, qkv.stride(0), qkv.stride(1), eps, BLOCK=32 if few else 128,
             num_warps=4 if few else 8,
         )  # fmt: skip
     together = next(n for n in (plan["heads"], 6, 4, 3, 2, 1) if heads % n == 0)
-    if "prefetch" in plan:
+    if "registers" in plan:
         from .qk_hopper import launch_hopper
 
         launch_hopper(qkv, q, k, q_scale, k_scale, mean, q_weight, k_weight, cos, sin, eps, key_group, together, plan)
         return q, k, q_scale, k_scale
-    block = plan.get("tokens", TOKENS)
-    _qk_norm_rope_kernel[(heads // together, blocks * TOKENS // block)](
+    _qk_norm_rope_kernel[(heads // together, blocks)](
         qkv, q, k, q_scale, k_scale, mean, q_weight, k_weight, cos, sin, _walsh(qkv.device) if quantize else None,
         tokens, qkv.stride(0), qkv.stride(1), q.stride(0), q.stride(1), eps, HEADS=together, QUANTIZE=quantize,
-        KEYS=key_group, BLOCK=block, STAGES=plan["stages"], num_warps=plan["warps"],
+        KEYS=key_group, BLOCK=TOKENS, STAGES=plan["stages"], num_warps=plan["warps"],
     )  # fmt: skip
     return q, k, q_scale, k_scale
 

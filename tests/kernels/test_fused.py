@@ -141,7 +141,7 @@ COMPILED: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]] = 
     "qk int8": (("_k_mean_kernel", ROPE), (80, 89, 90, 120), CARDS),
     "qk mean": (("_k_mean_kernel",), (86, 100), ()),  # where the one above does not bring it
     "heads": (("_norm_heads_kernel",), CARDS, CARDS),
-    "v": (("_ranges_kernel", "_quantize_v_kernel"), HAVE_E4M3, HAVE_E4M3),
+    "v": (("_ranges_kernel", "_scales_kernel", "_quantize_v_kernel", "_added_kernel"), HAVE_E4M3, HAVE_E4M3),
 }
 """By variant: its kernels, and the cards that it is compiled for, in every run and with --all. Every run compiles each
 kernel for each card, and variants that take long for sm_90, where registers are limited, and one or two others."""
@@ -190,7 +190,8 @@ runs = {
 }
 kernels = [(adaln, "_row_kernel"), (adaln, "_gate_residual_kernel"), (quantize, "_quantize_rows_kernel"),
            (rows_hopper, "_rows_kernel"), (qk_norm_rope, "_qk_norm_rope_kernel"), (qk_norm_rope, "_k_mean_kernel"),
-           (qk_norm_rope, "_norm_heads_kernel"), (values, "_ranges_kernel"), (values, "_quantize_v_kernel")]
+           (qk_norm_rope, "_norm_heads_kernel"), (values, "_ranges_kernel"), (values, "_quantize_v_kernel"),
+           (values, "_scales_kernel"), (values, "_added_kernel")]
 for name, only, arch in json.loads(sys.argv[1]):
     compile_for(arch, kernels, runs[name], only)
 """
@@ -212,7 +213,7 @@ def test_compiles_for_every_card(cards: tuple[int, ...], tmp_path: Path, request
         assert int(shared) <= (227 if arch == "90" else 99) * 1024, line
         seen.append((name, int(arch)))
     assert seen == [(name, arch) for _, only, arch in jobs for name in only]
-    assert len(set(seen)) == 6 * len(cards) + 2 * sum(arch >= 89 for arch in cards) + (90 in cards)
+    assert len(set(seen)) == 6 * len(cards) + 4 * sum(arch >= 89 for arch in cards) + (90 in cards)
 
 
 # --- the references are the network's own numbers -----------------------------------------------------------------
