@@ -182,6 +182,35 @@ def test_a_stale_maximum_is_never_wrong(name: str, kind: str) -> None:
     assert float((stale.double() - every.double()).norm() / every.double().norm()) < limit
 
 
+@gpu
+@on_hopper
+@pytest.mark.parametrize("name", ["bf16", "int8"])
+@pytest.mark.parametrize("later", [False, True])
+def test_sums_near_the_end_of_fp32_are_noticed(name: str, later: bool) -> None:
+    """P of 2^127 is a number, its product with V is none; and a larger logit in a tile of the maximum hides the sum."""
+    k = torch.zeros(9000, 1, 128, device="cuda")
+    q = torch.zeros(192, 1, 128, device="cuda")
+    v = torch.randn(9000, 1, 128, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    logits = torch.linspace(118, 131, 192, device="cuda") * math.log(2) * math.sqrt(128)  # powers of two, by query
+    q[:, 0, 0] = logits / 16
+    k[1500, 0, 0], v[1500] = 16, 6.0  # between two looks for a maximum
+    if later:  # where one is: the 128th tile of 64 keys, the 64th of 128, with the last of all before the first
+        k[8064:8192, 0, 0], v[8064:8192] = 16.5, -1.0
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    if name == "int8":  # as the rotation leaves them: the product is of the first channel alone
+        q8, k8 = q.new_zeros(q.shape, dtype=torch.int8), k.new_zeros(k.shape, dtype=torch.int8)
+        q8[..., 0], k8[..., 0] = 127, (k[..., 0].float() * (127 / 16.5)).round().to(torch.int8)
+        scales = torch.full((1, 71 * 4), 16.5 / 127, device="cuda")
+        more = {"q_scale": (q[:, :, 0].float() / 127).t().contiguous(), "k_scale": scales}
+        out = hopper.attention_hopper(q8, k8, v, schedule=name, **more)
+        k = (k8.double() * (16.5 / 127)).to(torch.float64)
+    else:
+        out = hopper.attention_hopper(q, k, v, schedule=name)
+    truth = exact(q, k, v)
+    assert bool(torch.isfinite(out).all())
+    assert float((out.double() - truth).norm() / truth.norm()) < 1e-2
+
+
 def local_means(keys: int) -> tuple[Tensor, Tensor, Tensor]:
     """Two heads of values whose mean comes and goes along the keys, and 192 queries from all over."""
     inputs = make_inputs("local means", keys, 2, torch.device("cuda"))
