@@ -73,11 +73,11 @@ def clocks_of(environment: Mapping[str, Any], running: Mapping[str, Any] | None)
 
 
 def shown(command: Sequence[str] | str | None = None) -> str:
-    """A command as one would type it; a program without the folder it lies in."""
+    """A command as one would type it; programs and files without the folder they lie in, which is the machine's own."""
     if isinstance(command, str):
         return command
     program, *rest = command or sys.argv
-    return shlex.join([Path(program).name, *rest])
+    return shlex.join([Path(program).name, *map(_without_folder, rest)])
 
 
 def _card(device: torch.device) -> dict[str, Any]:

@@ -45,20 +45,18 @@ class Card:
         linears = 28 * TOKENS * width**2 / (block / 2 - self.attention[beside])
         blocks = Rates(4 * TOKENS**2 * width / self.attention[attention], linears, self.bus, self.disk)
         source = f"those of an {self.name}, measured at commit {self.commit}"
-        if attention == "int8-fp8":
-            source += " (before its products were summed in fp32, which takes longer)"
         return Rated(blocks, 17 * 544 * 992 / self.decode, source, "that machine's")
 
 
 H200 = Card(
-    "NVIDIA H200", "3f05888",
-    blocks={"bf16": ("bf16", 0.6365), "int8": ("int8", 0.4615), "fp8": ("int8", 0.4718)},
-    official=0.8072,
-    attention={OFFICIAL: 0.251025, "bf16": 0.192711, "int8": 0.167059, "int8-fp8": 0.139006},
-    decode=0.8898, bus=55.5e9, disk=2.06e9,
+    "NVIDIA H200", "098cb66",
+    blocks={"bf16": ("bf16", 0.6309), "int8": ("int8", 0.456), "fp8": ("int8", 0.4723)},
+    official=0.8027,
+    attention={OFFICIAL: 0.251602, "bf16": 0.190149, "int8": 0.167327, "int8-fp8": 0.15082},
+    decode=0.9076, bus=55.5e9, disk=2.06e9,
 )  # fmt: skip
-"""Blocks: block-h200.jsonl; attention: kernels-h200-passes.md (the official one: torch's); decoding: vae-h200.jsonl;
-bus and disk: the README's table of loading."""
+"""Blocks: block-h200.jsonl; attention: kernels-h200.md (the official one: torch's); decoding: vae-h200.jsonl; bus and
+disk: the README's table of loading."""
 CARDS = {"h200": H200}
 
 

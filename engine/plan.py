@@ -36,15 +36,14 @@ PROGRAM = 1_700 << 20
 """Of host memory, what a process takes on a card before it holds any weights: libraries, the driver's part, buffers.
 On the machine of an H200 1.6 to 1.7 GB."""
 PLACES = {
-    (None, 1): 1.0, (4, 1): 1.05, (8, 8): 3.1, (8, 16): 3.15, (4, 8): 3.15, (4, 16): 3.2, (2, 8): 3.35, (2, 16): 3.45,
-    (1, 16): 5.1,
+    (None, 1): 1.0, (4, 1): 0.92, (8, 8): 0.94, (8, 16): 0.96, (4, 8): 0.99, (4, 16): 1.02, (2, 8): 1.16, (2, 16): 1.49,
 }  # fmt: skip
-"""Ways to decode, from the fastest to the smallest: frames of the widest levels at a time (None: a whole chunk) and
-strips of each; and how many times as long they take, timed on an H200 (a whole chunk of 17 frames at 544x992: 0.89 s),
-but for (8, 16) and (2, 16), which lie between their neighbours."""
-UNTIMED = ((2, 1), (1, 1), (4, 4), (2, 4), (2, 2))
-"""Ways for little host memory, which strips need (4.4 to 4.6 GB at 544x992 for those above, 2.2 GB for 2 of them):
-taken where no other fits. How long they take was not measured."""
+"""Ways to decode: as the official code does, then from the fastest to the smallest: frames of the widest levels at a
+time (None: a whole chunk) and strips of each; and how many times as long they take, timed on an H200 (a whole chunk of
+17 frames at 544x992: 0.91 s)."""
+UNTIMED = ((1, 16), (2, 1), (1, 1), (4, 4), (2, 4), (2, 2))
+"""Ways for very little memory of the card, or of the host, which strips need (4.4 to 4.6 GB at 544x992 for those above,
+2.2 GB for 2 of them): taken where no other fits. How long they take was not measured."""
 FRAME_BYTES = 3800
 """A pixel, of the encoder's tensors at their peak, counted at 544x992: 950 numbers, in fp32 also where weights are
 bf16 (models/vae.py, _rounds_once)."""
@@ -271,11 +270,10 @@ def first_frame_bytes(sizes: Sizes, settings: GenerationSettings) -> int:
 def choose_decoding(
     config: VAEConfig, height: int, width: int, room: int, itemsize: int, host: int | None = None
 ) -> tuple[Decoding, int]:
-    """The fastest way to decode in so many bytes beside the weights, and of host memory (None: any), or else the
-    smallest that the host has the memory for; and what it takes on the card."""
-    places = [p for p in PLACES if host is None or host_bytes(config, height, width, p[1], itemsize) <= host]
-    if host is not None:
-        places += [p for p in UNTIMED if host_bytes(config, height, width, p[1], itemsize) <= host]
+    """Whole chunks where there is room, or the fastest way to decode in so many bytes beside the weights, and of host
+    memory (None: any), or else the smallest that the host has the memory for; and what it takes on the card."""
+    every = (*PLACES, *UNTIMED)
+    places = [p for p in every if host is None or host_bytes(config, height, width, p[1], itemsize) <= host]
     counted = [(place, decode_bytes(config, height, width, *place, itemsize)) for place in places]
     fitting = [(place, needed) for place, needed in counted if needed <= room]
     return fitting[0] if fitting else min(counted, key=lambda one: one[1])

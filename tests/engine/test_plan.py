@@ -132,11 +132,11 @@ def test_stored_rates_are_those_of_the_results() -> None:
     assert {line["tokens"] for line in found} == {cards.TOKENS}
     decode = [line for line in lines("vae-h200.jsonl") if "at_once" not in line and line["commit"] == card.commit]
     assert [line["seconds"] for line in decode] == [card.decode]
-    table = (RESULTS / "kernels-h200-passes.md").read_text()
+    table = (RESULTS / "kernels-h200.md").read_text()
     assert f"commit {card.commit}" in table
     for kind, seconds in card.attention.items():
         variant = "bf16, sdpa + passes" if kind == "official" else f"{kind}, hopper + passes"
-        assert f"| {variant} | {seconds * 1e3:.3f} |" in table
+        assert f" {variant} | {seconds * 1e3:.3f} |" in table
     readme = (RESULTS.parents[1] / "README.md").read_text()
     assert f"pinned copies: {card.bus / 1e9} GB/s" in readme and f"the disk: {card.disk / 1e9} GB/s" in readme
 
@@ -154,7 +154,7 @@ def test_plans_agree_with_runs(n: int) -> None:
     assert plan.stage("denoise").host == pytest.approx(took["denoise"]["host_peak_bytes"], rel=0.1, abs=0.55 * GB)
     assert plan.step_seconds == pytest.approx(line["step_seconds"][1], rel=0.15)
     if "decode and write" in took:
-        assert plan.stage("decode and write").seconds == pytest.approx(took["decode and write"]["seconds"], rel=0.05)
+        assert plan.stage("decode and write").seconds == pytest.approx(took["decode and write"]["seconds"], rel=0.15)
 
 
 def test_what_was_not_measured_has_no_time() -> None:
@@ -172,7 +172,7 @@ def test_the_table_of_a_plan() -> None:
     plan = asked("fp8", timed=True).plan(24 * GB)
     said = str(plan)
     assert "whole run" in said and "blocks stay on the card" in said and f"{plan.host / 1e9:.1f} GB" in said
-    assert "of the host 1.8 GB of the program itself" in said and "commit 3f05888" in said
+    assert "of the host 1.8 GB of the program itself" in said and f"commit {cards.H200.commit}" in said
     assert "of the disk 2.06 GB/s (that machine's)" in said
     assert len({len(line) for line in said.splitlines()[2:8]}) == 1  # columns end at one place
     line = plan_line(plan, True)
