@@ -1,5 +1,6 @@
 """Tables of README.md made of recorded lines (benchmarks/results/*.jsonl, a measurement each): a block of the
-DiT, and decoding. Of what was measured several times, the last line counts; each row names its commit."""
+DiT, attention, decoding, and whole runs within budgets of memory. Of what was measured several times, the last line
+counts; each row names its commit."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from typing import Any
 from solostep.engine.errors import UsageError
 
 RESULTS = Path("benchmarks/results")
-BLOCK, DECODING = RESULTS / "block-h200.jsonl", RESULTS / "vae-h200.jsonl"
+BLOCK, DECODING, WHOLE = (RESULTS / f"{name}-h200.jsonl" for name in ("block", "vae", "whole"))
+KERNELS = (RESULTS / "kernels-h200.jsonl", RESULTS / "kernels-h200-5007.jsonl")
 
 
 def block_table(root: Path) -> list[str]:
@@ -49,6 +51,60 @@ def decoding_table(root: Path) -> list[str]:
         ])  # fmt: skip
     heads = ["how", "seconds", "memory beside the weights", "error against the whole chunk, relative L2", "commit"]
     return _table(heads, rows)
+
+
+def attention_table(root: Path) -> list[str]:
+    """Self-attention with the passes before it, at the lengths that were measured; and errors by kind of data."""
+    rows: dict[str, list[str]] = {}
+    errors: dict[str, dict[str, Any]] = {}
+    lengths, commits = [], []
+    for name in KERNELS:
+        lines = list(_lines(root, name))
+        found = {line["variant"]: line for line in lines if line.get("operator") == "attention"}
+        errors |= {f"{line['errors']}, {line['backend']}": line for line in lines if "errors" in line}
+        for variant, line in found.items():
+            if not variant.endswith(" + passes"):
+                continue
+            plain = variant.removesuffix(" + passes")
+            rows.setdefault(plain, [""] * (2 * len(lengths))).extend([f"{line['ms']:.2f} ms", f"{line['ratio']:.2f}x"])
+        lengths.append(f"{int(found['bf16, cudnn']['shape'].split(' x ')[0]):,} tokens")
+        commits.append(found["bf16, cudnn"]["commit"])
+    heads = ["mode, back end", *(text for length in lengths for text in (length, "against cuDNN")),
+             "error: N(0,1) / outliers / clusters"]  # fmt: skip
+    made = []
+    for plain, cells in rows.items():
+        of = errors.get(plain, {})
+        shown = " / ".join(f"{100 * of[kind]:.1f}" for kind in ("normal", "qknorm", "peaky") if kind in of)
+        made.append([plain, *cells, *[""] * (2 * len(lengths) - len(cells)), f"{shown} %" if shown else ""])
+    return [*_table(heads, made), "", f"Commit {', '.join(dict.fromkeys(commits))}; cuDNN without passes is 1.00x."]
+
+
+def memory_table(root: Path) -> list[str]:
+    """Whole runs under a hard cap: what the plan said and what was taken."""
+    latest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for line in _lines(root, WHOLE):
+        frames = line["settings"]["num_frames"]
+        latest[line["precision"], frames, line["host_ram"] == "8GB", line["vram"]] = line
+    rows = []
+    for (precision, frames, _, vram), line in sorted(
+        latest.items(), key=lambda entry: (entry[0][0] != "fp8", -entry[0][1], -_gigabytes(entry[0][3]), entry[0][2])
+    ):
+        plan, took = line["plan"], next(stage for stage in line["stages"] if stage["stage"] == "denoise")
+        files = plan["blocks_from_disk"]
+        rows.append([
+            f"{vram[:-2]} GB" + (f", {files} blocks from files at every step" if files else ""),
+            precision, str(frames), str(plan["resident_blocks"]), f"{line['step_seconds'][-1]:.2f} s",
+            f"{plan['step_seconds']:.2f} s", f"{line['driver_peak_bytes'] / 1e9:.1f} GB",
+            f"{plan['device_bytes'] / 1e9:.1f} / {took['gpu_peak_bytes'] / 1e9:.1f} GB",
+            f"{took['host_peak_bytes'] / 1e9:.1f} GB", line["commit"].rstrip("+"),
+        ])  # fmt: skip
+    heads = ["`--vram`", "DiT", "frames", "blocks that stay, of 48", "the second step", "planned",
+             "card, driver's count", "torch, denoising: planned / taken", "host", "commit"]  # fmt: skip
+    return _table(heads, rows)
+
+
+def _gigabytes(size: str) -> float:
+    return float(size.removesuffix("GB"))
 
 
 def _lines(root: Path, name: Path) -> Iterator[dict[str, Any]]:

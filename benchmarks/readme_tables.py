@@ -4,7 +4,8 @@
     python -m solostep.benchmarks.readme_tables --check    # exit code 1 where one is not
 
 A region is what stands between `<!-- table: NAME -->` and `<!-- /table -->`; NAME is one of `modes` (the full size on
-one card), `budgets` (the same, in memory budgets), `drift` (the demo model), `block` and `decoding` (readme_lines.py).
+one card), `budgets` (the same, in memory budgets), `drift` (the demo model), and those of readme_lines.py: `block`,
+`attention`, `decoding`, `memory`.
 What was not measured is a dash.
 """
 
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from solostep.benchmarks.readme_lines import block_table, decoding_table
+from solostep.benchmarks.readme_lines import attention_table, block_table, decoding_table, memory_table
 from solostep.benchmarks.report_data import Group, Row, make_groups, model_name, row_of
 from solostep.benchmarks.report_markdown import table
 from solostep.benchmarks.report_measures import MISSING, cell_text, end_to_end, gigabytes, number
@@ -161,7 +162,7 @@ def budgets_table(root: Path) -> list[str]:
 
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     "modes": modes_table, "drift": drift_table, "budgets": budgets_table, "block": block_table,
-    "decoding": decoding_table,
+    "decoding": decoding_table, "attention": attention_table, "memory": memory_table,
 }  # fmt: skip
 
 

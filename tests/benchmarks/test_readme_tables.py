@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 
-from solostep.benchmarks.readme_lines import BLOCK, DECODING, block_table, decoding_table
+from solostep.benchmarks.readme_lines import (
+    BLOCK,
+    DECODING,
+    KERNELS,
+    WHOLE,
+    attention_table,
+    block_table,
+    decoding_table,
+    memory_table,
+)
 from solostep.benchmarks.readme_tables import ROOT, TABLES, main, stale, updated
 from solostep.engine.errors import UsageError
 
@@ -28,7 +37,9 @@ def test_the_readme_is_up_to_date():
     """Run `python -m solostep.benchmarks.readme_tables` where this fails."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.count("<!-- table: ") >= 2 and stale(readme, ROOT) == []
-    assert stale(readme.replace("| 0.8", "| 0.9"), ROOT) == ["decoding", "block"]
+    assert stale(readme.replace(" GiB |", " GB |"), ROOT) == ["decoding", "block"]
+    assert stale(readme.replace("| int8, hopper | 1", "| int8, hopper | 2"), ROOT) == ["attention"]
+    assert stale(readme.replace("| 12 GB | fp8 | 204 | 1 ", "| 12 GB | fp8 | 204 | 2 "), ROOT) == ["memory"]
 
 
 @pytest.fixture
@@ -37,7 +48,7 @@ def root(tmp_path: Path) -> Path:
     results = tmp_path / "benchmarks" / "results"
     made.full_size_set(results / "h200")
     made.demo_set(results / "demo" / "some-card", frames=False)
-    for name in (BLOCK, DECODING):
+    for name in (BLOCK, DECODING, WHOLE, *KERNELS):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "README.md").write_text(README, encoding="utf-8")
     return tmp_path
@@ -122,3 +133,21 @@ def test_the_last_line_of_a_measurement_counts(tmp_path: Path):
     assert block_table(tmp_path)[3:] == ["| int8 / int8 | 0.500 | 2.00x | 4.0 GiB | 3.0 % | b |"]
     with pytest.raises(UsageError, match="vae-h200.jsonl holds no measurement"):
         decoding_table(tmp_path)
+
+
+def test_attention_and_memory_are_told_by_length_and_by_budget(root: Path):
+    """What a run lacks leaves its columns empty; a budget of host memory is a row of its own."""
+    few = [line for line in (root / KERNELS[1]).read_text().splitlines() if "int8, hopper + passes" not in line]
+    (root / KERNELS[1]).write_text("\n".join(few) + "\n")
+    table = attention_table(root)
+    assert "75,888 tokens" in table[0] and "5,007 tokens" in table[0] and table[-1].startswith("Commit ")
+    (row,) = [line for line in table if line.startswith("| int8, hopper |")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1].endswith(" ms") and cells[2].endswith("x") and cells[3:5] == ["", ""]
+    assert len(cells[5].split(" / ")) == 3 and cells[5].endswith(" %")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in memory_table(root)[2:]]
+    assert [row[0] for row in rows if row[0].startswith("12 GB")] == [
+        "12 GB", "12 GB, 35 blocks from files at every step", "12 GB",
+    ]  # fmt: skip
+    assert {row[1] for row in rows} == {"fp8", "bf16"} and rows[-1][1] == "bf16"
+    assert all(float(row[4].removesuffix(" s")) > 2 and " / " in row[7] for row in rows)
