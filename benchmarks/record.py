@@ -74,9 +74,10 @@ def speed_job(
 
 
 def vae_jobs() -> Iterator[Job]:
-    for frames, strips in ((0, 0), (4, 1), (8, 8), (8, 16), (4, 8), (4, 16), (2, 8), (2, 16), (1, 16)):
+    ways = ((0, 0), (4, 1), (8, 8), (8, 16), (4, 8), (4, 16), (2, 8), (2, 16), (1, 16), (2, 1), (1, 1), (4, 4), (2, 4))
+    for frames, strips in ways:
         options = ("--at-once", str(frames), "--strips", str(strips)) if frames else ()
-        yield Job(f"vae-{frames}-{strips}", (*WIDTH, "vae", *options, "-o", "{out}/vae-h200.jsonl"), 25)
+        yield Job(f"vae-{frames}-{strips}", (*WIDTH, "vae", *options, "-o", "{out}/vae-h200.jsonl"), 22)
 
 
 def kernels_job(tokens: int, seconds: float) -> Job:
