@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .cards import hopper_missing
-from .quantize import _has_kernel, hadamard
+from .quantize import _has_kernel, _low_byte, hadamard
 
 try:
     import triton
@@ -169,11 +169,6 @@ if triton is not None:
         return tl.div_rn(tl.maximum(amax * 0.08838834764831845, 8.881784197001252e-16), 127.0)
 
     @triton.jit
-    def _round_int8(x):
-        # 1.5 x 2^23: the sum's low bits are the integer, rounded half to even. |x| <= 127 (1 + 2^-22): no clamp.
-        return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
-
-    @triton.jit
     def _qk_norm_rope_kernel(
         qkv_ptr, q_ptr, k_ptr, q_scale_ptr, k_scale_ptr, k_mean_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
         h_ptr, S, row_stride, head_stride, out_row, out_head, eps,
@@ -206,7 +201,7 @@ if triton is not None:
                 q = _turned(x, y, h_first, h_second)
                 scale = _scale(tl.max(tl.abs(q), 1))
                 tl.store(q_scale_ptr + head * S + rows, scale, mask=rows < S)
-                q = _round_int8(q * tl.div_rn(0.08838834764831845, scale)[:, None])
+                q = _low_byte(q * tl.div_rn(0.08838834764831845, scale)[:, None])
                 tl.store(q_ptr + to + head * out_head + c[None, :], q, mask=mask)
             else:
                 tl.store(q_ptr + to + head * out_head + first[None, :], x.to(q_ptr.dtype.element_ty), mask=mask)
@@ -225,7 +220,7 @@ if triton is not None:
                 tl.store(k_scale_ptr + at_scale + tl.arange(0, groups), scale)
                 inverse = tl.div_rn(0.08838834764831845, scale)[:, None]
                 factor = tl.reshape(tl.broadcast_to(inverse, [groups, KEYS]), [BLOCK])
-                tl.store(k_ptr + to + head * out_head + c[None, :], _round_int8(k * factor[:, None]), mask=mask)
+                tl.store(k_ptr + to + head * out_head + c[None, :], _low_byte(k * factor[:, None]), mask=mask)
             else:
                 tl.store(k_ptr + to + head * out_head + first[None, :], x.to(k_ptr.dtype.element_ty), mask=mask)
                 tl.store(k_ptr + to + head * out_head + second[None, :], y.to(k_ptr.dtype.element_ty), mask=mask)

@@ -144,6 +144,17 @@ def _columns(BLOCKS: tl.constexpr):
 
 
 @_jit
+def _low_byte(y):
+    """int8 of fp32 values of |y| <= 127 (1 + 2^-22), rounded half to even: no clamp.
+
+    The low bits of 1.5 x 2^23 + 128 + y are the integer plus 128. The 128 is there to be taken out by an integer
+    instruction: where a float's register is stored as a byte as it is, ptxas (12.8 to 13.0) may convert the float to
+    u8 in place of taking its low bits, and all values come out as 255.
+    """
+    return ((y + 12583040.0).to(tl.int32, bitcast=True) ^ 128).to(tl.int8)
+
+
+@_jit
 def _store_quantized(
     values, row, q_ptr, scale_ptr, K,
     TILES: tl.constexpr, BLOCKS: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, QMAX: tl.constexpr,
@@ -170,8 +181,7 @@ def _store_quantized(
         columns = i * (BLOCKS * 256) + column
         y = rotated[i] * inverse
         if QMAX == 127.0:
-            # 1.5 x 2^23: the sum's low bits are the integer, rounded half to even. |y| <= 127 (1 + 2^-22): no clamp.
-            q = (y + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+            q = _low_byte(y)
         else:
             q = y.to(tl.float8e4nv)  # |y| <= 448 (1 + 2^-22) rounds to 448 at most
         if EVEN:

@@ -47,6 +47,14 @@ def resources(kernel: Any) -> tuple[int, int, int]:
     return int(registers), int(stack), kernel.metadata.shared
 
 
+def bytes_of_floats(ptx: str) -> set[str]:
+    """Registers that a floating-point instruction writes and a store of bytes takes as they are: ptxas may convert such
+    a float to u8 (F2IP.U8), where its low bits are meant."""
+    stored = re.findall(r"^\s*(?:@\S+ )?st\.\S*b8\s+\[[^]]+\],([^;]+);", ptx, re.MULTILINE)
+    floats = re.findall(r"^\s*(?:@\S+ )?(?!cvt|setp)\S+\.f32\s+(%\w+),", ptx, re.MULTILINE)
+    return set(re.findall(r"%\w+", " ".join(stored))) & set(floats)
+
+
 def compile_for(
     arch: int, kernels: list[tuple[ModuleType, str]], run: Callable[[], object], only: Collection[str]
 ) -> None:
@@ -62,7 +70,9 @@ def compile_for(
         def __getitem__(self, grid: Any) -> Callable[..., None]:
             def start(*args: Any, **options: Any) -> None:
                 if self.name in only:
-                    print(self.name, arch, *resources(self.kernel.warmup(*args, grid=grid, **options)))
+                    kernel = self.kernel.warmup(*args, grid=grid, **options)
+                    assert not bytes_of_floats(kernel.asm["ptx"]), (self.name, arch)
+                    print(self.name, arch, *resources(kernel))
 
             return start
 
