@@ -94,7 +94,7 @@ _RESCALE_CONSTRAINTS = gl.constexpr(_CONSTRAINTS)
 
 
 _FAR = gl.constexpr(18446744073709551616.0)
-"""2^64: sums beyond it are computed again. V has to stay below 2^63."""
+"""2^64: sums of a lane, or of a row at the end, beyond it are computed again. V has to stay below 2^61."""
 
 
 @gluon.jit
@@ -670,6 +670,8 @@ def attention_hopper(
         ValueError: shapes, types or strides that no mode takes.
     """
     plan = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
+    if v.dtype == torch.float16:  # P is of V's type: beyond 65,504 it would be infinite, and its sum would not show it
+        plan = plan.exact()
     _check(q, k, v, q_scale, k_scale, v_scale, plan)
     n_q, heads, _ = q.shape
     n_k = k.shape[0]

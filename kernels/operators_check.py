@@ -6,13 +6,14 @@
     cross-attention           torch's kernels with few keys, at lengths that differ from row to row
 
 Operands are fresh random numbers, some channels and rows of which stick out, at the DiT's widths and at odd counts of
-rows; memory that is written to held NaN before. The error is that of the row that errs most, relative L2, against fp32
+rows; also rows that fp16 does not hold, and on a card as many tokens as kernels have a form of their own for. Memory
+that is written to held NaN before. The error is that of the row that errs most, relative L2, against fp32
 or fp64 without rounding. Allowed is what the plain form in torch errs by, of which a kernel's roundings may differ a
 little, and a part more. A row with an infinity has to come out with a scale of NaN.
 
-Some thousand rows each; what takes the time, a few seconds in all, is compiling, of which a run has the most part
-anyway. What is wrong here is not used (refused.py): the operators have a form in torch, and cross-attention has more
-than one kernel there.
+Some hundred rows each, where not more are needed; what takes the time, a few seconds in all, is compiling, of which a
+run has the most part anyway. What is wrong here is not used (refused.py): the operators have a form in torch, and
+cross-attention has more than one kernel there.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from .scaled_mm_check import activation_like, poison, row_error
 
 DIM = 6144
 ROWS = 517
+LONG = 33_003
+"""Tokens for which the passes before attention take their forms for many: qk_norm_rope.MANY, and more than 16 parts of
+values.CHUNK."""
 MORE = 1.25
 """How much more than the plain form a kernel may err."""
 FLOOR = 1.5e-3
@@ -69,20 +73,31 @@ def _values(found: tuple[Tensor, Tensor]) -> Tensor:
     return found[0].float() * found[1][..., None]
 
 
+def _lengths(device: torch.device) -> tuple[int, ...]:
+    """Tokens that the passes before attention are examined with."""
+    return (ROWS, LONG) if device.type == "cuda" else (ROWS,)
+
+
+def _of_length(label: str, tokens: int) -> str:
+    return label if tokens == ROWS else f"{label} of {tokens:,} tokens"
+
+
 def _row_operator(
     generator: torch.Generator, channels: int, form: str, run: Callable[[Tensor, torch.dtype, int], Any],
-    reference: Callable[[Tensor], Tensor],
+    reference: Callable[[Tensor], Tensor], label: str = "rows",
 ) -> dict[str, float]:  # fmt: skip
     """An operator on rows with an output in one of FORMS."""
     dtype, group = FORMS[form]
     x = activation_like(ROWS, channels, generator)
+    x[1::50] *= 1e3  # beyond fp16 where they are added up in a rotation
+    x[2::50] *= 1e-5
     true = reference(x)
     poison((ROWS, channels), dtype, x.device)
     found = run(x.clone(), dtype, group)
     if form == "16 bits":
-        return _bf16(found, true)
+        return _bf16(found, true, label)
     turned = quantize.rotate(true, group)
-    errors = _judged("rows", _values(found), _values(quantize.quantize_rows_reference(true, dtype, group)), turned)
+    errors = _judged(label, _values(found), _values(quantize.quantize_rows_reference(true, dtype, group)), turned)
     x[3, 5] = float("inf")
     _, scale = run(x, dtype, group)
     if not bool(scale[3].isnan()) or not bool(scale.isfinite().sum() == ROWS - 1):
@@ -96,12 +111,17 @@ def _quantize_rows(form: str) -> Check:
 
 def _layer_norm_modulate(form: str) -> Check:
     def check(generator: torch.Generator) -> dict[str, float]:
-        shift, scale = (torch.randn(DIM, device=generator.device, generator=generator).half() for _ in range(2))
-        return _row_operator(
-            generator, DIM, form,
-            lambda x, dtype, group: adaln.layer_norm_modulate(x, shift, scale, dtype=dtype, group=group),
-            lambda x: adaln.layer_norm_modulate_reference(x, shift, scale, 1e-5),
-        )  # fmt: skip
+        errors: dict[str, float] = {}
+        # Also with little left of each row: too little for the form that rotates in fp16.
+        for label, size, middle in (("rows", 1.0, 0.0), ("small rows", 2.0**-11, -1.0)):
+            shift, scale = torch.randn(2, DIM, device=generator.device, generator=generator) * size
+            shift, scale = shift.half(), (scale + middle).half()
+            errors |= _row_operator(
+                generator, DIM, form,
+                lambda x, dtype, group: adaln.layer_norm_modulate(x, shift, scale, dtype=dtype, group=group),  # noqa: B023
+                lambda x: adaln.layer_norm_modulate_reference(x, shift, scale, 1e-5), label,  # noqa: B023
+            )  # fmt: skip
+        return errors
 
     return check
 
@@ -130,32 +150,41 @@ def _norm_heads(generator: torch.Generator) -> dict[str, float]:
 
 def _qk_norm_rope(form: str) -> Check:
     def check(generator: torch.Generator) -> dict[str, float]:
-        like: dict[str, Any] = {"device": generator.device, "generator": generator}
-        qkv = activation_like(ROWS, 6 * 3 * HEAD_DIM, generator).unflatten(-1, (6, 3 * HEAD_DIM))
-        gains = [1 + torch.rand(HEAD_DIM, **like) for _ in range(2)]
-        frame, row, column = torch.randn(ROWS, HEAD_DIM // 2, **like).split((32, 16, 16), dim=1)
-        angles = torch.cat([frame, frame, row, row, column, column], dim=1)
-        operands = qkv, *gains, angles.cos(), angles.sin()
-        quantized = form == "int8"
-        poison((ROWS, 6, HEAD_DIM), torch.int8, qkv.device)
-        found = qk_norm_rope.qk_norm_rope(qkv.clone(), *operands[1:], quantize=quantized, overwrite=True)
-        plain = qk_norm_rope._on_cpu(*operands, quantized, 1e-6)
-        parts = (qkv[..., :HEAD_DIM], qkv[..., HEAD_DIM : 2 * HEAD_DIM])
-        true = [
-            qk_norm_rope.qk_norm_rope_reference(part, gain, *operands[3:])
-            for part, gain in zip(parts, gains, strict=True)
-        ]
-        if not quantized:
-            return _bf16(found[0], true[0], "q") | _bf16(found[1], true[1], "k")
-        mean = qk_norm_rope.k_mean_reference(true[1])
-        turned = [quantize.hadamard(t, HEAD_DIM) for t in (true[0], true[1] - mean)]
         errors: dict[str, float] = {}
-        for i, name in enumerate(("q", "k")):
-            wide, wanted = (_of_heads(x[i], x[2 + i], name) for x in (found, plain))
-            errors |= _judged(name, wide, wanted, turned[i])
+        for tokens in _lengths(generator.device) if form == "int8" else (ROWS,):
+            errors |= _qk_of_tokens(generator, form == "int8", tokens, 6 if tokens == ROWS else 2)
         return errors
 
     return check
+
+
+def _qk_of_tokens(generator: torch.Generator, quantized: bool, tokens: int, heads: int) -> dict[str, float]:
+    """Gains and means that stick out, as those of trained norms do."""
+    like: dict[str, Any] = {"device": generator.device, "generator": generator}
+    qkv = activation_like(tokens, heads * 3 * HEAD_DIM, generator).unflatten(-1, (heads, 3 * HEAD_DIM))
+    qkv[..., HEAD_DIM : 2 * HEAD_DIM] += 3 * torch.randn(heads, HEAD_DIM, **like).bfloat16()
+    gains = [1 + torch.rand(HEAD_DIM, **like) for _ in range(2)]
+    for gain in gains:
+        gain[torch.randperm(HEAD_DIM, **like)[:3]] *= 20
+    frame, row, column = torch.randn(tokens, HEAD_DIM // 2, **like).split((32, 16, 16), dim=1)
+    angles = torch.cat([frame, frame, row, row, column, column], dim=1)
+    operands = qkv, *gains, angles.cos(), angles.sin()
+    poison((tokens, heads, HEAD_DIM), torch.int8, qkv.device)
+    found = qk_norm_rope.qk_norm_rope(qkv.clone(), *operands[1:], quantize=quantized, overwrite=True)
+    plain = qk_norm_rope._on_cpu(*operands, quantized, 1e-6)
+    parts = (qkv[..., :HEAD_DIM], qkv[..., HEAD_DIM : 2 * HEAD_DIM])
+    true = [
+        qk_norm_rope.qk_norm_rope_reference(part, gain, *operands[3:]) for part, gain in zip(parts, gains, strict=True)
+    ]
+    if not quantized:
+        return _bf16(found[0], true[0], "q") | _bf16(found[1], true[1], "k")
+    mean = qk_norm_rope.k_mean_reference(true[1])
+    turned = [quantize.hadamard(t, HEAD_DIM) for t in (true[0], true[1] - mean)]
+    errors: dict[str, float] = {}
+    for i, name in enumerate(("q", "k")):
+        wide, wanted = (_of_heads(x[i], x[2 + i], name) for x in (found, plain))
+        errors |= _judged(_of_length(name, tokens), wide, wanted, turned[i])
+    return errors
 
 
 def _of_heads(x: Tensor, scale: Tensor | None, name: str) -> Tensor:
@@ -166,19 +195,26 @@ def _of_heads(x: Tensor, scale: Tensor | None, name: str) -> Tensor:
 
 
 def _quantize_v(generator: torch.Generator) -> dict[str, float]:
-    v = activation_like(ROWS, 6 * HEAD_DIM, generator).unflatten(-1, (6, HEAD_DIM))
-    poison((6, HEAD_DIM, -(-ROWS // 16) * 16), torch.float8_e4m3fn, v.device)
+    errors: dict[str, float] = {}
+    for tokens in _lengths(generator.device):
+        errors |= _v_of_tokens(generator, tokens, 6 if tokens == ROWS else 2)
+    return errors
+
+
+def _v_of_tokens(generator: torch.Generator, tokens: int, heads: int) -> dict[str, float]:
+    v = activation_like(tokens, heads * HEAD_DIM, generator).unflatten(-1, (heads, HEAD_DIM))
+    poison((heads, HEAD_DIM, -(-tokens // 16) * 16), torch.float8_e4m3fn, v.device)
     found, plain = values.quantize_v(v), values.quantize_v_reference(v)
     true = v.float().permute(1, 2, 0)
 
     def wide(x: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         q, scale, add = x
         q = q.float().unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
-        if bool(q[..., ROWS:].ne(0).any()):  # a NaN too
+        if bool(q[..., tokens:].ne(0).any()):  # a NaN too
             raise Fault("it is not zero beyond the last token")
-        return q[..., :ROWS] * scale[..., None] + add[..., None]
+        return q[..., :tokens] * scale[..., None] + add[..., None]
 
-    return _judged("channels", wide(found), wide(plain), true)
+    return _judged(_of_length("channels", tokens), wide(found), wide(plain), true)
 
 
 def _biased(generator: torch.Generator) -> dict[str, float]:

@@ -148,13 +148,16 @@ def _turned(x, y, h_first, h_second, mma: gl.constexpr):
 
 @gluon.jit
 def _amax(x):
-    """The largest size in each row of ``[64, 128]``. Of gl.abs() the compiler makes an instruction of its own."""
+    """The largest size in each row of ``[64, 128]``, infinity where there is a NaN, see qk_norm_rope._largest(). Of
+    gl.abs() the compiler makes an instruction of its own."""
     a, b = gl.split(gl.permute(gl.reshape(x, [64, 2, 64]), (0, 2, 1)))
     most = gl.inline_asm_elementwise(
         "{ .reg .f32 a, b; abs.f32 a, $1; abs.f32 b, $2; max.f32 $0, a, b; }", "=f,f,f", [a, b], dtype=gl.float32,
         is_pure=True, pack=1,
     )  # fmt: skip
-    return gl.convert_layout(gl.max(most, 1), gl.SliceLayout(1, _OUT), assert_trivial=True)
+    most = gl.max(most, 1)
+    most = gl.where(most >= 0.0, most, float("inf"))
+    return gl.convert_layout(most, gl.SliceLayout(1, _OUT), assert_trivial=True)
 
 
 @gluon.jit

@@ -34,6 +34,23 @@ def test_all_are_right_in_torch() -> None:
         assert missing or all(0 < e < 6e-2 for e in verdict.errors.values())
 
 
+def test_forms_for_many_tokens_are_examined_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert max(check._lengths(CARD)) >= qk_norm_rope.MANY and max(check._lengths(CARD)) > 16 * values.CHUNK
+    monkeypatch.setattr(check, "_lengths", lambda device: (check.ROWS, 131))
+    real = qk_norm_rope.qk_norm_rope
+
+    def wrong_at_length(qkv: Tensor, *args: Any, **more: Any) -> Any:
+        q, k, q_scale, k_scale = real(qkv, *args, **more)
+        return q, k.roll(int(len(qkv) > check.ROWS), 0), q_scale, k_scale
+
+    qk, v = examine_operators(CPU, 3, ["qk_norm_rope int8", "quantize_v"])
+    assert set(qk.errors) == {"q", "k", "q of 131 tokens", "k of 131 tokens"}
+    assert set(v.errors) == {"channels", "channels of 131 tokens"} and qk.status == v.status == "ok"
+    monkeypatch.setattr(qk_norm_rope, "qk_norm_rope", wrong_at_length)
+    (verdict,) = examine_operators(CPU, 3, ["qk_norm_rope int8"])
+    assert verdict.status == "wrong" and verdict.reason.startswith("k of 131 tokens: relative error")
+
+
 def _first(result: Any, change: Callable[[Tensor], Any]) -> Any:
     """Changes the first tensor of a result."""
     change(result if isinstance(result, Tensor) else result[0])
