@@ -8,6 +8,8 @@ inputs are qkv products that go through the same passes as in use:
     outliers    four channels with eight times the gain, means in keys and values: as activations are
     growing     scores that grow ninety-fold along the sequence: what a stale running maximum has to notice
     spikes      one key in 500 six times larger, and its query: a maximum that jumps between two refreshes
+    surges      one key whose scores grow by 2^115 to 2^140, between two refreshes, and another a refresh sees that is
+                above it still: sums, and their products with V, that leave fp32 and then look as if they had not
     local means values whose mean comes and goes three times along the sequence, and scores that follow it a little:
                 sums with one sign for thousands of keys, of which an accumulator with few bits loses a part each time
 
@@ -36,15 +38,25 @@ from .attention import BACKENDS, HEAD_DIM, MODES, Backend, Operands, prepare
 from .cards import reason_of
 
 LIMITS = {
-    "bf16": {"normal": 4e-3, "outliers": 4e-3, "growing": 5e-3, "spikes": 4e-3, "local means": 4e-3},
-    "int8": {"normal": 1.6e-2, "outliers": 1e-2, "growing": 6e-2, "spikes": 6e-2, "local means": 1e-2},
-    "int8-fp8": {"normal": 5e-2, "outliers": 2e-2, "growing": 9e-2, "spikes": 7e-2, "local means": 2e-2},
+    "bf16": {"normal": 4e-3, "outliers": 4e-3, "growing": 5e-3, "spikes": 4e-3, "surges": 4e-3, "local means": 4e-3},
+    "int8": {"normal": 1.6e-2, "outliers": 1e-2, "growing": 6e-2, "spikes": 6e-2, "surges": 6e-2, "local means": 1e-2},
+    "int8-fp8": {
+        "normal": 5e-2,
+        "outliers": 2e-2,
+        "growing": 9e-2,
+        "spikes": 7e-2,
+        "surges": 7e-2,
+        "local means": 2e-2,
+    },
 }
 """Relative L2 errors above which a result is wrong, not just rounded: about 1.5 times what the formats cost."""
 
 
 SPIKE = 6.0
 """How many times larger one key in 500 is."""
+SURGES = {5000: 9.2, 8190: 10.2}
+"""Keys that all queries look at, and how many times larger they are. attention_hopper.py takes no maximum in the first
+one's tile; in the second one's each of its schedules does."""
 FOLLOWING = 4.0
 """How far queries and keys lean towards the phase of the local means, beside noise of length 11."""
 
@@ -103,6 +115,15 @@ def make_inputs(kind: str, tokens: int, heads: int, device: torch.device, seed: 
     elif kind == "spikes":
         cos[::500] *= SPIKE
         sin[::500] *= SPIKE
+    elif kind == "surges":
+        towards = torch.randn(heads, HEAD_DIM, **like)
+        qkv[..., :HEAD_DIM] += 2 * towards
+        cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+        for key, size in SURGES.items():
+            at = key if tokens > max(SURGES) else tokens * key // (max(SURGES) + 1)
+            qkv[at, :, HEAD_DIM : 2 * HEAD_DIM] += 20 * towards
+            qkv[at, :, 2 * HEAD_DIM :] *= 4
+            cos[at] = size
     elif kind == "local means":
         phase = torch.linspace(0, 6 * math.pi, tokens, device=device)
         follow = torch.randn(2, heads, HEAD_DIM, **like) * (FOLLOWING / HEAD_DIM**0.5)
@@ -116,7 +137,7 @@ def make_inputs(kind: str, tokens: int, heads: int, device: torch.device, seed: 
             values[:, h] = 0.5 * values[:, h] + (2 * (phase[:, None] + shift[h]).sin() + 1)
         cos, sin = torch.ones_like(cos), torch.zeros_like(sin)  # a rotation would take the phase away
     elif kind != "normal":
-        raise ValueError(f"kind must be normal, outliers, growing, spikes or local means, not {kind!r}")
+        raise ValueError(f"kind must be normal, outliers, growing, spikes, surges or local means, not {kind!r}")
     return Inputs(kind, qkv, weight, weight, cos.contiguous(), sin.contiguous())
 
 
@@ -316,7 +337,7 @@ def examine(
     few = min(heads, 4)
     odd = 1003 if tokens > 1003 else tokens | 1
     cases = [("normal", odd, few), ("outliers", min(tokens, 8192), min(few, 2)), ("growing", min(tokens, 5007), 1)]
-    cases += [("spikes", min(tokens, 5007), 1)]
+    cases += [("spikes", min(tokens, 5007), 1), ("surges", min(tokens, 9001), 1)]
     cases.append(("local means", min(tokens, 32_768), 1))
     with torch.inference_mode(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for i, (kind, length, width) in enumerate([*cases, ("normal", tokens, heads)]):

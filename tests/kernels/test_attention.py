@@ -76,6 +76,19 @@ def test_adversarial_inputs_are_within_their_limits(mode: str, kind: str) -> Non
     assert float((scores.amax(1) - seen.amax(1)).max()) > 16  # e^16: e4m3 ends at 448
 
 
+def test_surges_leave_what_fp32_holds_and_are_hidden_again() -> None:
+    plain = make_inputs("surges", 9001, 1, CPU, seed=3).operands("bf16")
+    bits = plain.q[::30, 0].float() @ plain.k[:, 0].float().t() * (128**-0.5 * 1.4427)
+    first, later = (bits[:, key].clone() for key in check.SURGES)
+    bits[:, list(check.SURGES)] = float("-inf")
+    jump = first - bits.amax(1)
+    assert (jump > 64).all() and (jump > 128).any() and (jump - 127).abs().min() < 0.5  # 2^127 times V is beyond fp32
+    assert (later - first > 8).all()
+    for tile, refreshes in ((64, (32,)), (128, (64, 16))):
+        turns = [key // tile + 1 for key in check.SURGES]
+        assert all(turns[0] > 8 and turns[0] % n and not turns[1] % n for n in refreshes)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_it_writes_where_it_is_told(mode: str) -> None:
     x = make_inputs("outliers", 60, 2, CPU)
@@ -263,6 +276,7 @@ def test_examination_on_a_cpu(mode: str) -> None:
                 "outliers",
                 "growing",
                 "spikes",
+                "surges",
                 "local means",
             }
             assert verdict.ms and verdict.kernel_ms and verdict.kernel_ms < verdict.ms and verdict.tflops

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,20 @@ def test_wrong_operands_are_refused() -> None:
     refused("16 bytes", odd[..., 4:], odd[..., 4:], v)
 
 
+def test_p_in_fp16_takes_the_exact_maximum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends at 65,504, which no sum of P in fp32 shows; P in bf16 has the range of fp32."""
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+            return lambda *args, **options: started.append(args[27])  # REFRESH
+
+    monkeypatch.setattr(hopper, "_attention_kernel", Kernel())
+    for dtype, refreshes in ((torch.bfloat16, [32, 1]), (torch.float16, [1])):
+        started: list[int] = []
+        hopper.attention_hopper(*(x.to(dtype) for x in operands()), schedule="bf16")
+        assert started == refreshes
+
+
 # --- on a card ----------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +195,17 @@ def test_a_stale_maximum_is_never_wrong(name: str, kind: str) -> None:
     # e4m3 P errs by itself, and by other numbers with another power of two.
     limit = 3e-2 if name == "int8-fp8" else 4e-3
     assert float((stale.double() - every.double()).norm() / every.double().norm()) < limit
+
+
+@gpu
+@on_hopper
+def test_keys_that_grow_in_fp16() -> None:
+    generator = torch.Generator("cuda").manual_seed(1)
+    q, k, v = (torch.randn(5007, 2, 128, device="cuda", generator=generator) for _ in range(3))
+    k *= torch.linspace(0.3, 6.0, 5007, device="cuda")[:, None, None]
+    q, k, v = q.half(), k.half(), v.half()
+    out, truth = hopper.attention_hopper(q, k, v, schedule="bf16"), exact(q, k, v)
+    assert float((out.double() - truth).norm() / truth.norm()) < 4e-3
 
 
 @gpu

@@ -74,6 +74,11 @@ for tokens, heads in roped:
     case["int8"] = max(worst(a, b) for a, b in zip(got[:2], want[:2])) / 1e3
     case["scales"] = max(ratio(a, b) for a, b in zip(got[2:], want[2:]))
     v = (qkv * 3 + 2)[..., 256:]
+    at = tokens // 2
+    qkv[at, 0, 3] = qkv[at, 0, 130] = float("inf")  # no number of that token, and none that is finite and wrong
+    _, _, q_scale, k_scale = qk_norm_rope.launch(qkv, *weights, cos, sin, True, 1e-6)
+    bad = ~q_scale.isfinite()
+    case["infinity"] = float(bad.sum() != 1 or not bad[0, at] or k_scale[0, at // 32].isfinite())
     if tokens > 1000:
         v[7, 1, 5] = 4000  # far beyond all others
     got, want = values.launch(v), values.quantize_v_reference(v)

@@ -74,3 +74,17 @@ def test_q_and_k_are_the_reference_s_but_for_roundings(tokens: int, group: int) 
         assert int((a.int() - b.int()).abs().max()) <= 1 and float((a != b).float().mean()) < 0.05
     for a, b in zip(got[2:], want[2:], strict=True):
         assert a is not None and b is not None and float((a / b - 1).abs().max()) < 1.1e-3
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_what_is_no_number_is_noticed(number: float) -> None:
+    """A scale that is not finite, which makes NaN of scores; large gains are far from there."""
+    qkv = torch.randn(20_011, 6, 384, device="cuda").bfloat16()
+    qkv[777, 2, 5] = qkv[1500, 3, 130] = number
+    gains = [torch.full((128,), 100.0, device="cuda").bfloat16() for _ in range(2)]
+    cos, sin = (torch.full((20_011, 128), x, device="cuda").bfloat16() for x in (1, 0))
+    _, _, q_scale, k_scale = qk_norm_rope.launch(qkv, *gains, cos, sin, True, 1e-6, plan=qk_norm_rope.HOPPER)
+    assert q_scale is not None and (~q_scale.isfinite()).nonzero().tolist() == [[2, 777]]
+    assert k_scale is not None and (~k_scale.isfinite()).nonzero().tolist() == [[3, 1500 // 32]]
