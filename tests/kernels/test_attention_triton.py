@@ -221,7 +221,7 @@ def test_the_interpreted_kernel_is_close_to_the_reference(tmp_path: Path) -> Non
     assert len(lines) == 36
     for line in lines:
         mode, value = line.split()
-        assert float(value) < (0.1 if mode == "int8-fp8" else 4e-4), line  # the interpreter cuts e4m3 off
+        assert float(value) < (0.12 if mode == "int8-fp8" else 4e-4), line  # the interpreter cuts e4m3 off
 
 
 @pytest.mark.parametrize("cards", [CARDS[:3], CARDS[3:]], ids=["before-hopper", "from-hopper-on"])
