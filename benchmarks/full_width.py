@@ -432,12 +432,17 @@ def commit() -> str:
         return "unknown"
 
 
-def record(result: dict[str, Any], device: torch.device, output: Path | None) -> None:
-    """Prints a result as a JSON line, with the card, versions and commit it is of; and appends it to a file."""
-    line = json.dumps(result | {
+def described(result: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A result with the card, versions and commit it is of."""
+    return result | {
         "card": torch.cuda.get_device_name(device), "torch": torch.__version__, "cuda": torch.version.cuda,
         "commit": commit(),
-    })  # fmt: skip
+    }  # fmt: skip
+
+
+def record(result: dict[str, Any], device: torch.device, output: Path | None) -> None:
+    """Prints a described result as a JSON line; and appends it to a file."""
+    line = json.dumps(described(result, device))
     print(line, flush=True)
     if output is not None:
         with output.open("a", encoding="utf-8") as stream:

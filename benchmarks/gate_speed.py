@@ -1,6 +1,6 @@
 """Speed gate: has a change to the code made a block slower? On a card, as ratios to the official order of operations.
 
-    python -m solostep.benchmarks.gate_speed                     # times a block here, two minutes; exit code 1: slower
+    python -m solostep.benchmarks.gate_speed                     # times a block here, 2.5 minutes; exit code 1: slower
     python -m solostep.benchmarks.gate_speed --lines new.jsonl   # what `full_width block -o new.jsonl` measured before
 
 Seconds of two runs differ with the card's clock and heat. So only ratios are compared, each of a variant to the
@@ -13,13 +13,13 @@ become faster passes: append its lines to the stored ones. Nothing here runs in 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from solostep.benchmarks.readme_lines import read_lines
 from solostep.engine.errors import SolostepError, UsageError
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -43,18 +43,6 @@ class Speed:
         if self.now is None:
             return False
         return self.stored is None or self.now >= self.stored * (1 - MARGIN)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of measurements.
-
-    Raises:
-        UsageError: it cannot be read, or is none.
-    """
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as lines of `full_width block -o`: {error}") from None
 
 
 def ratios(lines: Iterable[Mapping[str, Any]]) -> Ratios:
@@ -105,23 +93,21 @@ def table(compared: Sequence[Speed]) -> str:
 
 def measured() -> list[dict[str, Any]]:
     """A block in all variants, timed on this card."""
-    import torch
-
-    from solostep.benchmarks.full_width import bench_block, commit
+    from solostep.benchmarks.full_width import bench_block, described
     from solostep.engine.config import GenerationSettings
     from solostep.engine.runtime import numerics, pick_device
 
-    device = pick_device("cuda")
-    settings = GenerationSettings()
+    device, settings = pick_device("cuda"), GenerationSettings()
     clip = f"{settings.height}x{settings.width}x{settings.num_frames}"
-    about = {"what": "block", "clip": clip, "card": torch.cuda.get_device_name(device), "commit": commit()}
     with numerics():
-        return [about | result for result in bench_block(settings, device, repeats=3)]
+        found = bench_block(settings, device, repeats=3)
+        return [described({"what": "block", "clip": clip, **result}, device) for result in found]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="gate_speed", description=(__doc__ or "").splitlines()[0])
+    cost = "Without --lines, blocks are timed for two and a half minutes on an H200; the official one takes 19 GB."
+    parser = argparse.ArgumentParser(prog="gate_speed", description=f"{(__doc__ or '').splitlines()[0]} {cost}")
     parser.add_argument("--lines", type=Path, help="what was measured before, in place of timing a block here")
     parser.add_argument("--stored", type=Path, nargs="+", help="default: results/block-*.jsonl of the repository")
     args = parser.parse_args(arguments)

@@ -114,10 +114,22 @@ def _lines(root: Path, name: Path) -> Iterator[dict[str, Any]]:
         UsageError: there is no such file, or none in it.
     """
     path = root / name
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    found = read_lines(path) if path.is_file() else []
     if not (good := [line for line in found if "failed" not in line]):
         raise UsageError(f"{name} holds no measurement, which a table of README.md is made from.")
     yield from good
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of measurements.
+
+    Raises:
+        UsageError: it cannot be read, or is none.
+    """
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as lines of measurements, such as `-o` appends: {error}") from None
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
