@@ -1,4 +1,5 @@
-"""What sums of e4m3 products lose on Hopper, emulated in plain torch: no card is needed, and none is timed.
+"""What sums of e4m3 products lose on Hopper: emulated in plain torch, with no card; or what the attention kernel loses,
+and what its folds cost, on a card.
 
 The FP8 units of Hopper align the 32 products of a k-step and the accumulator to the largest exponent among them, and
 cut each off, towards zero, 13 fractional bits below it. Once a sum has grown to thousands of its products, each of them
@@ -7,22 +8,33 @@ beside what is added, and much with means. `fold` is how many k-steps pass befor
 fp32 sum and starts again at zero.
 
     python -m solostep.benchmarks.fp8_sums
+    python -m solostep.benchmarks.fp8_sums --card -o folds.jsonl
 
-prints relative L2 errors against sums without that loss, of attention over V (a tile of 128 keys is four k-steps) and
-of scaled matrix products, in some ten minutes on two cores. Emulated, not measured; where an H200 was measured, never
-folding, it gave 0.142 in all with local means at 75,888 keys, and 2e-3 and 4e-3 in products of N(0, 1) with K = 6,144
-and 24,576: this emulation's 0.14, 1.6e-3 and 4.1e-3.
+The first prints relative L2 errors against sums without that loss, of attention over V (a tile of 128 keys is four
+k-steps) and of scaled matrix products, in some ten minutes on two cores. Emulated, not measured; where an H200 was
+measured, never folding, it gave 0.142 in all with local means at 75,888 keys, and 2e-3 and 4e-3 in products of N(0, 1)
+with K = 6,144 and 24,576: this emulation's 0.14, 1.6e-3 and 4.1e-3.
+
+The second times the kernel with each fold in turns, 48 heads, and takes its errors against fp64; a line is appended to
+the file. A minute, most of it compilation, on as many cores as there are folds.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from solostep.kernels.attention_check import make_inputs, relative_error
+from solostep.benchmarks.full_width import record
+from solostep.benchmarks.linear_speed import milliseconds
+from solostep.kernels.attention_check import exact, make_inputs, relative_error, sampled_rows
 from solostep.kernels.quantize import quantize_rows_reference
 from solostep.kernels.values import quantize_v_reference
 
@@ -99,7 +111,61 @@ def table(name: str, rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+KERNEL_FOLDS = (0, 4, 8, 12, 16)
+"""Tiles of keys between two folds of the kernel, as measured."""
+
+
+def _with_fold(fold: int, heads: int, tokens: int, kind: str, device: torch.device) -> tuple[Any, Any]:
+    """The inputs, and a run of the kernel that folds every so many tiles."""
+    from solostep.kernels.attention_hopper import SCHEDULES, Schedule, attention_hopper
+
+    usual = SCHEDULES["int8-fp8"]
+    schedule = Schedule(usual.consumers, usual.keys, usual.stages, usual.registers, refresh=usual.refresh, fold=fold)
+    inputs = make_inputs(kind, tokens, heads, device)
+    x = inputs.operands("int8-fp8")
+    scales = {"q_scale": x.q_scale, "k_scale": x.k_scale, "v_scale": x.v_scale, "v_mean": x.v_mean}
+    return inputs, lambda: attention_hopper(x.q, x.k, x.v, schedule=schedule, **scales)
+
+
+def _compile(fold: int, tokens: int, device: torch.device) -> None:
+    """Fills Triton's cache, in a process of its own."""
+    _with_fold(fold, 1, tokens, "normal", device)[1]()
+    torch.cuda.synchronize()
+
+
+@torch.inference_mode()
+def on_card(tokens: int, device: torch.device) -> dict[str, Any]:
+    """The kernel's milliseconds by fold, 48 heads of random normal numbers, in turns; its errors, of one head."""
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        for job in [pool.submit(_compile, fold, tokens, device) for fold in KERNEL_FOLDS]:
+            job.result()
+    rows = sampled_rows(tokens, device)
+    errors: dict[str, dict[str, float]] = {}
+    for kind in ("normal", "local means"):
+        for fold in KERNEL_FOLDS:
+            inputs, run = _with_fold(fold, 1, tokens, kind, device)
+            plain = inputs.operands("bf16")
+            found = relative_error(run()[rows], exact(plain.q, plain.k, plain.v, rows, [0]))
+            errors.setdefault(kind, {})[str(fold)] = float(f"{found:.2e}")
+    ms = milliseconds({str(f): _with_fold(f, 48, tokens, "normal", device)[1] for f in KERNEL_FOLDS}, 3, 300)
+    return {"what": "folds", "tokens": tokens, "ms": {k: round(v, 2) for k, v in ms.items()}, "errors": errors}
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="fp8_sums", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--card", action="store_true", help="measure the kernel on a Hopper card")
+    parser.add_argument("--tokens", type=int, default=75_888, help="of --card")
+    parser.add_argument("-o", "--output", type=Path, help="of --card: append the result as a JSON line")
+    args = parser.parse_args()
+    if args.card:
+        device = torch.device("cuda", 0)
+        record(on_card(args.tokens, device), device, args.output)
+    else:
+        emulated()
+
+
+def emulated() -> None:
     kinds = ("normal", "local means")
     attention = {f"{kind}, {keys:,} keys": attention_errors(kind, keys) for kind in kinds for keys in LENGTHS}
     print("Attention in int8 and fp8, by tiles of keys between folds (0: never)\n")

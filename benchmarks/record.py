@@ -34,9 +34,9 @@ from solostep.engine.progress import duration
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = (sys.executable, "-m")
 BENCH = (*PYTHON, "solostep.benchmarks.bench")
-SPEED = (*BENCH, "-m", "{model}", "--levels", "speed", "-n", "1", "--seeds", "1")
+SPEED = (*BENCH, "--levels", "speed", "-n", "1", "--seeds", "1")
 WIDTH = (*PYTHON, "solostep.benchmarks.full_width")
-MODEL = "model"
+MODEL, MODEL_INT8 = "model", "model-int8"
 LEAST = 180.0
 """Seconds below which nothing is begun that would be cut."""
 SLACK = 1.6
@@ -66,11 +66,12 @@ def tests_of(name: str, seconds: float, *paths: str, processes: int = 0) -> Job:
 
 
 def speed_job(
-    name: str, seconds: float, *options: str, steps: int = 2, roles: str = "mode", needs: tuple[str, ...] = ()
-) -> Job:
+    name: str, seconds: float, *options: str, steps: int = 2, roles: str = "mode", needs: tuple[str, ...] = (MODEL,),
+    model: str = "{model}",
+) -> Job:  # fmt: skip
     """Speed and memory of modes of the full size, on the model of drawn weights."""
-    command = (*SPEED, "--roles", roles, "--steps", str(steps), "-o", f"{{out}}/h200/{name}", *options)
-    return Job(name, command, seconds, (MODEL, *needs), resumes=True)
+    command = (*SPEED, "-m", model, "--roles", roles, "--steps", str(steps), "-o", f"{{out}}/h200/{name}", *options)
+    return Job(name, command, seconds, needs, resumes=True)
 
 
 def vae_jobs() -> Iterator[Job]:
@@ -90,39 +91,44 @@ def kernels_job(tokens: int, seconds: float) -> Job:
 LONG = ("--frames", "204")
 FULL_SIZE = (*PYTHON, "solostep.benchmarks.full_size", "drift")
 DEMO = (
-    "--precision",
-    "bf16,int8,fp8,int8-weight,fp8-weight,nf4,int4-weight",
-    "--levels",
-    "blocks,teacher,free,video,score",
-)
+    *BENCH, "--device", "cuda", "-n", "32", "--seeds", "4", "--levels", "blocks,teacher,free,video,score",
+    "--jobs", "8", "-o", "{out}/demo",
+)  # fmt: skip
 JOBS: tuple[Job, ...] = (
-    Job(MODEL, (*PYTHON, "solostep.benchmarks.synthetic", "{model}"), 60),
+    Job(MODEL, (*PYTHON, "solostep.benchmarks.synthetic", "{model}"), 65),
     tests_of("tests-attention", 90, "tests/kernels/test_attention_hopper.py", processes=8),
     # Its kernel is looked at first: a wrong one would cost twenty minutes.
     speed_job(
-        "fifty", 1050, *LONG, "--precision", "int8", "--attention", "int8-fp8", steps=50, needs=("tests-attention",)
+        "fifty", 1050, *LONG, "--precision", "int8", "--attention", "int8-fp8", steps=50,
+        needs=(MODEL, "tests-attention"),
     ),
-    speed_job("resident", 330, *LONG, "--precision", "int8,fp8,bf16", "--vram", "none"),
     Job(
         "drift-204",
         (*FULL_SIZE, "--frames", "204", "--times", "1", "--what", "own", "-o", "{out}/h200/drift-204"), 480,
         resumes=True,
     ),
-    speed_job("weights", 320, *LONG, "--precision", "int8-weight,fp8-weight,nf4", "--vram", "none"),
-    speed_job("reference", 115, *LONG, "--precision", "int8", roles="reference"),
-    Job(
-        "demo",
-        (*BENCH, "--device", "cuda", "-n", "32", "--seeds", "4", *DEMO, "--jobs", "8", "-o", "{out}/demo"), 480,
-        resumes=True,
-    ),
+    Job("demo", (*DEMO, "--precision", "bf16,int8,fp8,int8-weight,fp8-weight,nf4,int4-weight"), 480, resumes=True),
+    kernels_job(75_888, 290),
     speed_job("budgets", 560, *LONG, "--precision", "int8", "--vram", "80GB,48GB,24GB,16GB,12GB,8GB"),
+    speed_job("weights", 320, *LONG, "--precision", "int8-weight,fp8-weight,nf4", "--vram", "none"),
+    speed_job("resident", 330, *LONG, "--precision", "int8,fp8,bf16", "--vram", "none"),
+    speed_job("reference", 115, *LONG, "--precision", "int8", roles="reference"),
+    speed_job("short", 330, "--frames", "136,102,51", "--precision", "int8", "--vram", "48GB,12GB"),
+    Job(MODEL_INT8, (*PYTHON, "solostep.benchmarks.synthetic", "{model}-int8", "--precision", "int8"), 65),
+    # Blocks come from files in the form in which they are computed only.
+    speed_job(
+        "files", 180, *LONG, "--precision", "int8", "--vram", "12GB", "--host-ram", "8GB", needs=(MODEL_INT8,),
+        model="{model}-int8",
+    ),
+    speed_job("bf16", 130, *LONG, "--precision", "bf16", "--vram", "80GB"),
+    Job("block", (*WIDTH, "block", "--repeats", "3", "-o", "{out}/block-h200.jsonl"), 120),
     Job(
         "drift-51", (*FULL_SIZE, "--frames", "51", "--times", "2", "-o", "{out}/h200/drift"), 230, resumes=True,
     ),
-    speed_job("short", 330, "--frames", "136,102,51", "--precision", "int8", "--vram", "48GB,12GB"),
-    speed_job("files", 250, *LONG, "--precision", "int8", "--vram", "12GB", "--host-ram", "8GB"),
-    Job("block", (*WIDTH, "block", "--repeats", "3", "-o", "{out}/block-h200.jsonl"), 120),
-    *(kernels_job(tokens, seconds) for tokens, seconds in ((75_888, 290), (18_972, 130), (5_007, 100))),
+    Job("folds", (*PYTHON, "solostep.benchmarks.fp8_sums", "--card", "-o", "{out}/folds-h200.jsonl"), 90),
+    Job("demo-fast", (*DEMO, "--precision", "int8", "--attention", "int8-fp8"), 90, ("demo",), resumes=True),
+    kernels_job(5_007, 100),
+    kernels_job(18_972, 130),
     *vae_jobs(),
     tests_of("tests", 90, "tests", processes=8),
 )  # fmt: skip
@@ -230,7 +236,9 @@ class Recording:
 
     def _is_there(self, job: Job) -> bool:
         """A model is there or not, whatever a mark says that came from another machine."""
-        return self.model.is_dir() if job.name == MODEL else self._mark(job).exists()
+        if job.name in (MODEL, MODEL_INT8):
+            return self.model.with_name(self.model.name + job.name.removeprefix(MODEL)).is_dir()
+        return self._mark(job).exists()
 
     def _mark(self, job: Job) -> Path:
         return self.out / "done" / job.name

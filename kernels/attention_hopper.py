@@ -252,14 +252,6 @@ def _own_rows(x, D: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _folded(total, o, m_fold, m_i, D: gl.constexpr):
-    """The sum so far, of maximum ``m_fold``, and the accumulators ``o``, of ``m_i``, added: each thread's own words."""
-    beta = gl.convert_layout(_exp2(m_fold - m_i), gl.SliceLayout(1, o.type.layout))
-    words = _own_words(o, D)
-    return total.load(words.type.layout) * _own_words(beta[:, None] + gl.zeros_like(o), D) + words
-
-
-@gluon.jit
 def _consumer_16(
     wg: gl.constexpr, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn,
     out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale,
@@ -367,12 +359,45 @@ def _consumer_16(
 
 
 @gluon.jit
+def _tile_8(s, o, f, m_i, l_i, largest, t, BN: gl.constexpr, D: gl.constexpr, REFRESH: gl.constexpr, G: gl.constexpr):
+    """P of a tile's scores, and what changes with a new maximum."""
+    shift: gl.constexpr = 8.0 if REFRESH == 1 else 3.0
+    s_layout: gl.constexpr = s.type.layout
+    x = s.to(gl.float32)
+    m_new = m_i
+    if REFRESH == 1:
+        m_new = gl.maximum(m_i, gl.convert_layout(_row_max(x, f, False, G), m_i.type.layout))
+    elif (t < 8) | (t % REFRESH == 0):
+        m_new = gl.maximum(m_i, gl.convert_layout(_row_max(x, f, False, G), m_i.type.layout))
+    alpha = _exp2(m_i - m_new)
+    o = _rescale(o, gl.convert_layout(alpha, gl.SliceLayout(1, o.type.layout)))
+    p = gl.convert_layout(_row_exp(x, f, _offsets(x, f, m_new - shift, False, G), G), s_layout, assert_trivial=True)
+    sums = _lane_sums(p, BN)
+    if REFRESH > 1:
+        largest = gl.maximum(largest, sums)
+    l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None] + sums
+    return p, o, m_new, l_i, largest
+
+
+@gluon.jit
+def _fold_into(total, old, o, m_fold, m_i, D: gl.constexpr):
+    """Adds the accumulators to the sum that was read, and stores it; returns it, too.
+
+    It lies in the accumulators' registers then: they hold what the next product does not read, and are not cleared.
+    """
+    layout: gl.constexpr = o.type.layout
+    beta = gl.convert_layout(_exp2(m_fold - m_i), gl.SliceLayout(1, layout))[:, None] + gl.zeros_like(o)
+    words = old * _own_words(beta, D) + _own_words(o, D)
+    total.store(words)
+    return _own_rows(words, D, layout)
+
+
+@gluon.jit
 def _consumer_8(
-    wg: gl.constexpr, q_smem, k_smem, v_smem, totals, q_full, k_full, k_empty, v_full, v_empty, turn,
+    wg: gl.constexpr, q_smem, k_smem, v_smem, totals, q_full, k_full, k_empty, v_full, v_empty,
     out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale,
-    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr, INT8: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, IN_TURN: gl.constexpr, REFRESH: gl.constexpr, HAS_MEAN: gl.constexpr,
-    G: gl.constexpr, FOLD: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr,
+    REFRESH: gl.constexpr, HAS_MEAN: gl.constexpr, G: gl.constexpr, FOLD: gl.constexpr,
 ):  # fmt: skip
     """64 queries against all keys, int8 q k^T, P and V in e4m3.
 
@@ -380,7 +405,9 @@ def _consumer_8(
     accuracy yet. If the sum of what a lane holds of a row of P stays below 448, no value of it is above, and none is
     clipped; the 32 values of a lane stay below it as long as none is above the maximum known.
 
-    ``totals`` holds the sums of what was folded: those of the maximum at that time, rescaled only at the next fold.
+    ``totals`` holds the sums of what was folded: those of the maximum at that time, rescaled only at the next fold,
+    which is done while q k^T of the next tile runs, when neither scores nor P are in registers. The accumulators are
+    not cleared: the first product after a fold does not read them.
     """
     shift: gl.constexpr = 8.0 if REFRESH == 1 else 3.0
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
@@ -397,81 +424,66 @@ def _consumer_8(
     key_scales = k_scale_ptr + h * (n_tiles * G)
     f = _factors(q_scale, key_scales, n_tiles - 1, G)
     zero = gl.zeros([BM, BN], gl.int32, layout=s_layout)
+
+    mbarrier.wait(q_full, 0)
+    mbarrier.wait(k_full.index(0), 0)
+    x = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+    x = warpgroup_mma_wait(0, deps=(x,))
+    mbarrier.arrive(k_empty.index(0), count=1)
+    # Numbers that the end does not need again: the compiler would keep them in registers all the while.
+    keys = (n_tiles - 2) * BN + gl.arange(BN, 2 * BN, layout=gl.SliceLayout(0, s_layout))
+    x = gl.where((keys < n_k)[None, :], x.to(gl.float32), float("-inf"))
+    m_i = gl.convert_layout(_row_max(x, f, False, G), r_layout)
+    x = gl.convert_layout(_row_exp(x, f, _offsets(x, f, m_i - shift, False, G), G), s_layout, assert_trivial=True)
+    l_i = _lane_sums(x, BN)
+    largest = l_i
+    o = gl.zeros([BM, D], gl.float32, layout=o_layout)
+    mbarrier.wait(v_full.index(0), 0)
+    x = _probabilities_8(x, BN, p_layout)
+    o = warpgroup_mma(x, v_smem.index(0).permute((1, 0)), o, use_acc=False, is_async=True)
+    o = warpgroup_mma_wait(0, deps=(o,))
+    mbarrier.arrive(v_empty.index(0), count=1)
     if FOLD:
         # No constant to LLVM: that of Triton 3.9 merges the warpgroups' ends otherwise, with 16 addresses in registers.
         own = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [gl.to_tensor(wg)], gl.int32, is_pure=True, pack=1)
         total = totals.index(own)
-        total.store(_own_words(gl.zeros([BM, D], gl.float32, layout=o_layout), D))
-
-    mbarrier.wait(q_full, 0)
-    mbarrier.wait(k_full.index(0), 0)
-    s = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=(s,))
-    mbarrier.arrive(k_empty.index(0), count=1)
-    # Numbers that the end does not need again: the compiler would keep them in registers all the while.
-    keys = (n_tiles - 2) * BN + gl.arange(BN, 2 * BN, layout=gl.SliceLayout(0, s_layout))
-    x = gl.where((keys < n_k)[None, :], s.to(gl.float32), float("-inf"))
-    m_i = gl.convert_layout(_row_max(x, f, False, G), r_layout)
-    p = gl.convert_layout(_row_exp(x, f, _offsets(x, f, m_i - shift, False, G), G), s_layout, assert_trivial=True)
-    l_i = _lane_sums(p, BN)
-    largest = l_i
-    o = gl.zeros([BM, D], gl.float32, layout=o_layout)
-    if FOLD:
+        words = _own_words(o, D)
+        total.store(words)
         # Another value, if an equal one: were it m_i itself, Triton would not see that the loop changes it.
         m_fold = m_i + 0.0
     ki = 1
     k_phase = 0
+    mbarrier.wait(k_full.index(1), 0, pred=n_tiles > 1)
+    s = warpgroup_mma(q, k_smem.index(1).permute((1, 0)), zero, use_acc=False, is_async=True)
     # A loop in a loop: a branch for what is seldom done would cost every tile some thirty instructions.
     STEP: gl.constexpr = FOLD if FOLD else 1 << 30
     for first in range(1, n_tiles, STEP):
         for t in range(first, gl.minimum(first + STEP, n_tiles)):
-            vi = (
-                ki + STAGES - 1
-            ) % STAGES  # values are a tile behind; carried along, they would take two registers more
-            v_phase = gl.where(ki == 0, k_phase ^ 1, k_phase)
             f = _factors(q_scale, key_scales, t - 1, G)
-            mbarrier.wait(v_full.index(vi), v_phase)
-            mbarrier.wait(k_full.index(ki), k_phase)
-            # P stays fp32 across the loop: carried as e4m3 it would be taken apart into single bytes.
-            o = warpgroup_mma(_probabilities_8(p, BN, p_layout), v_smem.index(vi).permute((1, 0)), o, is_async=True)
-            o_done = warpgroup_mma_wait(0, deps=(o,))
-            s = warpgroup_mma(q, k_smem.index(ki).permute((1, 0)), zero, use_acc=False, is_async=True)
-            o, s = warpgroup_mma_wait(0, deps=(o_done, s))
-            mbarrier.arrive(v_empty.index(vi), count=1)
+            scores = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(k_empty.index(ki), count=1)
-            x = s.to(gl.float32)
-            m_new = m_i
-            if REFRESH == 1:
-                m_new = gl.maximum(m_i, gl.convert_layout(_row_max(x, f, False, G), r_layout))
-            elif (t < 8) | (t % REFRESH == 0):
-                m_new = gl.maximum(m_i, gl.convert_layout(_row_max(x, f, False, G), r_layout))
-            alpha = _exp2(m_i - m_new)
-            o = _rescale(o, gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)))
-            p = gl.convert_layout(
-                _row_exp(x, f, _offsets(x, f, m_new - shift, False, G), G), s_layout, assert_trivial=True
-            )
-            l_layout: gl.constexpr = gl.SliceLayout(1, l_i.type.layout)
-            sums = _lane_sums(p, BN)
-            if REFRESH > 1:
-                largest = gl.maximum(largest, sums)
-            l_i = l_i * gl.convert_layout(alpha, l_layout)[:, None] + sums
-            m_i = m_new
+            p, o, m_i, l_i, largest = _tile_8(scores, o, f, m_i, l_i, largest, t, BN, D, REFRESH, G)
+            vi = ki
+            v_phase = k_phase
             ki += 1
             if ki == STAGES:
                 ki = 0
                 k_phase ^= 1
+            mbarrier.wait(v_full.index(vi), v_phase)
+            mbarrier.wait(k_full.index(ki), k_phase, pred=t + 1 < n_tiles)  # here, not between the products
+            pb = _probabilities_8(p, BN, p_layout)
+            if FOLD:
+                o = warpgroup_mma(pb, v_smem.index(vi).permute((1, 0)), o, use_acc=t != first, is_async=True)
+            else:
+                o = warpgroup_mma(pb, v_smem.index(vi).permute((1, 0)), o, is_async=True)
+            o = warpgroup_mma_wait(0, deps=(o,))
+            # After the last tile it is a product of what lies there, which nobody reads.
+            s = warpgroup_mma(q, k_smem.index(ki).permute((1, 0)), zero, use_acc=False, is_async=True)
+            mbarrier.arrive(v_empty.index(vi), count=1)
         if FOLD:
-            total.store(_folded(total, o, m_fold, m_i, D))
+            o = _fold_into(total, total.load(words.type.layout), o, m_fold, m_i, D)
             m_fold = m_i
-            o = gl.zeros([BM, D], gl.float32, layout=o_layout)
-    vi = (ki + STAGES - 1) % STAGES
-    v_phase = gl.where(ki == 0, k_phase ^ 1, k_phase)
-    mbarrier.wait(v_full.index(vi), v_phase)
-    o = warpgroup_mma(_probabilities_8(p, BN, p_layout), v_smem.index(vi).permute((1, 0)), o, is_async=True)
-    o = warpgroup_mma_wait(0, deps=(o,))
-    if FOLD:
-        words = _folded(total, o, m_fold, m_i, D)
-        total.store(words)  # and back below: what comes between needs the registers
+    s = warpgroup_mma_wait(0, deps=(s,))
     if REFRESH > 1:
         _flag(flag_ptr, largest > 448.0)
     sums = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, o_layout))
@@ -490,9 +502,9 @@ def _consumer(
     G: gl.constexpr, V8: gl.constexpr, FOLD: gl.constexpr,
 ):  # fmt: skip
     if V8:
-        _consumer_8(wg, q_smem, k_smem, v_smem, totals, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr,
-                    q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale,
-                    BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, G, FOLD)  # fmt: skip
+        _consumer_8(wg, q_smem, k_smem, v_smem, totals, q_full, k_full, k_empty, v_full, v_empty, out_ptr, q_scale_ptr,
+                    k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale, BM, BN, D, NC,
+                    STAGES, REFRESH, HAS_MEAN, G, FOLD)  # fmt: skip
     else:
         _consumer_16(wg, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr, q_scale_ptr,
                      k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale, BM, BN, D,
@@ -624,8 +636,8 @@ SCHEDULES = {
     "bf16": Schedule(3, 64, 4, 160, refresh=32),
     "int8-exact": Schedule(2, 128, 2, 240, in_turn=True),
     "int8": Schedule(2, 128, 3, 240, in_turn=True, refresh=64),
-    "int8-fp8-exact": Schedule(3, 128, 3, 160, fold=8),
-    "int8-fp8": Schedule(3, 128, 3, 160, refresh=16, fold=8),
+    "int8-fp8-exact": Schedule(3, 128, 3, 160, fold=12),
+    "int8-fp8": Schedule(3, 128, 3, 160, refresh=16, fold=12),
 }
 
 _TYPES = {

@@ -34,8 +34,8 @@ from .scaled_mm_check import activation_like, poison, row_error
 DIM = 6144
 ROWS = 517
 LONG = 33_003
-"""Tokens for which the passes before attention take their forms for many: qk_norm_rope.MANY, and more than 16 parts of
-values.CHUNK."""
+"""Tokens for which the passes before attention take their forms for many: qk_norm_rope.MANY, values.SAMPLED_FROM, and
+more than 16 parts of each pass of values."""
 MORE = 1.25
 """How much more than the plain form a kernel may err."""
 FLOOR = 1.5e-3
@@ -203,6 +203,8 @@ def _quantize_v(generator: torch.Generator) -> dict[str, float]:
 
 def _v_of_tokens(generator: torch.Generator, tokens: int, heads: int) -> dict[str, float]:
     v = activation_like(tokens, heads * HEAD_DIM, generator).unflatten(-1, (heads, HEAD_DIM))
+    if tokens >= values.SAMPLED_FROM:  # outside the sample, and so far that the last head is gone over again
+        v[values.FIRST, -1, 0] = 20 * v[:, -1, 0].abs().max()
     poison((heads, HEAD_DIM, -(-tokens // 16) * 16), torch.float8_e4m3fn, v.device)
     found, plain = values.quantize_v(v), values.quantize_v_reference(v)
     true = v.float().permute(1, 2, 0)

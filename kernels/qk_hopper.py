@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from .quantize import hadamard
 
@@ -60,9 +60,9 @@ def _first_channels(layout: gl.constexpr):
 
 
 @gluon.jit
-def _loaded(at, mask, first, second):
+def _loaded(at, first, second):
     """Both channels of pairs ``[64, 64]``, as they lie in memory."""
-    return gl.load(at + first, mask=mask, other=0.0), gl.load(at + second, mask=mask, other=0.0)
+    return gl.load(at + first), gl.load(at + second)
 
 
 @gluon.jit
@@ -139,8 +139,10 @@ def _operand(x, mma: gl.constexpr):
 def _turned(x, y, h_first, h_second, mma: gl.constexpr):
     """[x, y] H, 128^0.5 too large, in the order of stores."""
     out = gl.zeros([64, 128], gl.float32, layout=mma)
-    out = warpgroup_mma(_operand(x, mma), h_first, out, use_acc=False)
-    out = warpgroup_mma(_operand(y, mma), h_second, out)
+    # Without a wait between the products: two tenths of the pass would be spent there.
+    out = warpgroup_mma(_operand(x, mma), h_first, out, use_acc=False, is_async=True)
+    out = warpgroup_mma(_operand(y, mma), h_second, out, is_async=True)
+    out = warpgroup_mma_wait(0, deps=[out])
     # A thread holds columns 64 u + 8 v + 2 q + i of the product, which are made channels 64 u + 16 q + 2 v + i.
     out = gl.permute(gl.reshape(out, [64, 2, 8, 4, 2]), (0, 1, 3, 2, 4))
     return gl.convert_layout(gl.reshape(out, [64, 128]), _OUT)
@@ -183,16 +185,16 @@ def _qk_hopper_kernel(
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     columns: gl.constexpr = gl.SliceLayout(0, _PAIRS)
     block = gl.program_id(1)
-    row = block * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, _PAIRS))
-    mask = (row < S)[:, None]
+    # Rows past the end are the last one again, and not stored.
+    row = gl.minimum(block * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, _PAIRS)), S - 1).to(gl.int64)[:, None]
     first, apart = _first_channels(columns)
     second = gl.max_contiguous(gl.multiple_of(first + apart, 8), 8)
-    table = row.to(gl.int64)[:, None] * 128 + first[None, :]
-    c = gl.load(cos_ptr + table, mask=mask, other=0.0).to(gl.float16)
-    s = gl.load(sin_ptr + table, mask=mask, other=0.0).to(gl.float16)
+    table = row * 128 + first[None, :]
+    c = gl.load(cos_ptr + table).to(gl.float16)
+    s = gl.load(sin_ptr + table).to(gl.float16)
     q_first, q_second = _kept(q_weight_ptr, first), _kept(q_weight_ptr, second)
     k_first, k_second = _kept(k_weight_ptr, first), _kept(k_weight_ptr, second)
-    at = qkv_ptr + row.to(gl.int64)[:, None] * row_stride
+    at = qkv_ptr + row * row_stride
     to_row = block * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, _OUT))
     to_mask = to_row < S
     to = to_row.to(gl.int64)[:, None] * out_row + gl.arange(0, 128, layout=gl.SliceLayout(0, _OUT))[None, :]
@@ -207,11 +209,11 @@ def _qk_hopper_kernel(
     _barrier()
 
     head0 = gl.program_id(0) * HEADS
-    x, y = _loaded(at + head0 * head_stride, mask, first[None, :], second[None, :])
+    x, y = _loaded(at + head0 * head_stride, first[None, :], second[None, :])
     for i in range(HEADS):
         head = head0 + i
         here = at + head * head_stride
-        u, v = _loaded(here + 128, mask, first[None, :], second[None, :])
+        u, v = _loaded(here + 128, first[None, :], second[None, :])
         x, y = _normed(x, y, q_first.load(columns), q_second.load(columns), eps)
         q = _turned(_less(x, c, _product(y, s)), _fma(y, c, _product(x, s)), h_first, h_second, mma)
         scale = _scale(_amax(q))
@@ -220,10 +222,11 @@ def _qk_hopper_kernel(
 
         # The last turn loads its own q again.
         after = at + (head0 + gl.minimum(i + 1, HEADS - 1)) * head_stride
-        x, y = _loaded(after, mask, first[None, :], second[None, :])
+        x, y = _loaded(after, first[None, :], second[None, :])
+        mean_first, mean_second = gl.load(k_mean_ptr + head * 128 + first), gl.load(k_mean_ptr + head * 128 + second)
         u, v = _normed(u, v, k_first.load(columns), k_second.load(columns), eps)
-        u, mean_first = gl.broadcast(u, gl.load(k_mean_ptr + head * 128 + first).to(gl.float16)[None, :])
-        v, mean_second = gl.broadcast(v, gl.load(k_mean_ptr + head * 128 + second).to(gl.float16)[None, :])
+        u, mean_first = gl.broadcast(u, mean_first[None, :])
+        v, mean_second = gl.broadcast(v, mean_second[None, :])
         u, v = _less(u, c, _fma(v, s, mean_first)), _fma(v, c, _less(u, s, mean_second))
         k = _turned(u, v, h_first, h_second, mma)
         groups: gl.constexpr = 64 // KEYS

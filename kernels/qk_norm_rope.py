@@ -356,9 +356,9 @@ def launch(
     if quantize:
         q_scale = torch.empty(heads, tokens, device=qkv.device)
         k_scale = torch.empty(heads, key_groups(tokens, key_group), device=qkv.device)
-        mean = torch.empty(heads, HEAD_DIM, device=qkv.device)
-        step, count = sampled_tokens(tokens)
         few = "registers" not in plan  # tokens at a time; they come one after the other, and little else runs
+        mean = torch.empty(heads, HEAD_DIM, device=qkv.device, dtype=torch.float32 if few else torch.float16)
+        step, count = sampled_tokens(tokens)
         _k_mean_kernel[(heads,)](
             qkv, mean, k_weight, cos, sin, step, count, qkv.stride(0), qkv.stride(1), eps, BLOCK=32 if few else 128,
             num_warps=4 if few else 8,

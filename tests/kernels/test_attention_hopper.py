@@ -175,6 +175,25 @@ def test_error_at_odd_lengths(name: str, tokens: int, keys: int) -> None:
 
 @gpu
 @on_hopper
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("keys", [1, 2, 129])
+def test_many_queries_of_few_keys(name: str, keys: int) -> None:
+    """One value is everybody's output; whatever memory held before."""
+    poison = [torch.full((n,), float("nan"), device="cuda") for n in 6 * (64, 256, 512, 1024, 38_400, 76_800)]
+    del poison
+    for seed in range(3):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        q, k, v = (torch.randn(n, 2, 128, device="cuda", generator=generator).bfloat16() for n in (300, keys, keys))
+        args, more = quantized(name, q, k, v)
+        for operand in (*args, *more.values()):
+            assert bool(torch.isfinite(operand.float()).all())
+        truth, out = exact(q, k, v), hopper.attention_hopper(*args, schedule=name, **more)
+        assert bool(torch.isfinite(out).all())
+        assert float((out.double() - truth).norm() / truth.norm()) < LIMITS[name]
+
+
+@gpu
+@on_hopper
 @pytest.mark.parametrize("name", ["bf16", "int8", "int8-fp8"])
 @pytest.mark.parametrize("kind", ["ramp", "spike", "explosion"])
 def test_a_stale_maximum_is_never_wrong(name: str, kind: str) -> None:
@@ -256,7 +275,7 @@ def test_long_sums_do_not_shrink(name: str, keys: int) -> None:
     assert float((out - truth).norm() / truth.norm()) < 2e-2
     mean = v.double().mean(0)
     shrunk = float(((out - mean) * (truth - mean)).sum() / (truth - mean).square().sum())
-    assert abs(shrunk - 1) < 2.5e-2  # an H200 with a fold of 8 tiles: 1.6e-2
+    assert abs(shrunk - 1) < 3.2e-2  # an H200 with a fold of 8 tiles: 1.6e-2; it grows with the fold
 
 
 @gpu

@@ -130,9 +130,80 @@ def test_kernels_on_a_card(tmp_path: Path) -> None:
             assert worst <= _limit(name, 5e-5), (case, name, worst)
 
 
+SAMPLED = """
+import json
+import sys
+import torch
+from solostep.kernels import values
+
+torch.set_num_threads(1)
+device = sys.argv[1]
+SMALL = {"SAMPLED_FROM": 200, "EVERY": 128, "FIRST": 32, "SAMPLE": 64, "RANGE": 64, "SHARES": 2}
+vars(values).update(SMALL)
+plan = {"CHANNELS": 64, "CHUNK": 128, "BLOCK": 64, "STAGES": 2, "num_warps": 4}
+generator = torch.Generator().manual_seed(0)
+
+def of(tokens, heads):
+    return (3 * torch.randn(tokens, heads, 384, generator=generator) + 2)[..., 256:].to(device)
+
+def worst(v, heads):
+    got, want = values.launch(v, plan), values.quantize_v_reference(v)
+    q, wanted = (x[0][heads].float() for x in (got, want))
+    known = wanted.abs().frexp().mantissa != 0.5  # the interpreter halves what rounds up to a power of two
+    apart = ((q - wanted)[known].abs() / wanted[known].abs().clamp_min(2**-6)).max()
+    off = 0.0
+    for x, scale, add in (got, want):  # a uniform attention's output
+        mean = scale[heads] * x[heads].float().sum(-1) / len(v) + add[heads]
+        off = max(off, float((mean - v.float().mean(0)[heads]).abs().max()))
+    return got, [float(apart), float((got[1] / want[1] - 1)[heads].abs().max()), off]
+
+found = {}
+for tokens in (200, 281):
+    got, found[str(tokens)] = worst(of(tokens, 1), [0])
+    found[f"{tokens} largest"] = float(got[0].float().abs().max())
+v = of(235, 5)  # the sample is tokens 0 ... 31 and 128 ... 159
+v[50, 1, 7] = 4000
+v[torch.arange(235) % 128 < 32, 2, 9] = 0
+v[3, 3, 5] = float("nan")
+v[50, 4, 5] = float("inf")
+got, found["five heads"] = worst(v, [0, 1, 2])
+values.SAMPLED_FROM = 1000
+exact = values.launch(v, plan)
+found["exact"] = [
+    all(torch.equal(a[h].float().nan_to_num(7e7), b[h].float().nan_to_num(7e7)) for a, b in zip(got, exact))
+    for h in range(5)
+]
+found["no number"] = got[2].isnan().nonzero().tolist()
+print(json.dumps(found))
+"""
+
+
+def _check_sampled(folder: Path, device: str) -> None:
+    env = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+    found = json.loads(run_separately(SAMPLED, folder, device, **env))
+    for name in ("200", "281", "five heads"):
+        apart, scale, mean = found[name]
+        assert apart <= 0.13 and scale < 1e-6 and mean < 2e-5, (name, found[name])
+    assert all(56 <= found[f"{tokens} largest"] < 200 for tokens in (200, 281)), found
+    assert found["exact"] == [False, True, True, True, True] and found["no number"] == [[3, 5], [4, 5]], found
+
+
+def test_values_from_a_sample_on(tmp_path: Path) -> None:
+    """Scales of a sample; a head with a value beyond them gets all its tokens', to the bit, and no other does."""
+    pytest.importorskip("triton")
+    _check_sampled(tmp_path, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+def test_values_from_a_sample_on_a_card(tmp_path: Path) -> None:
+    _check_sampled(tmp_path, "cuda")
+
+
 CARDS = 80, 86, 89, 90, 100, 120
 HAVE_E4M3 = 89, 90, 100, 120
 ROPE = "_qk_norm_rope_kernel"
+V_PASSES = "_ranges_kernel", "_scales_kernel", "_quantize_v_kernel"
 COMPILED: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]] = {
     "norm int8": (("_row_kernel",), (86, 90), CARDS),
     "norm odd": (("_row_kernel",), (90,), CARDS),
@@ -147,7 +218,8 @@ COMPILED: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]] = 
     "qk int8": (("_k_mean_kernel", ROPE), (80, 89, 90, 120), CARDS),
     "qk mean": (("_k_mean_kernel",), (86, 100), ()),  # where the one above does not bring it
     "heads": (("_norm_heads_kernel",), CARDS, CARDS),
-    "v": (("_ranges_kernel", "_scales_kernel", "_quantize_v_kernel", "_added_kernel"), HAVE_E4M3, HAVE_E4M3),
+    "v": ((*V_PASSES, "_added_kernel"), HAVE_E4M3, HAVE_E4M3),
+    "v sampled": ((*V_PASSES, *V_PASSES, "_added_kernel"), (90,), HAVE_E4M3),
 }
 """By variant: its kernels, and the cards that it is compiled for, in every run and with --all. Every run compiles each
 kernel for each card, and variants that take long for sm_90, where registers are limited, and one or two others."""
@@ -180,6 +252,10 @@ def rope(quantized):
     plan = qk_norm_rope.plan_for(quantized, arch, 75_888)
     qk_norm_rope.launch(qkv, weight, weight, table, table, quantized, 1e-6, plan=plan)
 
+def sampled():
+    values.SAMPLED_FROM = 300
+    values.launch(qkv[..., 256:])
+
 runs = {
     "norm int8": lambda: adaln.launch(x, torch.int8, 256, vector, vector, 1e-5),
     "norm odd": lambda: adaln.launch(odd[None], torch.int8, 1, odd, odd, 1e-5),
@@ -195,6 +271,7 @@ runs = {
     "qk mean": lambda: rope(True),
     "heads": lambda: qk_norm_rope.launch_norm(qkv[..., :128].contiguous(), weight, 1e-6),
     "v": lambda: values.launch(qkv[..., 256:]),
+    "v sampled": sampled,
 }
 kernels = [(adaln, "_row_kernel"), (adaln, "_gate_residual_kernel"), (quantize, "_quantize_rows_kernel"),
            (rows_hopper, "_rows_kernel"), (qk_norm_rope, "_qk_norm_rope_kernel"), (qk_norm_rope, "_k_mean_kernel"),
