@@ -36,8 +36,6 @@ from .quantize import warn_once
 from .refused import is_refused
 from .values import quantize_v
 
-KEY_GROUPS = {"int8": 32, "int8-fp8": 64}
-"""Keys that share a scale: in the fast mode P and V err more than K does, and a scale for 64 saves a few percent."""
 MODES = ("bf16", "int8", "int8-fp8")
 HEAD_DIM = 128
 
@@ -292,9 +290,8 @@ def prepare(
 ) -> Operands:
     """The passes before the kernel: QK-norm and rotary embedding, and what the mode quantizes. See qk_norm_rope()."""
     q, k, q_scale, k_scale = qk_norm_rope(
-        qkv, q_weight, k_weight, cos, sin, quantize=mode != "bf16", key_group=KEY_GROUPS.get(mode, 32),
-        overwrite=overwrite,
-    )  # fmt: skip
+        qkv, q_weight, k_weight, cos, sin, quantize=mode != "bf16", overwrite=overwrite
+    )
     x = Operands(q, k, qkv[..., 2 * HEAD_DIM :], q_scale, k_scale)
     if mode != "int8-fp8":
         return x

@@ -5,7 +5,7 @@ Three modes, one softmax each, fp32 accumulators:
 | mode | q k^T | P V | relative L2 error, N(0,1) |
 |---|---|---|---|
 | bf16 | bf16 | bf16 | 2.3e-3 |
-| int8 + bf16 | int8, a scale for each query and for 32 keys, or 64 | bf16 | 1.2e-2 |
+| int8 + bf16 | int8, a scale for each query and for 16 keys | bf16 | 1.1e-2 |
 | int8 + fp8 | the same | e4m3 P, e4m3 V with a scale a channel | 4.0e-2 |
 
 A program owns a tile of queries of one head: two or three consumer warpgroups of 64 queries each, and one producer warp
@@ -53,7 +53,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .qk_norm_rope import groups_of_tile, scales_of
+from .qk_norm_rope import WINDOW, key_groups
 from .values import permute_keys as permute_keys
 
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the older name, up to Triton 3.7
@@ -156,39 +156,40 @@ def _as_float(s, INT8: gl.constexpr):
 
 
 @gluon.jit
-def _grouped(x, G: gl.constexpr):
-    """Scores ``[BM, BN]`` as ``[BM, G, n, 4, 2]``: G groups of keys, in each 2 n for each of the 4 lanes of a row."""
-    return gl.reshape(x, [x.shape[0], G, x.shape[1] // (8 * G), 4, 2])
+def _grouped(x, W: gl.constexpr):
+    """Scores ``[BM, BN]`` as ``[BM, W, 8, 4, 2]``: W windows of 64 keys, in each 16 for each of a row's 4 lanes."""
+    return gl.reshape(x, [x.shape[0], W, 8, 4, 2])
 
 
 @gluon.jit
-def _factors(q_scale, key_scales, tile, G: gl.constexpr):
-    """What makes a tile's integers logits in powers of two: the query's scale times that of each group of keys."""
-    layout: gl.constexpr = gl.SliceLayout(0, q_scale.type.layout.parent)
-    return q_scale[:, None] * gl.load(key_scales + tile * G + gl.arange(0, G, layout=layout))[None, :]
+def _factors(q_scale, key_scales, tile, W: gl.constexpr):
+    """What makes a tile's integers logits in powers of two: the query's scale times that of each group of keys,
+    ``[BM, W, 4]``. A lane's keys of a window are a group, so that it has W factors for a query."""
+    layout: gl.constexpr = gl.SliceLayout(0, q_scale.type.layout.parent.parent)
+    window = gl.arange(0, W, layout=gl.SliceLayout(1, layout))[:, None]
+    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, layout))[None, :]
+    return q_scale[:, None, None] * gl.load(key_scales + tile * (4 * W) + lane * W + window)[None, :, :]
 
 
 @gluon.jit
-def _row_max(x, f, MAGIC: gl.constexpr, G: gl.constexpr):
-    """The largest logit of each row; ``f [BM, G]`` with integer scores, ``[BM]`` without."""
-    if G:
-        most = gl.max(gl.max(_grouped(x, G), 4), 2)
-        layout: gl.constexpr = most.type.layout
-        f = gl.convert_layout(f, gl.SliceLayout(2, layout), assert_trivial=True)
+def _row_max(x, f, MAGIC: gl.constexpr, W: gl.constexpr):
+    """The largest logit of each row; ``f [BM, W, 4]`` with integer scores, ``[BM]`` without."""
+    if W:
+        most = gl.max(gl.max(_grouped(x, W), 4), 2)
+        f = gl.convert_layout(f, most.type.layout, assert_trivial=True)
         if MAGIC:
             most = most - _MAGIC
-        return gl.max(gl.max(most * f[:, :, None], 1), 1)
+        return gl.max(gl.max(most * f, 1), 1)
     else:
         return gl.max(x, 1) * f
 
 
 @gluon.jit
-def _offsets(x, f, m, MAGIC: gl.constexpr, G: gl.constexpr):
-    """What is taken from score x f, so that m becomes zero: ``[BM, G]``, as many as f has."""
-    if G:
-        y_layout: gl.constexpr = gl.reshape(x, [x.shape[0], G, x.shape[1] // G]).type.layout
-        layout: gl.constexpr = gl.SliceLayout(2, y_layout)
-        off = gl.convert_layout(m, gl.SliceLayout(1, layout), assert_trivial=True)[:, None]
+def _offsets(x, f, m, MAGIC: gl.constexpr, W: gl.constexpr):
+    """What is taken from score x f, so that m becomes zero: ``[BM, W, 4]``, as many as f has."""
+    if W:
+        layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, _grouped(x, W).type.layout))
+        off = gl.convert_layout(m, gl.SliceLayout(1, gl.SliceLayout(2, layout)), assert_trivial=True)[:, None, None]
         f = gl.convert_layout(f, layout, assert_trivial=True)
         return off + _MAGIC * f if MAGIC else off + gl.zeros_like(f)
     else:
@@ -196,12 +197,12 @@ def _offsets(x, f, m, MAGIC: gl.constexpr, G: gl.constexpr):
 
 
 @gluon.jit
-def _row_exp(x, f, offset, G: gl.constexpr):
+def _row_exp(x, f, offset, W: gl.constexpr):
     """2^(score f - offset)."""
-    if G:
-        y = gl.reshape(x, [x.shape[0], G, x.shape[1] // G])
+    if W:
+        y = _grouped(x, W)
         f = gl.convert_layout(f, offset.type.layout, assert_trivial=True)
-        return gl.reshape(_exp2(y * f[:, :, None] - offset[:, :, None]), x.shape)
+        return gl.reshape(_exp2(y * f[:, :, None, :, None] - offset[:, :, None, :, None]), x.shape)
     else:
         return _exp2(x * f[:, None] - offset[:, None])
 
@@ -257,9 +258,9 @@ def _consumer_16(
     out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr, INT8: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr, IN_TURN: gl.constexpr, REFRESH: gl.constexpr, HAS_MEAN: gl.constexpr,
-    G: gl.constexpr,
+    W: gl.constexpr,
 ):  # fmt: skip
-    """64 queries against all keys, P and V in 16 bits; G scales for the keys of a tile, 0 without any."""
+    """64 queries against all keys, P and V in 16 bits; W windows of keys with scales a tile, 0 without any."""
     k_bits: gl.constexpr = 32 if INT8 else 16
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, k_bits])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -271,11 +272,12 @@ def _consumer_16(
     row0 = gl.program_id(0) * (NC * BM) + wg * BM
     q = q_smem.index(wg)
     if INT8:
-        f_layout: gl.constexpr = gl.reshape(gl.zeros([BM, BN], gl.int32, layout=s_layout), [BM, G, BN // G]).type.layout
+        grouped: gl.constexpr = _grouped(gl.zeros([BM, BN], gl.int32, layout=s_layout), W).type.layout
+        f_layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, grouped))
         rows = row0 + gl.arange(0, BM, layout=gl.SliceLayout(1, gl.SliceLayout(2, f_layout)))
         q_scale = gl.load(q_scale_ptr + h * n_q + rows, mask=rows < n_q, other=1.0) * scale
-        key_scales = k_scale_ptr + h * (n_tiles * G)
-        f = _factors(q_scale, key_scales, n_tiles - 1, G)
+        key_scales = k_scale_ptr + h * (n_tiles * 4 * W)
+        f = _factors(q_scale, key_scales, n_tiles - 1, W)
     else:
         f = gl.full([BM], scale, gl.float32, layout=r_layout)
 
@@ -288,8 +290,8 @@ def _consumer_16(
     mbarrier.arrive(k_empty.index(0), count=1)
     keys = (n_tiles - 1) * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, s_layout))
     x = gl.where((keys < n_k)[None, :], _as_float(s, INT8), float("-inf"))
-    m_i = gl.convert_layout(_row_max(x, f, INT8, G), r_layout)
-    p = gl.convert_layout(_row_exp(x, f, _offsets(x, f, m_i, INT8, G), G), s_layout, assert_trivial=True)
+    m_i = gl.convert_layout(_row_max(x, f, INT8, W), r_layout)
+    p = gl.convert_layout(_row_exp(x, f, _offsets(x, f, m_i, INT8, W), W), s_layout, assert_trivial=True)
     l_i = _lane_sums(p, BN)
     pb = _probabilities_16(p, p_layout, v_type)
     o = gl.zeros([BM, D], gl.float32, layout=o_layout)
@@ -306,8 +308,8 @@ def _consumer_16(
     mbarrier.wait(k_full.index(ki), k_phase, pred=n_tiles > 1)
     for t in range(1, n_tiles):
         if INT8:
-            f = _factors(q_scale, key_scales, t - 1, G)
-        offset = _offsets(x, f, m_i, INT8, G)  # now, not on the way from the scores to P
+            f = _factors(q_scale, key_scales, t - 1, W)
+        offset = _offsets(x, f, m_i, INT8, W)  # now, not on the way from the scores to P
         if IN_TURN:
             mbarrier.wait(turn.index(wg), turn_phase)
             turn_phase ^= 1
@@ -322,15 +324,15 @@ def _consumer_16(
         fresh = (REFRESH == 1) | (t < 8) | (t % REFRESH == 0)
         alpha = one
         if fresh:
-            m_new = gl.maximum(m_i, gl.convert_layout(_row_max(x, f, INT8, G), r_layout))
+            m_new = gl.maximum(m_i, gl.convert_layout(_row_max(x, f, INT8, W), r_layout))
             alpha = _exp2(m_i - m_new)
             l_layout: gl.constexpr = gl.SliceLayout(1, l_i.type.layout)
             rescaled = l_i * gl.convert_layout(alpha, l_layout)[:, None]
             # Infinity stays, or becomes NaN. Only here could a sum that was too large become small again.
             l_i = gl.where(l_i < _FAR, rescaled, float("inf")) if REFRESH > 1 else rescaled
             m_i = m_new
-            offset = _offsets(x, f, m_i, INT8, G)
-        p = gl.convert_layout(_row_exp(x, f, offset, G), s_layout, assert_trivial=True)
+            offset = _offsets(x, f, m_i, INT8, W)
+        p = gl.convert_layout(_row_exp(x, f, offset, W), s_layout, assert_trivial=True)
         l_i = l_i + _lane_sums(p, BN)
         ki += 1
         if ki == STAGES:
@@ -359,19 +361,19 @@ def _consumer_16(
 
 
 @gluon.jit
-def _tile_8(s, o, f, m_i, l_i, largest, t, BN: gl.constexpr, D: gl.constexpr, REFRESH: gl.constexpr, G: gl.constexpr):
+def _tile_8(s, o, f, m_i, l_i, largest, t, BN: gl.constexpr, D: gl.constexpr, REFRESH: gl.constexpr, W: gl.constexpr):
     """P of a tile's scores, and what changes with a new maximum."""
     shift: gl.constexpr = 8.0 if REFRESH == 1 else 3.0
     s_layout: gl.constexpr = s.type.layout
     x = s.to(gl.float32)
     m_new = m_i
     if REFRESH == 1:
-        m_new = gl.maximum(m_i, gl.convert_layout(_row_max(x, f, False, G), m_i.type.layout))
+        m_new = gl.maximum(m_i, gl.convert_layout(_row_max(x, f, False, W), m_i.type.layout))
     elif (t < 8) | (t % REFRESH == 0):
-        m_new = gl.maximum(m_i, gl.convert_layout(_row_max(x, f, False, G), m_i.type.layout))
+        m_new = gl.maximum(m_i, gl.convert_layout(_row_max(x, f, False, W), m_i.type.layout))
     alpha = _exp2(m_i - m_new)
     o = _rescale(o, gl.convert_layout(alpha, gl.SliceLayout(1, o.type.layout)))
-    p = gl.convert_layout(_row_exp(x, f, _offsets(x, f, m_new - shift, False, G), G), s_layout, assert_trivial=True)
+    p = gl.convert_layout(_row_exp(x, f, _offsets(x, f, m_new - shift, False, W), W), s_layout, assert_trivial=True)
     sums = _lane_sums(p, BN)
     if REFRESH > 1:
         largest = gl.maximum(largest, sums)
@@ -397,7 +399,7 @@ def _consumer_8(
     wg: gl.constexpr, q_smem, k_smem, v_smem, totals, q_full, k_full, k_empty, v_full, v_empty,
     out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr,
-    REFRESH: gl.constexpr, HAS_MEAN: gl.constexpr, G: gl.constexpr, FOLD: gl.constexpr,
+    REFRESH: gl.constexpr, HAS_MEAN: gl.constexpr, W: gl.constexpr, FOLD: gl.constexpr,
 ):  # fmt: skip
     """64 queries against all keys, int8 q k^T, P and V in e4m3.
 
@@ -418,11 +420,12 @@ def _consumer_8(
     h = gl.program_id(1)
     row0 = gl.program_id(0) * (NC * BM) + wg * BM
     q = q_smem.index(wg)
-    f_layout: gl.constexpr = gl.reshape(gl.zeros([BM, BN], gl.int32, layout=s_layout), [BM, G, BN // G]).type.layout
+    grouped: gl.constexpr = _grouped(gl.zeros([BM, BN], gl.int32, layout=s_layout), W).type.layout
+    f_layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, grouped))
     rows = row0 + gl.arange(0, BM, layout=gl.SliceLayout(1, gl.SliceLayout(2, f_layout)))
     q_scale = gl.load(q_scale_ptr + h * n_q + rows, mask=rows < n_q, other=1.0) * scale
-    key_scales = k_scale_ptr + h * (n_tiles * G)
-    f = _factors(q_scale, key_scales, n_tiles - 1, G)
+    key_scales = k_scale_ptr + h * (n_tiles * 4 * W)
+    f = _factors(q_scale, key_scales, n_tiles - 1, W)
     zero = gl.zeros([BM, BN], gl.int32, layout=s_layout)
 
     mbarrier.wait(q_full, 0)
@@ -433,8 +436,8 @@ def _consumer_8(
     # Numbers that the end does not need again: the compiler would keep them in registers all the while.
     keys = (n_tiles - 2) * BN + gl.arange(BN, 2 * BN, layout=gl.SliceLayout(0, s_layout))
     x = gl.where((keys < n_k)[None, :], x.to(gl.float32), float("-inf"))
-    m_i = gl.convert_layout(_row_max(x, f, False, G), r_layout)
-    x = gl.convert_layout(_row_exp(x, f, _offsets(x, f, m_i - shift, False, G), G), s_layout, assert_trivial=True)
+    m_i = gl.convert_layout(_row_max(x, f, False, W), r_layout)
+    x = gl.convert_layout(_row_exp(x, f, _offsets(x, f, m_i - shift, False, W), W), s_layout, assert_trivial=True)
     l_i = _lane_sums(x, BN)
     largest = l_i
     o = gl.zeros([BM, D], gl.float32, layout=o_layout)
@@ -459,10 +462,10 @@ def _consumer_8(
     STEP: gl.constexpr = FOLD if FOLD else 1 << 30
     for first in range(1, n_tiles, STEP):
         for t in range(first, gl.minimum(first + STEP, n_tiles)):
-            f = _factors(q_scale, key_scales, t - 1, G)
+            f = _factors(q_scale, key_scales, t - 1, W)
             scores = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(k_empty.index(ki), count=1)
-            p, o, m_i, l_i, largest = _tile_8(scores, o, f, m_i, l_i, largest, t, BN, D, REFRESH, G)
+            p, o, m_i, l_i, largest = _tile_8(scores, o, f, m_i, l_i, largest, t, BN, D, REFRESH, W)
             vi = ki
             v_phase = k_phase
             ki += 1
@@ -499,16 +502,16 @@ def _consumer(
     out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr, INT8: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr, IN_TURN: gl.constexpr, REFRESH: gl.constexpr, HAS_MEAN: gl.constexpr,
-    G: gl.constexpr, V8: gl.constexpr, FOLD: gl.constexpr,
+    W: gl.constexpr, V8: gl.constexpr, FOLD: gl.constexpr,
 ):  # fmt: skip
     if V8:
         _consumer_8(wg, q_smem, k_smem, v_smem, totals, q_full, k_full, k_empty, v_full, v_empty, out_ptr, q_scale_ptr,
                     k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale, BM, BN, D, NC,
-                    STAGES, REFRESH, HAS_MEAN, G, FOLD)  # fmt: skip
+                    STAGES, REFRESH, HAS_MEAN, W, FOLD)  # fmt: skip
     else:
         _consumer_16(wg, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, turn, out_ptr, q_scale_ptr,
                      k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles, out_stride, scale, BM, BN, D,
-                     NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, G)  # fmt: skip
+                     NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN, W)  # fmt: skip
 
 
 @gluon.jit
@@ -547,7 +550,7 @@ def _attention_kernel(
     n_q, n_k, n_tiles, out_stride, q_head, k_head, v_head, scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, INT8: gl.constexpr, V8: gl.constexpr, Q_IN_REGISTERS: gl.constexpr, IN_TURN: gl.constexpr,
-    REFRESH: gl.constexpr, HAS_MEAN: gl.constexpr, G: gl.constexpr, FOLD: gl.constexpr, REDO: gl.constexpr,
+    REFRESH: gl.constexpr, HAS_MEAN: gl.constexpr, W: gl.constexpr, FOLD: gl.constexpr, REDO: gl.constexpr,
 ):  # fmt: skip
     if REDO:
         if gl.load(flag_ptr + (gl.program_id(1) * gl.num_programs(0) + gl.program_id(0))) == 0:
@@ -584,11 +587,11 @@ def _attention_kernel(
             (_consumer, (0, q_smem, k_smem, v_smem, totals, q_full, k_full, k_empty, v_full, v_empty, turn,
                          out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles,
                          out_stride, scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN,
-                         G, V8, FOLD)),
+                         W, V8, FOLD)),
             (_consumer, (1, q_smem, k_smem, v_smem, totals, q_full, k_full, k_empty, v_full, v_empty, turn,
                          out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles,
                          out_stride, scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN,
-                         G, V8, FOLD)),
+                         W, V8, FOLD)),
             (_producer, (q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty,
                          n_tiles, q_head, k_head, v_head, BM, BN, D, NC, STAGES, V8)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
@@ -597,15 +600,15 @@ def _attention_kernel(
             (_consumer, (0, q_smem, k_smem, v_smem, totals, q_full, k_full, k_empty, v_full, v_empty, turn,
                          out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles,
                          out_stride, scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN,
-                         G, V8, FOLD)),
+                         W, V8, FOLD)),
             (_consumer, (1, q_smem, k_smem, v_smem, totals, q_full, k_full, k_empty, v_full, v_empty, turn,
                          out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles,
                          out_stride, scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN,
-                         G, V8, FOLD)),
+                         W, V8, FOLD)),
             (_consumer, (2, q_smem, k_smem, v_smem, totals, q_full, k_full, k_empty, v_full, v_empty, turn,
                          out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, n_k, n_tiles,
                          out_stride, scale, BM, BN, D, NC, STAGES, INT8, Q_IN_REGISTERS, IN_TURN, REFRESH, HAS_MEAN,
-                         G, V8, FOLD)),
+                         W, V8, FOLD)),
             (_producer, (q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty,
                          n_tiles, q_head, k_head, v_head, BM, BN, D, NC, STAGES, V8)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
@@ -672,7 +675,7 @@ def attention_hopper(
     """softmax(q k^T scale) v, ``q [S, H, 128]``, ``k [L, H, 128]`` -> bf16 ``[S, H, 128]``.
 
     Args:
-        q, k: bf16; or int8 with ``q_scale`` fp32 ``[H, S]`` and ``k_scale`` fp32 ``[H, key_groups(L, 32 or 64)]``.
+        q, k: bf16; or int8 with ``q_scale`` fp32 ``[H, S]`` and ``k_scale`` fp32 ``[H, key_groups(L)]``.
             Heads and tokens may lie apart (views of a wider tensor); their strides have to be multiples of 16 bytes.
         v: 16 bits ``[L, H, 128]``; or e4m3 ``[H, 128, L16]`` with ``v_scale`` fp32 ``[H, 128]``, L16 >= L a multiple of
             16, what lies beyond L finite, and keys in the order of :func:`permute_keys`.
@@ -701,7 +704,6 @@ def attention_hopper(
     grid = (triton.cdiv(n_q, 64 * plan.consumers), heads)
     stale = plan.refresh > 1
     flags = torch.zeros(grid[0] * heads if stale else 1, dtype=torch.int32, device=q.device)
-    groups = 0 if k_scale is None else groups_of_tile(k_scale, n_k)
     factor = (HEAD_DIM**-0.5 if scale is None else scale) * math.log2(math.e)
 
     def run(chosen: Schedule, redo: bool) -> None:
@@ -713,8 +715,8 @@ def attention_hopper(
             q_desc, k_desc, v_desc, out, _or(q_scale, unused), _or(k_scale, unused), _or(v_scale, unused),
             _or(v_mean, unused), flags, n_q, n_k, triton.cdiv(n_k, chosen.keys), out.stride(0), q_head, k_head, v_head,
             factor, 64, chosen.keys, HEAD_DIM, chosen.consumers, chosen.stages, chosen.registers, int8, v8,
-            chosen.q_in_registers, chosen.in_turn, chosen.refresh, v_mean is not None, groups, chosen.fold if v8 else 0,
-            redo,
+            chosen.q_in_registers, chosen.in_turn, chosen.refresh, v_mean is not None,
+            chosen.keys // WINDOW if int8 else 0, chosen.fold if v8 else 0, redo,
         )  # fmt: skip
 
     run(plan, False)
@@ -749,7 +751,7 @@ def _check(
         if plan.keys != 128:
             raise ValueError(f"int8 keys go 128 at a time, and the schedule takes {plan.keys}")
         _check_scale("q_scale", q_scale, (heads, n_q))
-        _check_scale("k_scale", k_scale, (heads, scales_of(k_scale, n_k)))
+        _check_scale("k_scale", k_scale, (heads, key_groups(n_k)))
     for name, x in (("q", q), ("k", k), ("v", v)):
         strides = [s * x.element_size() for s in x.stride()[:2]]
         if x.stride(2) != 1 or any(s % 16 for s in strides) or x.data_ptr() % 16:

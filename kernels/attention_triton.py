@@ -5,7 +5,7 @@ Three modes, fp32 accumulators, an exact running maximum (relative L2 error on N
 | mode | q k^T | P V | error | cards |
 |---|---|---|---|---|
 | 16 bits | bf16 or fp16 | the same | 2.3e-3 (bf16) | sm_80 on |
-| int8 | int8, a scale for each query and for 32 keys | bf16 or fp16 | 1.2e-2 | sm_80 on |
+| int8 | int8, a scale for each query and for 16 keys | bf16 or fp16 | 1.1e-2 | sm_80 on |
 | int8 + fp8 | the same | e4m3 P, e4m3 V with a scale a channel | 4.0e-2 | sm_89 on |
 
 A program owns a tile of queries of one head and walks over the keys. The last tile of keys, full or not, follows the
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .qk_norm_rope import groups_of_tile, scale_of_keys, scales_of
+from .qk_norm_rope import key_groups, scale_of_keys
 
 try:
     import triton
@@ -136,12 +136,17 @@ if triton is not None:
         else:
             return tl.dot(p.to(v.dtype), v, o)
 
+    @triton.jit
+    def _group_of(key):
+        """As qk_norm_rope.group_of()."""
+        return key // 128 * 8 + key % 8 // 2 * 2 + key // 64 % 2
+
     @triton.jit(do_not_specialize=["n_q", "n_k"])  # lengths change from call to call, and nothing gains
     def _attention_kernel(
         q_ptr, k_ptr, v_ptr, out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, n_q, n_k, scale,
         q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head,
         BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, INT8: tl.constexpr, V8: tl.constexpr,
-        HAS_MEAN: tl.constexpr, KEY_GROUP: tl.constexpr,
+        HAS_MEAN: tl.constexpr,
     ):  # fmt: skip
         # Heads and rows times strides may exceed 2^31 elements; offsets within a tile do not.
         head = tl.program_id(1).to(tl.int64)
@@ -166,7 +171,7 @@ if triton is not None:
             v_keys = n_k
         if INT8:
             q_factor = tl.load(q_scale_ptr + head * n_q + rows, mask=inside, other=0.0) * scale
-            k_scale_ptr += head * ((n_k + 127) // 128 * (128 // KEY_GROUP))
+            k_scale_ptr += head * ((n_k + 127) // 128 * 8)
         else:
             q_factor = tl.full([BM], scale, tl.float32)
         # P in e4m3 is 2^8 too large, to use its range; the row sums are too, and it cancels.
@@ -184,7 +189,7 @@ if triton is not None:
                 v = tl.load(v_ptr + start * v_step + v_at)
                 x = _scores(q, k, INT8)
                 if INT8:
-                    x = (x - magic) * (tl.load(k_scale_ptr + (t * BN + keys) // KEY_GROUP)[None, :] * q_factor[:, None])
+                    x = (x - magic) * (tl.load(k_scale_ptr + _group_of(t * BN + keys))[None, :] * q_factor[:, None])
                 else:
                     x = x * q_factor[:, None]
                 m_new = tl.maximum(m_i, tl.max(x, 1))
@@ -201,7 +206,7 @@ if triton is not None:
         x = _scores(q, k, INT8)
         x = (x - magic) * q_factor[:, None]
         if INT8:
-            x = x * tl.load(k_scale_ptr + (last * BN + keys) // KEY_GROUP)[None, :]
+            x = x * tl.load(k_scale_ptr + _group_of(last * BN + keys))[None, :]
         # Masked after the product: a factor may be zero, and zero times infinity is no number.
         x = tl.where((keys < left)[None, :], x, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(x, 1))
@@ -239,7 +244,7 @@ def attention_triton(
 
     Args:
         q, k: bf16 or fp16; or int8 with ``q_scale`` fp32 ``[H, S]`` and ``k_scale`` fp32
-            ``[H, key_groups(L, 32 or 64)]``.
+            ``[H, key_groups(L)]``.
         v: bf16 or fp16 ``[L, H, 128]``, of the type of q where that has 16 bits; or e4m3 ``[H, 128, L16]`` with
             ``v_scale`` fp32 ``[H, 128]``, L16 >= L a multiple of 16, what lies beyond L finite, and keys in the order
             of `values.permute_keys`; with int8 q and k, on cards from sm_89 on.
@@ -291,8 +296,7 @@ def launch(
         q, k, v, out, q_scale, k_scale, v_scale, v_mean, n_q, k.shape[0], scale * math.log2(math.e),
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v_row, v_head, out.stride(0), out.stride(1),
         BM=tile.queries, BN=tile.keys, D=HEAD_DIM, INT8=q.dtype == torch.int8, V8=v8, HAS_MEAN=v_mean is not None,
-        KEY_GROUP=128 if k_scale is None else 128 // groups_of_tile(k_scale, k.shape[0]), num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
         enable_fp_fusion=True,  # x f - m is one instruction
     )  # fmt: skip
     return out
@@ -319,7 +323,7 @@ def _check(
         raise ValueError(f"v has to be of the type of q and k, {q.dtype}, not {v.dtype}")
     if q.dtype == torch.int8:
         _check_scale("q_scale", q_scale, (heads, n_q), q)
-        _check_scale("k_scale", k_scale, (heads, scales_of(k_scale, n_k)), q)
+        _check_scale("k_scale", k_scale, (heads, key_groups(n_k)), q)
     if v_mean is not None:
         _check_scale("v_mean", v_mean, (heads, HEAD_DIM), q)
     if out.shape != q.shape or not out.dtype.is_floating_point:

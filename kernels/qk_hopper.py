@@ -179,7 +179,7 @@ def _round_int8(x, factor):
 def _qk_hopper_kernel(
     qkv_ptr, q_ptr, k_ptr, q_scale_ptr, k_scale_ptr, k_mean_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
     h_ptr, S, row_stride, head_stride, out_row, out_head, eps,
-    HEADS: gl.constexpr, KEYS: gl.constexpr,
+    HEADS: gl.constexpr,
 ):  # fmt: skip
     """64 tokens of HEADS heads, one after the other; the tables and H are loaded once."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
@@ -229,13 +229,12 @@ def _qk_hopper_kernel(
         v, mean_second = gl.broadcast(v, mean_second[None, :])
         u, v = _less(u, c, _fma(v, s, mean_first)), _fma(v, c, _less(u, s, mean_second))
         k = _turned(u, v, h_first, h_second, mma)
-        groups: gl.constexpr = 64 // KEYS
-        amax = gl.where(to_mask, _amax(k), 0.0)
-        scale = _scale(gl.max(gl.reshape(amax, [groups, KEYS]), 1))
-        at_scale = head * (gl.num_programs(1) * groups) + block * groups
-        gl.store(k_scale_ptr + at_scale + gl.arange(0, groups, layout=scale.type.layout), scale)
-        grouped: gl.constexpr = scale.type.layout.parent
-        factor = (_NORM / scale)[:, None] + gl.zeros([groups, KEYS], gl.float32, layout=grouped)
+        amax = gl.reshape(gl.where(to_mask, _amax(k), 0.0), [8, 4, 2])
+        scale = _scale(gl.max(gl.max(amax, 2), 0))
+        # See qk_norm_rope.group_of(); a block is a window.
+        at_scale = head * (gl.num_programs(1) * 4) + block // 2 * 8 + block % 2
+        gl.store(k_scale_ptr + at_scale + 2 * gl.arange(0, 4, layout=scale.type.layout), scale)
+        factor = (_NORM / scale)[None, :, None] + gl.zeros_like(amax)
         factor = gl.convert_layout(gl.reshape(factor, [64]), gl.SliceLayout(1, _OUT))
         gl.store(k_ptr + (to + head * out_head), _round_int8(k, factor), mask=to_mask[:, None])
 
@@ -256,14 +255,14 @@ def walsh(device: torch.device) -> Tensor:
 
 def launch_hopper(
     qkv: Tensor, q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor, mean: Tensor, q_weight: Tensor,
-    k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, key_group: int, heads: int, plan: dict[str, int],
+    k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, heads: int, plan: dict[str, int],
 ) -> None:  # fmt: skip
     """Fills int8 q and k and their scales, for bf16 ``qkv``. ``plan`` says how many registers a thread may have, 0 for
     what the compiler takes."""
-    blocks = k_scale.shape[1] // (BLOCK // key_group)
+    blocks = k_scale.shape[1] // 4
     limits = {"maxnreg": plan["registers"]} if plan["registers"] else {}
     _qk_hopper_kernel[(qkv.shape[1] // heads, blocks)](
         qkv, q, k, q_scale, k_scale, mean, q_weight, k_weight, cos, sin, walsh(qkv.device), len(qkv), qkv.stride(0),
-        qkv.stride(1), q.stride(0), q.stride(1), eps, HEADS=heads, KEYS=key_group, num_warps=4,
+        qkv.stride(1), q.stride(0), q.stride(1), eps, HEADS=heads, num_warps=4,
         **limits,
     )  # fmt: skip

@@ -7,7 +7,8 @@ where it is. Everything between is fp32: one rounding, where the official code h
 8 bits: a constant vector taken out of every key changes no softmax, so the mean of k goes first, estimated from some
 sampled tokens (a channel with a large mean would eat the range of int8). q and k are then rotated by an orthonormal
 Hadamard transform over the 128 channels of a head, which leaves q k^T alone and spreads what sticks out. q gets a scale
-for each token, k one for 32 tokens, as the attention kernels take them.
+for each token, k one for 16 tokens, as the attention kernels take them: of each window of 64 tokens, those that one
+lane of a tensor core's product holds, so that it multiplies by one number where groups of neighbours would take many.
 
 On Hopper, 8 bits have a form of their own (qk_hopper.py).
 
@@ -34,9 +35,8 @@ except ImportError:  # a CPU build of torch brings none
 HEAD_DIM = 128
 TOKENS = 64
 """Tokens of one program."""
-KEY_GROUP = 32
-"""Keys that share a scale, if nothing else is asked for. The fewer, the smaller the error where keys come in clusters
-of different sizes: 2.6e-2 with 32, 2.5e-2 with 16, whose kernel takes 6 % longer on an H200; 64 are no faster."""
+WINDOW = 64
+"""Keys in which four groups of 16 lie, each with a scale of its own: those of group b are 8 n + 2 b and the next."""
 FLOOR = 2.0**-50
 """The least amax a scale is made of: the product of two such scales is no zero yet."""
 LARGEST = 127.0
@@ -85,42 +85,33 @@ def qk_norm_rope_reference(
     return y * cos.float()[:, None] + torch.cat(turned, dim=-1) * sin.float()[:, None]
 
 
-def quantize_qk_reference(
-    q: Tensor, k: Tensor, k_mean: Tensor, key_group: int = KEY_GROUP
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_qk_reference(q: Tensor, k: Tensor, k_mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """int8 q and k ``[S, H, 128]`` of fp32 ones, rotated, k less ``k_mean [H, 128]``; scales ``[H, S]`` and
-    ``[H, key_groups(S, key_group)]``."""
+    ``[H, key_groups(S)]``."""
     q, k = hadamard(q, HEAD_DIM), hadamard(k - k_mean, HEAD_DIM)
-    groups = key_groups(len(k), key_group)
     q_scale = q.abs().amax(-1).clamp_min(FLOOR) / LARGEST
-    padded = torch.nn.functional.pad(k, (0, 0, 0, 0, 0, groups * key_group - len(k)))
-    k_scale = padded.unflatten(0, (groups, key_group)).abs().amax((1, 3)).clamp_min(FLOOR) / LARGEST
+    padded = torch.nn.functional.pad(k, (0, 0, 0, 0, 0, -len(k) % 128)).abs().amax(-1)  # [tiles x 128, H]
+    amax = padded.unflatten(0, (-1, 2, 8, 4, 2)).amax((2, 4))  # [tiles, windows, groups, H]
+    k_scale = amax.transpose(1, 2).flatten(0, 2).clamp_min(FLOOR) / LARGEST
     q8 = (q / q_scale[..., None]).round().clamp(-127, 127).to(torch.int8)
     k_scale = k_scale.t().contiguous()
     k8 = (k / scale_of_keys(k_scale, len(k)).t()[..., None]).round().clamp(-127, 127).to(torch.int8)
     return q8, k8, q_scale.t().contiguous(), k_scale
 
 
-def key_groups(keys: int, key_group: int = KEY_GROUP) -> int:
+def key_groups(keys: int) -> int:
     """How many scales int8 keys have, in whole tiles of 128 keys; those of groups without keys are small, not zero."""
-    return -(-keys // 128) * (128 // key_group)
-
-
-def groups_of_tile(k_scale: Tensor, keys: int) -> int:
-    """Scales of 128 keys, 1 to 8, from the shape of ``k_scale [H, groups]``; 0 if it is none for these keys."""
-    tiles = -(-keys // 128)
-    groups = k_scale.shape[-1] // tiles
-    return groups if groups in (1, 2, 4, 8) and k_scale.shape[-1] == tiles * groups else 0
-
-
-def scales_of(k_scale: Tensor | None, keys: int) -> int:
-    """How many scales a head has to have, by the group that ``k_scale`` was made with, or by the usual one."""
-    return -(-keys // 128) * (0 if k_scale is None else groups_of_tile(k_scale, keys)) or key_groups(keys)
+    return -(-keys // 128) * 8
 
 
 def scale_of_keys(k_scale: Tensor, keys: int) -> Tensor:
     """The scale of each key, ``[H, keys]``, from those of groups."""
-    return k_scale.repeat_interleave(128 // groups_of_tile(k_scale, keys), 1)[:, :keys]
+    return k_scale[:, group_of(torch.arange(keys, device=k_scale.device))]
+
+
+def group_of(key: Tensor) -> Tensor:
+    """The place of a key's scale: those of a group of one lane's, in the two windows of a tile, lie side by side."""
+    return key // 128 * 8 + key % 8 // 2 * 2 + key // 64 % 2
 
 
 def sampled_tokens(tokens: int) -> tuple[int, int]:
@@ -181,8 +172,7 @@ if triton is not None:
     def _qk_norm_rope_kernel(
         qkv_ptr, q_ptr, k_ptr, q_scale_ptr, k_scale_ptr, k_mean_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
         h_ptr, S, row_stride, head_stride, out_row, out_head, eps,
-        HEADS: tl.constexpr, QUANTIZE: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
-        STAGES: tl.constexpr,
+        HEADS: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         """BLOCK tokens of HEADS heads, one after the other: the tables and H are loaded once."""
         block = tl.program_id(1)
@@ -222,13 +212,11 @@ if triton is not None:
                 x = tl.where(mask, x - tl.load(k_mean_ptr + head * 128 + first)[None, :], 0.0)
                 y = tl.where(mask, y - tl.load(k_mean_ptr + head * 128 + second)[None, :], 0.0)
                 k = _turned(x, y, h_first, h_second)
-                groups: tl.constexpr = BLOCK // KEYS
-                amax = tl.max(tl.reshape(_largest(k), [groups, KEYS]), 1)
-                scale = _scale(amax)
-                at_scale = head * (tl.num_programs(1) * groups) + block * groups
-                tl.store(k_scale_ptr + at_scale + tl.arange(0, groups), scale)
-                inverse = tl.div_rn(0.08838834764831845, scale)[:, None]
-                factor = tl.reshape(tl.broadcast_to(inverse, [groups, KEYS]), [BLOCK])
+                scale = _scale(tl.max(tl.max(tl.reshape(_largest(k), [8, 4, 2]), 2), 0))
+                at_scale = head * (tl.num_programs(1) * 4) + block // 2 * 8 + block % 2  # see group_of()
+                tl.store(k_scale_ptr + at_scale + 2 * tl.arange(0, 4), scale)
+                inverse = tl.div_rn(0.08838834764831845, scale)[None, :, None]
+                factor = tl.reshape(tl.broadcast_to(inverse, [8, 4, 2]), [BLOCK])
                 tl.store(k_ptr + to + head * out_head + c[None, :], _low_byte(k * factor[:, None]), mask=mask)
             else:
                 tl.store(k_ptr + to + head * out_head + first[None, :], x.to(k_ptr.dtype.element_ty), mask=mask)
@@ -284,7 +272,6 @@ def qk_norm_rope(
     sin: Tensor,
     *,
     quantize: bool = False,
-    key_group: int = KEY_GROUP,
     overwrite: bool = False,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -295,12 +282,11 @@ def qk_norm_rope(
         cos, sin: tables of the rotary embedding, contiguous ``[S, 128]``; both channels of a pair turn by one angle:
             the kernel reads the first one's.
         quantize: int8 q and k with their scales, rotated and k less its mean; else both in the type of ``qkv``.
-        key_group: keys that share a scale, 16, 32 or 64.
         overwrite: puts q and k into the place of those in ``qkv``, if they are not quantized.
 
     Returns:
         q and k ``[S, H, 128]``, and with ``quantize`` their scales, fp32 ``[H, S]`` and
-        ``[H, key_groups(S, key_group)]``.
+        ``[H, key_groups(S)]``.
 
     Raises:
         ValueError: a shape that does not fit.
@@ -314,30 +300,27 @@ def qk_norm_rope(
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight.shape != (HEAD_DIM,):
             raise ValueError(f"{name} has to be [128], not {list(weight.shape)}")
-    if key_group not in (16, 32, 64):
-        raise ValueError(f"key_group has to be 16, 32 or 64, not {key_group}")
     if not _has_kernel(f"qk_norm_rope {'int8' if quantize else '16 bits'}", qkv):
-        q, k, *scales = _on_cpu(qkv, q_weight, k_weight, cos, sin, quantize, eps, key_group)
+        q, k, *scales = _on_cpu(qkv, q_weight, k_weight, cos, sin, quantize, eps)
         if overwrite and not quantize:
             q, k = qkv[..., :HEAD_DIM].copy_(q), qkv[..., HEAD_DIM : 2 * HEAD_DIM].copy_(k)
         return q, k, *scales
-    return launch(qkv, q_weight, k_weight, cos, sin, quantize, eps, key_group, overwrite)
+    return launch(qkv, q_weight, k_weight, cos, sin, quantize, eps, overwrite)
 
 
 def _on_cpu(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, quantize: bool, eps: float,
-    key_group: int = KEY_GROUP,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     q = qk_norm_rope_reference(qkv[..., :HEAD_DIM], q_weight, cos, sin, eps)
     k = qk_norm_rope_reference(qkv[..., HEAD_DIM : 2 * HEAD_DIM], k_weight, cos, sin, eps)
     if not quantize:
         return q.to(qkv.dtype), k.to(qkv.dtype), None, None
-    return quantize_qk_reference(q, k, k_mean_reference(k), key_group)
+    return quantize_qk_reference(q, k, k_mean_reference(k))
 
 
 def launch(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, quantize: bool, eps: float,
-    key_group: int = KEY_GROUP, overwrite: bool = False, plan: dict[str, int] | None = None,
+    overwrite: bool = False, plan: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """The kernels, on checked arguments (also under Triton's interpreter)."""
     tokens, heads, _ = qkv.shape
@@ -351,11 +334,11 @@ def launch(
         q, k = qkv[..., :HEAD_DIM], qkv[..., HEAD_DIM : 2 * HEAD_DIM]
     else:
         q, k = (torch.empty(tokens, heads, HEAD_DIM, **like) for _ in range(2))
-    blocks = key_groups(tokens, TOKENS) if quantize else -(-tokens // TOKENS)
+    blocks = -(-tokens // 128) * 2 if quantize else -(-tokens // TOKENS)
     q_scale = k_scale = mean = None
     if quantize:
         q_scale = torch.empty(heads, tokens, device=qkv.device)
-        k_scale = torch.empty(heads, key_groups(tokens, key_group), device=qkv.device)
+        k_scale = torch.empty(heads, key_groups(tokens), device=qkv.device)
         few = "registers" not in plan  # tokens at a time; they come one after the other, and little else runs
         mean = torch.empty(heads, HEAD_DIM, device=qkv.device, dtype=torch.float32 if few else torch.float16)
         step, count = sampled_tokens(tokens)
@@ -367,12 +350,12 @@ def launch(
     if "registers" in plan:
         from .qk_hopper import launch_hopper
 
-        launch_hopper(qkv, q, k, q_scale, k_scale, mean, q_weight, k_weight, cos, sin, eps, key_group, together, plan)
+        launch_hopper(qkv, q, k, q_scale, k_scale, mean, q_weight, k_weight, cos, sin, eps, together, plan)
         return q, k, q_scale, k_scale
     _qk_norm_rope_kernel[(heads // together, blocks)](
         qkv, q, k, q_scale, k_scale, mean, q_weight, k_weight, cos, sin, _walsh(qkv.device) if quantize else None,
         tokens, qkv.stride(0), qkv.stride(1), q.stride(0), q.stride(1), eps, HEADS=together, QUANTIZE=quantize,
-        KEYS=key_group, BLOCK=TOKENS, STAGES=plan["stages"], num_warps=plan["warps"],
+        BLOCK=TOKENS, STAGES=plan["stages"], num_warps=plan["warps"],
     )  # fmt: skip
     return q, k, q_scale, k_scale
 

@@ -16,7 +16,6 @@ triton = pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 
 from solostep.kernels import attention_hopper as hopper  # noqa: E402
-from solostep.kernels.attention import KEY_GROUPS  # noqa: E402
 from solostep.kernels.attention_check import make_inputs  # noqa: E402
 from solostep.kernels.qk_norm_rope import quantize_qk_reference  # noqa: E402
 from solostep.kernels.values import quantize_v  # noqa: E402
@@ -63,7 +62,7 @@ for job in sys.argv[1:]:
     int8, v8 = "int8" in name, "fp8" in name
     q = torch.zeros(1000, 3, 128, dtype=torch.int8 if int8 else torch.bfloat16)
     v = torch.zeros(3, 128, 1008, dtype=torch.float8_e4m3fn) if v8 else torch.zeros(1000, 3, 128, dtype=torch.bfloat16)
-    more = {"q_scale": torch.ones(3, 1000), "k_scale": torch.ones(3, 16 if v8 else 32)} if int8 else {}
+    more = {"q_scale": torch.ones(3, 1000), "k_scale": torch.ones(3, 64)} if int8 else {}
     more |= {"v_scale": torch.ones(3, 128), "v_mean": torch.ones(3, 128)} if v8 else {}
     hopper.attention_hopper(q, q, v, schedule=name, **more)
 """
@@ -141,8 +140,7 @@ def quantized(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor,
     """Operands of a schedule, quantized in plain torch."""
     if not name.startswith("int8"):
         return (q, k, v), {}
-    group = KEY_GROUPS["int8-fp8" if "fp8" in name else "int8"]
-    q8, k8, q_scale, k_scale = quantize_qk_reference(q.float(), k.float(), k.float().mean(0), group)
+    q8, k8, q_scale, k_scale = quantize_qk_reference(q.float(), k.float(), k.float().mean(0))
     more = {"q_scale": q_scale, "k_scale": k_scale}
     if "fp8" not in name:
         return (q8, k8, v), more

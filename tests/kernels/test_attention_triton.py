@@ -83,7 +83,7 @@ for module, kernel in ((portable, "_attention_kernel"), (causal, "_biased_kernel
 qkv = torch.empty(1000, 3, 384, dtype=torch.bfloat16)
 q8, k8 = torch.empty(2, 1000, 3, 128, dtype=torch.int8)
 v8 = torch.empty(3, 128, 1008, dtype=portable.E4M3)
-q_scale, k_scale, channel = torch.empty(3, 1000), torch.empty(3, 32), torch.empty(3, 128)
+q_scale, k_scale, channel = torch.empty(3, 1000), torch.empty(3, 64), torch.empty(3, 128)
 kv = torch.empty(1000, 1, 256, dtype=torch.bfloat16)
 wide = torch.empty(1, 1000, 512, dtype=torch.bfloat16)
 

@@ -78,7 +78,8 @@ for tokens, heads in roped:
     qkv[at, 0, 3] = qkv[at, 0, 130] = float("inf")  # no number of that token, and none that is finite and wrong
     _, _, q_scale, k_scale = qk_norm_rope.launch(qkv, *weights, cos, sin, True, 1e-6)
     bad = ~q_scale.isfinite()
-    case["infinity"] = float(bad.sum() != 1 or not bad[0, at] or k_scale[0, at // 32].isfinite())
+    group = k_scale[0, qk_norm_rope.group_of(torch.tensor(at))]
+    case["infinity"] = float(bad.sum() != 1 or not bad[0, at] or group.isfinite())
     if tokens > 1000:
         v[7, 1, 5] = 4000  # far beyond all others
     got, want = values.launch(v), values.quantize_v_reference(v)
@@ -320,6 +321,22 @@ def test_modulation_is_the_network_s() -> None:
     x, shift, scale = torch.randn(7, 64), torch.randn(64), torch.randn(64)
     want = F.layer_norm(x, (64,), eps=1e-5) * (1 + scale) + shift
     assert torch.allclose(adaln.layer_norm_modulate(x, shift, scale), want, atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_a_group_is_what_a_lane_holds_of_a_window() -> None:
+    """The accumulator of a tensor core's product has columns 8 n + 2 b and the next one in lane b of a row."""
+    keys = torch.randn(397, 2, 128)
+    _, k8, _, k_scale = qk_norm_rope.quantize_qk_reference(keys, keys, torch.zeros(2, 128))
+    assert k_scale.shape == (2, qk_norm_rope.key_groups(397)) == (2, 32)
+    scales = qk_norm_rope.scale_of_keys(k_scale, 397)
+    assert len({float(s) for s in scales[0]}) == 28  # of 32: the last window has 13 keys, and its tile no second one
+    for first in (0, 66, 325, 396):
+        window, lane = first // 64, first % 8 // 2
+        group = [64 * window + 8 * n + 2 * lane + i for n in range(8) for i in range(2)]
+        group = [key for key in group if key < 397]
+        assert (scales[:, group] == scales[:, group[:1]]).all()
+        largest = hadamard(keys, 128)[group].abs().amax((0, 2))
+        assert torch.allclose(scales[:, first] * 127, largest) and int(k8[group].abs().max()) == 127
 
 
 def test_quantized_scores_are_those_of_normed_keys() -> None:
