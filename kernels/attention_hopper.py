@@ -544,7 +544,9 @@ def _producer(
             phase ^= 1
 
 
-@gluon.jit
+# n_k = 1 as a constant makes many registers of P one and the same. On an H200 rows of int8-fp8 then came out as no
+# number, in some lanes and not always; with the length as an argument they do not.
+@gluon.jit(do_not_specialize=["n_k"])
 def _attention_kernel(
     q_desc, k_desc, v_desc, out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, flag_ptr,
     n_q, n_k, n_tiles, out_stride, q_head, k_head, v_head, scale,
