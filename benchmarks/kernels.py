@@ -25,7 +25,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
@@ -48,6 +48,7 @@ from solostep.benchmarks.kernel_cases import (
 )
 from solostep.benchmarks.kernel_cases_rest import cross_group, epilogue_groups, norm_heads_group, text_group, vae_group
 from solostep.benchmarks.linear_speed import DIM, milliseconds
+from solostep.benchmarks.readme_lines import read_lines
 from solostep.engine.choices import plain
 from solostep.engine.files import replacing
 from solostep.engine.machine import copy_rate, gpu_facts
@@ -224,13 +225,45 @@ def error_table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def page(
-    rows: Sequence[Row], errors: Sequence[Mapping[str, Any]], notes: Sequence[str], about: Mapping[str, Any]
+    rows: Sequence[Row], errors: Sequence[Mapping[str, Any]], notes: Sequence[str], *about: Mapping[str, Any]
 ) -> str:
-    """Everything, as Markdown."""
+    """Everything, as Markdown; ``about`` each of the runs that it is of."""
     doc = (__doc__ or "").split("\n\n")
     second = [doc[3], error_table(errors)] if errors else []
     parts = ["# Kernels", doc[2], table(rows), *second, "\n".join(f"- {note}" for note in notes)]
-    return "\n\n".join(filter(None, [*parts, ", ".join(f"{key} {value}" for key, value in about.items())])) + "\n"
+    runs = ("<br>\n".join(", ".join(f"{key} {value}" for key, value in run.items()) for run in about),)
+    return "\n\n".join(filter(None, [*parts, *runs])) + "\n"
+
+
+_OF_ERRORS = ("errors", "backend", *KINDS, "bars", "missed")
+"""What a line of errors says; the rest is of its run."""
+
+
+def page_of(lines: Sequence[dict[str, Any]]) -> str:
+    """The page of recorded lines: of what was measured several times the last one counts. The runs say of what they
+    are where there are several."""
+    names = [field.name for field in fields(Row)]
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    errors: dict[tuple[str, str], dict[str, Any]] = {}
+    notes: dict[str, None] = {}
+    for line in lines:
+        if "operator" in line:
+            rows[line["operator"], line["shape"], line["variant"]] = line
+        elif "errors" in line:
+            errors[line["errors"], line["backend"]] = line
+        else:
+            notes[line["note"]] = None
+    runs: dict[str, dict[str, Any]] = {}
+    for line in (*rows.values(), *errors.values()):
+        about = {key: value for key, value in line.items() if key not in (*names, *_OF_ERRORS)}
+        run = runs.setdefault(json.dumps(about), about | {"of": {}})
+        run["of"][line.get("operator", "errors")] = None
+    for run in runs.values():
+        of = "; ".join(run.pop("of"))
+        if len(runs) > 1:
+            run["of"] = of
+    shown = [Row(**{name: line[name] for name in names}) for line in rows.values()]
+    return page(shown, list(errors.values()), list(notes), *runs.values())
 
 
 def product_rate(tokens: int, rounds: int, turn: float, device: torch.device) -> float:
@@ -342,7 +375,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help=f"these parts: {', '.join([*PARTS, ERRORS])}")  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, help="append the results as JSON lines")
     parser.add_argument("--markdown", type=Path, help="write the tables as a page")
+    parser.add_argument("--page", type=Path, help="measure nothing: write --markdown from the lines of this file")
     args = parser.parse_args(arguments)
+    if args.page is not None and args.markdown is None:
+        parser.error("--page needs --markdown, which says where the page goes")
     if args.tokens < 128 or args.heads < 1 or args.rounds < 1:
         parser.error("--tokens has to be at least 128, --heads and --rounds at least 1")
     for option, path in (("-o", args.output), ("--markdown", args.markdown)):
@@ -353,6 +389,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
+    if args.page is not None:
+        text = page_of(read_lines(args.page))
+        with replacing(args.markdown) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        return
     if not torch.cuda.is_available():
         raise SystemExit("kernels needs a CUDA card")
     device = torch.device("cuda", torch.cuda.current_device())

@@ -61,7 +61,8 @@ def attention_table(root: Path) -> list[str]:
     for name in KERNELS:
         lines = list(_lines(root, name))
         found = {line["variant"]: line for line in lines if line.get("operator") == "attention"}
-        errors |= {f"{line['errors']}, {line['backend']}": line for line in lines if "errors" in line}
+        # They are of the same data at each length: those beside the first are shown.
+        errors = {f"{line['errors']}, {line['backend']}": line for line in lines if "errors" in line} | errors
         for variant, line in found.items():
             if not variant.endswith(" + passes"):
                 continue
