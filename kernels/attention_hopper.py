@@ -33,8 +33,8 @@ them and cuts off what lies below. A sum that has grown to thousands of its prod
 mean comes and goes along the sequence loses 14 % of the output at 75,888 keys (N(0,1) does not show it). So every
 `fold` tiles the accumulators are added to an fp32 sum in shared memory, 32 KiB a warpgroup, and begin at zero again;
 the error of such an output on an H200 is then 4e-3 with a fold of 4 tiles, 9e-3 with 8, 2e-2 with 16 (fp8_sums.py in
-benchmarks/ measures it, or emulates it without a card). A fold of 8 tiles costs 6 % of the kernel's time, most of it that
-of shared memory.
+benchmarks/ measures it, or emulates it without a card). A fold of 8 tiles costs 6 % of the kernel's time, mostly of
+shared memory's.
 
 Memory beside inputs and output: one int32 a tile of queries in the stale mode.
 """

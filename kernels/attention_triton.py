@@ -137,9 +137,15 @@ if triton is not None:
             return tl.dot(p.to(v.dtype), v, o)
 
     @triton.jit
-    def _group_of(key):
-        """As qk_norm_rope.group_of()."""
-        return key // 128 * 8 + key % 8 // 2 * 2 + key // 64 % 2
+    def _factored(x, q_factor, k_scale_ptr, tile):
+        """Integer scores ``[BM, BN]`` of a tile as logits. Four groups of 16 keys lie in each window of 64, see
+        qk_norm_rope.group_of(); the product of factors is that of a thread's few groups, not of each of its scores."""
+        M: tl.constexpr = x.shape[0]
+        W: tl.constexpr = x.shape[1] // 64
+        window = tile * W + tl.arange(0, W)
+        at = (window // 2 * 8 + window % 2)[:, None] + 2 * tl.arange(0, 4)[None, :]
+        factor = q_factor[:, None, None] * tl.load(k_scale_ptr + at)[None, :, :]
+        return tl.reshape(tl.reshape(x, [M, W, 8, 4, 2]) * factor[:, :, None, :, None], [M, 64 * W])
 
     @triton.jit(do_not_specialize=["n_q", "n_k"])  # lengths change from call to call, and nothing gains
     def _attention_kernel(
@@ -189,7 +195,7 @@ if triton is not None:
                 v = tl.load(v_ptr + start * v_step + v_at)
                 x = _scores(q, k, INT8)
                 if INT8:
-                    x = (x - magic) * (tl.load(k_scale_ptr + _group_of(t * BN + keys))[None, :] * q_factor[:, None])
+                    x = _factored(x - magic, q_factor, k_scale_ptr, t)
                 else:
                     x = x * q_factor[:, None]
                 m_new = tl.maximum(m_i, tl.max(x, 1))
@@ -204,9 +210,10 @@ if triton is not None:
         k = tl.load(k_ptr + start * k_row + k_at, mask=(keys < left)[None, :], other=0)
         v = tl.load(v_ptr + start * v_step + v_at, mask=(keys < v_keys - last * BN)[:, None], other=0.0)
         x = _scores(q, k, INT8)
-        x = (x - magic) * q_factor[:, None]
         if INT8:
-            x = x * tl.load(k_scale_ptr + _group_of(last * BN + keys))[None, :]
+            x = _factored(x - magic, q_factor, k_scale_ptr, last)
+        else:
+            x = x * q_factor[:, None]
         # Masked after the product: a factor may be zero, and zero times infinity is no number.
         x = tl.where((keys < left)[None, :], x, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(x, 1))

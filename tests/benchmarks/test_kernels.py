@@ -224,3 +224,21 @@ def test_the_command_on_a_card(tmp_path: Path) -> None:
     } <= {r["operator"] for r in rows}
     assert all(0 < r["fraction"] and (r["error"] is None or r["error"] < 6e-2) for r in rows)
     assert "# Kernels" in files[1].read_text()
+
+
+def test_a_page_of_recorded_lines_has_the_last_of_each(tmp_path: Path) -> None:
+    """Of two runs, each of which the page says what it is of."""
+    file, page = tmp_path / "a.jsonl", tmp_path / "a.md"
+    first, second = (kernels.Kept(file, None, {"card": "Fake", "commit": name}) for name in ("early", "late"))
+    group = fake_group()
+    other = replace(group, operator="other")
+    for kept, ms in ((first, 2.0), (second, 3.0)):
+        for which in (group, other) if kept is first else (group,):
+            kept.add(rows_of(which, {"eager": 8.0, "ours": ms}, {}, CEILINGS), ["none is installed"])
+    kernels.main(["--page", str(file), "--markdown", str(page)])
+    text = page.read_text()
+    assert text.count("| ours | 3.000 |") == text.count("| ours | 2.000 |") == 1 and "second table" not in text
+    assert text.count("- none is installed") == 1
+    assert f"commit late, of {group.operator}" in text and "commit early, of other" in text
+    with pytest.raises(SystemExit):
+        kernels.main(["--page", str(file)])
