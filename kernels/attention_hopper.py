@@ -173,7 +173,11 @@ def _factors(q_scale, key_scales, tile, W: gl.constexpr):
     layout: gl.constexpr = gl.SliceLayout(0, q_scale.type.layout.parent.parent)
     window = gl.arange(0, W, layout=gl.SliceLayout(1, layout))[:, None]
     lane = gl.arange(0, 4, layout=gl.SliceLayout(0, layout))[None, :]
-    return q_scale[:, None, None] * gl.load(key_scales + tile * (4 * W) + lane * W + window)[None, :, :]
+    if W == 1:
+        at = tile // 2 * 8 + tile % 2 + lane * 2 + window
+    else:
+        at = tile * 8 + lane * 2 + window
+    return q_scale[:, None, None] * gl.load(key_scales + at)[None, :, :]
 
 
 @gluon.jit
@@ -281,7 +285,7 @@ def _consumer_16(
         f_layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, grouped))
         rows = row0 + gl.arange(0, BM, layout=gl.SliceLayout(1, gl.SliceLayout(2, f_layout)))
         q_scale = gl.load(q_scale_ptr + h * n_q + rows, mask=rows < n_q, other=1.0) * scale
-        key_scales = k_scale_ptr + h * (n_tiles * 4 * W)
+        key_scales = k_scale_ptr + h * ((n_tiles * W + 1) // 2 * 8)
         f = _factors(q_scale, key_scales, n_tiles - 1, W)
     else:
         f = gl.full([BM], scale, gl.float32, layout=r_layout)
@@ -429,7 +433,7 @@ def _consumer_8(
     f_layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, grouped))
     rows = row0 + gl.arange(0, BM, layout=gl.SliceLayout(1, gl.SliceLayout(2, f_layout)))
     q_scale = gl.load(q_scale_ptr + h * n_q + rows, mask=rows < n_q, other=1.0) * scale
-    key_scales = k_scale_ptr + h * (n_tiles * 4 * W)
+    key_scales = k_scale_ptr + h * ((n_tiles * W + 1) // 2 * 8)
     f = _factors(q_scale, key_scales, n_tiles - 1, W)
     zero = gl.zeros([BM, BN], gl.int32, layout=s_layout)
 
@@ -755,8 +759,8 @@ def _check(
     elif v.dtype not in (torch.bfloat16, torch.float16) or v.shape != k.shape:
         raise ValueError(f"v has to be 16 bits {list(k.shape)}, or e4m3, not {v.dtype} {list(v.shape)}")
     if q.dtype == torch.int8:
-        if plan.keys != 128:
-            raise ValueError(f"int8 keys go 128 at a time, and the schedule takes {plan.keys}")
+        if plan.keys not in (64, 128):
+            raise ValueError(f"int8 keys go 64 or 128 at a time, and the schedule takes {plan.keys}")
         _check_scale("q_scale", q_scale, (heads, n_q))
         _check_scale("k_scale", k_scale, (heads, key_groups(n_k)))
     for name, x in (("q", q), ("k", k), ("v", v)):

@@ -101,7 +101,7 @@ def operands(tokens: int = 40, heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
 def test_wrong_operands_are_refused() -> None:
     q, k, v = operands()
 
-    def refused(words: str, *args: Tensor, schedule: str = "bf16", **kwargs: Tensor) -> None:
+    def refused(words: str, *args: Tensor, schedule: str | hopper.Schedule = "bf16", **kwargs: Tensor) -> None:
         with pytest.raises(ValueError, match=words):
             hopper.attention_hopper(*args, schedule=schedule, **kwargs)
 
@@ -113,7 +113,7 @@ def test_wrong_operands_are_refused() -> None:
     refused("v has to be 16 bits", q, k, v[:5])
     refused("q_scale", q.to(torch.int8), k.to(torch.int8), v, schedule="int8")
     refused("k_scale", q.to(torch.int8), k.to(torch.int8), v, schedule="int8", q_scale=torch.ones(2, 40))
-    refused("128 at a time", q.to(torch.int8), k.to(torch.int8), v, schedule="bf16")
+    refused("64 or 128 at a time", q.to(torch.int8), k.to(torch.int8), v, schedule=hopper.Schedule(2, 32, 2, 240))
     refused("8-bit v", q, k, torch.zeros(2, 128, 48, dtype=torch.float8_e4m3fn))
     odd = torch.zeros(40, 2, 132, dtype=torch.bfloat16)
     refused("16 bytes", odd[..., 4:], odd[..., 4:], v)
@@ -169,6 +169,21 @@ def test_error_at_odd_lengths(name: str, tokens: int, keys: int) -> None:
     truth = exact(q, k, v)
     assert float((out.double() - truth).norm() / truth.norm()) < LIMITS[name]
     assert torch.equal(out, hopper.attention_hopper(*args, schedule=name, **more))
+
+
+@gpu
+@on_hopper
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (77, 64), (300, 65), (300, 397), (1003, 1003)])
+def test_int8_keys_go_a_window_at_a_time_too(queries: int, keys: int) -> None:
+    """A tile has the scales of every second window, side by side with those of the other."""
+    generator = torch.Generator("cuda").manual_seed(keys)
+    q, k, v = (torch.randn(n, 2, 128, device="cuda", generator=generator).bfloat16() for n in (queries, keys, keys))
+    k[keys // 2] *= 8  # one group differs
+    args, more = quantized("int8", q, k, v)
+    out = torch.full((queries, 2, 128), float("nan"), device="cuda", dtype=torch.bfloat16)
+    hopper.attention_hopper(*args, schedule=hopper.Schedule(3, 64, 4, 160, refresh=64), out=out, **more)
+    want = hopper.attention_hopper(*args, schedule="int8-exact", **more).double()
+    assert float((out.double() - want).norm() / want.norm()) < 4e-3
 
 
 @gpu
