@@ -51,6 +51,8 @@ HEADROOM = 8
 """What the range of a sample is multiplied by."""
 RANGE, SAMPLE = 1024, 256
 """Tokens of one program of the first pass: where it reads all of them, and of the sample."""
+RANGES = {"ROWS": 32, "num_warps": 4}
+"""The first pass: tokens that are read at once; and Triton's options."""
 SHARES = 16
 """Programs that go over a head again: those not needed cost a little too."""
 PLAN = {"CHANNELS": 64, "CHUNK": 2048, "BLOCK": 128, "STAGES": 4, "num_warps": 4}
@@ -346,8 +348,8 @@ def launch(v: Tensor, plan: dict[str, int] | None = None) -> tuple[Tensor, Tenso
         ranges = -(-count // size)
         stats = torch.empty(heads, ranges, 3, HEAD_DIM, device=v.device)
         _ranges_kernel[(heads, min(ranges, SHARES) if again else ranges)](
-            v, stats, beyond, tokens, ranges, v.stride(0), v.stride(1), CHUNK=size, ROWS=32, FIRST=FIRST,
-            EVERY=EVERY if sample else FIRST, AGAIN=again, num_warps=4,
+            v, stats, beyond, tokens, ranges, v.stride(0), v.stride(1), CHUNK=size, FIRST=FIRST,
+            EVERY=EVERY if sample else FIRST, AGAIN=again, **RANGES,
         )  # fmt: skip
         limit = QMAX[E4M3] / (HEADROOM if sample else 1)
         _scales_kernel[(heads,)](
