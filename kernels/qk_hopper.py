@@ -5,9 +5,11 @@ Triton's own form moves every value through shared memory three times, as loads,
 hold them, and waits at as many barriers. Here a thread loads 16 bytes of channels at a time, eight first ones of pairs
 and the eight second ones, which are then its part of wgmma's left operand: the rows of the Hadamard matrix are put into
 that order, and its columns so that the thread holds 16 neighbouring bytes of the result twice. Shared memory keeps the
-matrix alone, and the largest keys of a group that two warps share.
+matrix alone, and the largest keys of a group, of which each warp has some.
 
-The loads of k are under way while q is worked on, those of the next q while k is.
+Loads of k are written before the work on q, those of the next q before that on k; ptxas moves them down to behind the
+products all the same. Copying them to shared memory in time (cp.async, one or two tiles ahead) was no faster on an H200
+than waiting for both products at once: 0.84 to 0.87 ms in place of 0.91 at 75,888 tokens.
 """
 
 from __future__ import annotations
