@@ -256,6 +256,8 @@ class Memory:
         while placed is None:
             placed = self._load(job, say)
         self.networks["transformer"] = placed
+        # Weights that arrived in float to be quantized leave gigabytes in torch's cache, beside what the steps take.
+        release_memory(self.device)
         return placed
 
     def spare(self, job: Job, say: Progress) -> PlacedTransformer:
@@ -321,24 +323,32 @@ class Memory:
         return plan
 
     def _move(self, plan: Plan, job: Job, say: Progress) -> bool:
-        """Moves the transformer to a plan; False if it was loaded anew, for want of pinned memory, as the job's plan
-        then says."""
+        """Moves the transformer to a plan; False if it was loaded anew, for want of pinned memory or of the card's, as
+        the job's plan then says.
+
+        Raises:
+            SolostepError: nothing smaller is possible.
+        """
         placed: PlacedTransformer | None = self.networks["transformer"]
         refused: NotPinned | None = None
         try:
             placed.move(plan.blocks)
+            return True
         except NotPinned as error:
             refused = error.with_traceback(None)
-        except BaseException:  # what is left of it would be taken for a whole one
-            self.free("transformer", always=True)
-            raise
-        if refused is None:
-            return True
-        placed = None
+        except BaseException as error:  # what is left of it would be taken for a whole one
+            if not ran_out(error):
+                self.free("transformer", always=True)
+                raise
+        placed = None  # here, where no traceback holds it
         self.free("transformer", always=True)
-        if not plan.blocks.host:
+        if refused is None:
+            job.plan = self.plan(job.left, min(self.room(), int(plan.budget * 0.9)))
+            job.event("Out of memory while blocks left the card; the transformer is loaded anew, more of it elsewhere.")
+        elif not plan.blocks.host:
             raise refused
-        job.plan = self._from_files(job, plan.blocks.host, refused, min(self.room(), plan.budget))
+        else:
+            job.plan = self._from_files(job, plan.blocks.host, refused, min(self.room(), plan.budget))
         self._loaded(job, say)
         return False
 
