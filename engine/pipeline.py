@@ -434,7 +434,7 @@ class StepVideoPipeline:
                 if waiting:
                     settle(self.device, self.mode.product_kinds | self.text_mode.product_kinds)
                 if texts:
-                    embeddings = self._stages.embed(texts, self.text_mode, self.cache, shared, say)
+                    embeddings = self._stages.embed(texts, self.text_mode, self.cache, waiting, shared, say)
             try:
                 yield from self._each(jobs, embeddings, shared, open_sink, callback, say)
             finally:  # also when the caller stops early

@@ -44,9 +44,10 @@ class Stages:
         self.model, self.device, self.dtype, self.memory = model, device, dtype, memory
 
     def embed(
-        self, texts: Sequence[str], mode: Mode, cache: Path | None, stages: list[Stage], say: Progress
-    ) -> dict[str, PromptEmbedding]:
-        """Encodes all texts in one pass of the encoders; its measurement goes to ``stages``."""
+        self, texts: Sequence[str], mode: Mode, cache: Path | None, jobs: Sequence[Job], stages: list[Stage],
+        say: Progress,
+    ) -> dict[str, PromptEmbedding]:  # fmt: skip
+        """Encodes all texts of ``jobs`` in one pass of the encoders; its measurement goes to ``stages``."""
         self.memory.make_room(self.memory.sizes.text if self.memory.is_planned else 0)
         named = stage_of(say, "text encoders")
 
@@ -54,7 +55,11 @@ class Stages:
             with measured("text", self.device, stages):
                 return encode_prompts(self.model, texts, self.device, self.dtype, cache, named, mode)
 
-        return self._twice(encode, lambda: log.warning("Out of memory in the text encoders; they begin again alone."))
+        def failed() -> None:
+            for job in jobs:
+                job.event("Out of memory in the text encoders; they begin again alone.", quiet=job is not jobs[0])
+
+        return self._twice(encode, failed)
 
     def first_frame(self, job: Job, say: Progress) -> None:
         """Encodes the first frame, if there is one, before the DiT takes the memory."""
@@ -94,31 +99,39 @@ class Stages:
         say: Progress,
     ) -> None:  # fmt: skip
         """Runs the steps that are left; the latents are on disk after each."""
-        saved, settings = job.saved, job.request.settings
+        saved, sigmas = job.saved, make_sigmas(job.saved.steps, job.request.settings.time_shift)
         transformer = self.memory.transformer(job, say)
+        velocity: GuidedVelocity | None = None
+        latents: Tensor | None = None  # those of `saved`, on the device
 
-        def guided() -> GuidedVelocity:
-            return _velocity(transformer, embeddings, job, attention, backend)
+        def attempt(step: int) -> Tensor | None:
+            """The latents after a step; None if the device ran out of memory, whose remains are gone then."""
+            nonlocal velocity, latents
+            try:
+                if velocity is None:
+                    velocity = _velocity(transformer, embeddings, job, attention, backend)
+                if latents is None:
+                    latents = saved.latents.to(self.device)
+                return euler_step(latents, velocity(latents, sigmas[step]), sigmas[step], sigmas[step + 1])
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+            return None
 
         with measured("denoise", self.device, job.stages):
             saved.info["attention_backend"] = backend
-            velocity = guided()
-            sigmas = make_sigmas(saved.steps, settings.time_shift)
-            latents = saved.latents.to(self.device)
             say("denoise", saved.step, saved.steps)
             for step in range(saved.step, saved.steps):
-                made = _step(velocity, latents, sigmas[step], sigmas[step + 1])
-                while made is None:  # other programs took memory: a smaller plan, and the step again
-                    del velocity, transformer
+                while (made := attempt(step)) is None:  # other programs took memory: a smaller plan, and again
+                    velocity = None
+                    del transformer  # nobody else may hold it while it moves
                     transformer = self.memory.spare(job, say)
-                    velocity = guided()
-                    made = _step(velocity, latents, sigmas[step], sigmas[step + 1])
                 latents = made
                 _keep(job, latents, step + 1)
                 changed = None if ended is None else ended(step, float(sigmas[step]), latents)
                 if changed is not None and changed is not latents:
-                    latents = changed.to(self.device, torch.float32)
-                    _keep(job, latents, step + 1)
+                    latents = None
+                    _keep(job, changed.cpu().float(), step + 1)
                 say("denoise", step + 1, saved.steps)
 
     def decode(
@@ -127,12 +140,18 @@ class Stages:
         """Decodes chunk by chunk; frames leave as they are ready."""
         total = job.request.settings.num_frames
         networks = self.memory.networks
-        if "vae" not in networks or next(networks["vae"].parameters()).dtype != dtype:
-            with measured("load vae", self.device, job.stages):
-                networks["vae"] = load(self.model.components["vae"], self.device, dtype, part="decoder")
+
+        def begin() -> Tensor:
+            """The VAE and the latents on the device."""
+            if "vae" not in networks or next(networks["vae"].parameters()).dtype != dtype:
+                with measured("load vae", self.device, job.stages):
+                    networks["vae"] = load(self.model.components["vae"], self.device, dtype, part="decoder")
+            return job.saved.latents.to(self.device, dtype)
+
+        said = "Out of memory while the VAE was loaded; it is loaded again alone."
+        latents = self._twice(begin, lambda: job.event(said))
         with measured("decode and write", self.device, job.stages), sink as open_sink:
             say("decode", 0, total)
-            latents = job.saved.latents.to(self.device, dtype)
             room, done = self.memory.room(), 0
             (slices, strips), needed = self.memory.decoding(job.request.settings, room, dtype)
             if needed > room:
@@ -146,10 +165,21 @@ class Stages:
             def smaller(setting: str) -> None:
                 job.event(f"Out of memory while decoding; going on {setting}.")
 
-            for frames in decode_chunks(networks["vae"], latents, slices, strips, on_retry=smaller):
-                open_sink.write(to_uint8(frames[0]).cpu().numpy())
+            def alone() -> bool:
+                return self._without_transformer(job)
+
+            for frames in decode_chunks(networks["vae"], latents, slices, strips, on_retry=smaller, make_room=alone):
+                open_sink.write(_pixels(frames[0], job).numpy())
                 done += frames.shape[1]
                 say("decode", done, total)
+
+    def _without_transformer(self, job: Job) -> bool:
+        """Gives a transformer that was kept up for the decoding; False if there is none."""
+        if self.memory.placed is None:
+            return False
+        self.memory.free("transformer", always=True)
+        job.event("Out of memory while decoding in the smallest pieces; going on without the kept transformer.")
+        return True
 
 
 def _velocity(
@@ -161,14 +191,17 @@ def _velocity(
     )  # fmt: skip
 
 
-def _step(velocity: GuidedVelocity, latents: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor | None:
-    """The latents after a step; None if the device ran out of memory, whose remains are gone then."""
+def _pixels(frames: Tensor, job: Job) -> Tensor:
+    """Frames as uint8 on the host; made there, to the same bits, if the device has no memory for it."""
     try:
-        return euler_step(latents, velocity(latents, sigma), sigma, next_sigma)
+        return to_uint8(frames).cpu()
     except RuntimeError as error:
         if not ran_out(error):
             raise
-        return None
+    said = "Out of memory while frames were made of what was decoded; the host makes them."
+    if said not in job.events:
+        job.event(said)
+    return to_uint8(frames.cpu())
 
 
 def _keep(job: Job, latents: Tensor, step: int) -> None:

@@ -1019,6 +1019,7 @@ def decode_chunks(
     frames: int | None = None,
     strips: int = 1,
     on_retry: Callable[[str], None] | None = None,
+    make_room: Callable[[], bool] | None = None,
 ) -> Iterator[Tensor]:
     """Decodes 3 latent frames at a time and yields frames ``[B, n, 3, H, W]`` as soon as they are final.
 
@@ -1027,10 +1028,11 @@ def decode_chunks(
     :meth:`Decoder.slices`; strips of whole chunks are those of single frames).
 
     Where the memory is not enough, the chunk begins again with the next of :data:`SMALLER`, from the frame on that had
-    not left, and the chunks after it stay with that. ``on_retry`` is told in words.
+    not left, and the chunks after it stay with that. ``on_retry`` is told in words. Where also the last takes too much,
+    ``make_room`` is asked to free what else there is on the device, and after a True the last is tried again.
 
     Raises:
-        torch.OutOfMemoryError: also the last of them takes too much.
+        torch.OutOfMemoryError: also the last of them takes too much, and there is no more room to make.
         ValueError: as of :meth:`Decoder.slices`.
     """
     if strips > 1 and frames is None:
@@ -1040,7 +1042,7 @@ def decode_chunks(
     try:
         for part in latents.split(CHUNK_LATENTS, dim=1):
             border = True
-            for piece in work.decode(part.transpose(1, 2), on_retry):
+            for piece in work.decode(part.transpose(1, 2), on_retry, make_room):
                 piece = piece.transpose(1, 2)
                 if held is not None:
                     if border:
@@ -1064,7 +1066,9 @@ class _ChunkDecoder:
         self.decoder, self.frames, self.strips = decoder, frames, strips
         self.host: HostFrames | None = None
 
-    def decode(self, z: Tensor, on_retry: Callable[[str], None] | None) -> Iterator[Tensor]:
+    def decode(
+        self, z: Tensor, on_retry: Callable[[str], None] | None, make_room: Callable[[], bool] | None
+    ) -> Iterator[Tensor]:
         """The frames ``[B, 3, t, H, W]`` of a chunk, each once."""
         done = 0  # frames of this chunk that have left
         while True:
@@ -1081,12 +1085,15 @@ class _ChunkDecoder:
                     del new
                 return
             except (RuntimeError, MemoryError) as error:
-                if not ran_out(error) or not self._reduce():
+                if not ran_out(error):
+                    raise
+                reduced = self._reduce()
+                if not reduced and (make_room is None or not make_room()):
                     raise
             self.close()
             if z.is_cuda:
                 torch.cuda.empty_cache()
-            if on_retry is not None:
+            if reduced and on_retry is not None:
                 on_retry("frame by frame" + (f" in {self.strips} strips" if self.strips > 1 else ""))
 
     def close(self) -> None:

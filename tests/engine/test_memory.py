@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import re
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from solostep.engine.asked import ask
 from solostep.engine.errors import SolostepError, UsageError
 from solostep.engine.interfaces import cli
 from solostep.engine.latents import SavedLatents
+from solostep.engine.models import vae
 from solostep.engine.plan import CONTEXT, Plan, Rated, parse_size
 from solostep.engine.request import Collect, Job
 from solostep.engine.sampling import GuidedVelocity
@@ -182,10 +182,17 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, error: Ex
 def test_stages_before_the_transformer_are_tried_twice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     image = torch.zeros(3, 64, 96) if name == "first_frame_condition" else None
     pipe = StepVideoPipeline.from_pretrained(TI2V if image is not None else T2V, device="cpu", cache=False)
-    call = functools.partial(pipe, "a red panda", image=image, seed=7, output_type="latent", **SMALL)
-    want = call()
+
+    def call() -> tuple[torch.Tensor, list[str]]:
+        request = pipe.request("a red panda", image=image, seed=7, **SETTINGS)
+        ((record, latents),) = pipe.generate([request], None)
+        return latents, record["events"]
+
+    want, said = call()
+    assert said == []
     fail_once(monkeypatch, stages, name, RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
-    assert torch.equal(call(), want)
+    found, said = call()
+    assert torch.equal(found, want) and len(said) == 1 and "Out of memory" in said[0] and "alone" in said[0]
     fail_once(monkeypatch, stages, name, RuntimeError("an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal"):
         call()
@@ -224,6 +231,108 @@ def test_what_cannot_be_pinned_while_a_step_is_repeated_is_loaded_anew(
     assert torch.equal(found, unlimited)
     assert [len(re.findall("from their files|is repeated", event)) for event in record["events"]] == [1, 1]
     assert record["plan"]["blocks_from_disk"] > 0
+
+
+def test_a_move_that_ran_out_of_memory_is_a_load_of_less(
+    unlimited: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slots of what left the card found no place on it: other programs were faster."""
+    fail_at(monkeypatch, {2})
+    fail_once(monkeypatch, streaming, "BlockStreamer")
+    whole = budgets()[1] + 1
+    found, record = make(whole)
+    assert torch.equal(found, unlimited)
+    assert [len(re.findall("loaded anew|is repeated", event)) for event in record["events"]] == [1, 1]
+    assert record["plan"]["streamed_blocks"] > 0 and record["plan"]["budget_bytes"] <= 0.9 * 0.9 * whole
+
+
+def test_loads_of_less_come_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = StepVideoPipeline.from_pretrained(device="cpu", vram=budgets()[1] + 1)
+    fail_at(monkeypatch, {2})
+    calls: list[int] = []
+
+    def full(*_: Any, **__: Any) -> None:
+        calls.append(1)
+        raise OUT_OF_MEMORY
+
+    monkeypatch.setattr(streaming, "BlockStreamer", full)
+    with pytest.raises(SolostepError, match="at least for 17 frames"):
+        pipe("a red panda", seed=7, output_type="latent", **SMALL)
+    assert len(calls) > 1 and "transformer" not in pipe._networks
+
+
+def fail_to(monkeypatch: pytest.MonkeyPatch, *where: Any) -> None:
+    """The next time that latents go to a device, as the type that is given, it has no memory for them."""
+    real, left = torch.Tensor.to, [OUT_OF_MEMORY]
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if left and self.ndim == 5 and args == where:
+            raise left.pop()
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+
+
+@pytest.mark.parametrize("what", ["velocity", pytest.param("latents", marks=pytest.mark.more)])
+def test_what_the_first_step_needs_may_run_out_of_memory(
+    what: str, unlimited: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = budgets()[1] + 1
+    if what == "velocity":
+        fail_once(monkeypatch, stages, "GuidedVelocity")
+    else:
+        fail_to(monkeypatch, torch.device("cpu"))
+    found, record = make(whole)
+    assert torch.equal(found, unlimited) and len(record["events"]) == 1
+    assert "Out of memory at step 1" in record["events"][0] and record["plan"]["streamed_blocks"] > 0
+
+
+def test_the_cache_of_loading_goes_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def note(module: Any, name: str) -> None:
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **more: order.append(name) or real(*args, **more))
+
+    for module, name in ((memory, "place"), (memory, "release_memory"), (stages, "euler_step")):
+        note(module, name)
+    make(precision="int8")
+    begun = order.index("place")
+    assert order[begun : begun + 4] == ["place", "release_memory", "euler_step", "euler_step"]
+
+
+@pytest.mark.parametrize("what", ["vae", pytest.param("latents", marks=pytest.mark.more), "pieces"])
+def test_decoding_gives_a_kept_transformer_up(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = StepVideoPipeline.from_pretrained(T2V, device="cpu", keep_loaded=True)
+    small = SMALL | {"num_inference_steps": 1}
+    want = pipe("a red panda", seed=7, **small)
+    assert want.record["events"] == []
+    if what == "vae":
+        pipe.memory.free("vae", always=True)
+        fail_once(monkeypatch, stages, "load")
+        fail_once(monkeypatch, stages, "to_uint8")
+    elif what == "latents":
+        fail_to(monkeypatch, torch.device("cpu"), torch.bfloat16)
+    else:
+        real = vae._ChunkDecoder._pieces
+
+        def pieces(self: Any, z: torch.Tensor) -> Any:
+            if "transformer" in pipe._networks:
+                raise OUT_OF_MEMORY
+            return real(self, z)
+
+        monkeypatch.setattr(vae._ChunkDecoder, "_pieces", pieces)
+        monkeypatch.setattr(vae, "SMALLER", ((1, 1),))
+    found = pipe("a red panda", seed=7, **small)
+    assert abs(found.frames.astype(int) - want.frames.astype(int)).max() <= (2 if what == "pieces" else 0)
+    assert "transformer" not in pipe._networks
+    said = {
+        "vae": ["loaded again alone", "the host makes them"],
+        "latents": ["loaded again alone"],
+        "pieces": ["going on frame by frame", "without the kept transformer"],
+    }[what]
+    assert len(found.record["events"]) == len(said)
+    assert all(words in event for words, event in zip(said, found.record["events"], strict=True))
 
 
 @pytest.mark.parametrize("version", [1, 2])

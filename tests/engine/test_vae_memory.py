@@ -193,6 +193,24 @@ def test_nothing_left_to_try(decoder: vae.Decoder, failing: Callable[[list[int]]
     assert len(said) == 3
 
 
+def test_room_is_made_when_nothing_smaller_is_left(
+    decoder: vae.Decoder, failing: Callable[[list[int]], list[int]]
+) -> None:
+    """Frames that had left do not come again, and what there is to free is asked for once."""
+    z = latents(3, 2, 2)
+    whole = decoded(decoder, z)
+    said: list[str] = []
+    room = iter([True, False])
+    failing([0, 1, 2, 20])
+    found = decoded(decoder, z, on_retry=said.append, make_room=lambda: next(room))
+    assert len(said) == 3 and next(room) is False
+    assert found.shape == whole.shape and float((found - whole).abs().max()) <= 1e-4
+    failing(list(range(100)))
+    room = iter([True, False])
+    with pytest.raises(torch.OutOfMemoryError, match="simulated"):
+        decoded(decoder, z, make_room=lambda: next(room))
+
+
 def test_a_failed_attempt_frees_its_tensors(
     decoder: vae.Decoder, failing: Callable[[list[int]], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
