@@ -88,8 +88,8 @@ Vram = Annotated[
     str | None,
     typer.Option(
         help="Memory of the card to stay in, such as 24GB or 24G (10^9 bytes each; GiB: 2^30): the rest of the model "
-        "waits outside. Costs host memory, and time where a clip is short. Default: $SOLOSTEP_VRAM, else what is free. See "
-        "`solostep plan`."
+        "waits outside. Costs host memory, and time where a clip is short. Default: $SOLOSTEP_VRAM, else what is free. "
+        "See `solostep plan`."
     ),
 ]
 HostRam = Annotated[
