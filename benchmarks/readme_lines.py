@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from solostep.engine.errors import UsageError
+from solostep.engine.plan import parse_size
 
 RESULTS = Path("benchmarks/results")
 BLOCK, DECODING, WHOLE = (RESULTS / f"{name}-h200.jsonl" for name in ("block", "vae", "whole"))
 KERNELS = (RESULTS / "kernels-h200.jsonl", RESULTS / "kernels-h200-5007.jsonl")
+
+CHANGED = "A commit with a +: there were changes on top of it that were not committed; what ran cannot be checked out."
+"""Below a table whose rows name such commits."""
 
 
 def block_table(root: Path) -> list[str]:
@@ -38,7 +42,7 @@ def block_table(root: Path) -> list[str]:
 
 
 def decoding_table(root: Path) -> list[str]:
-    """One chunk of 17 frames: seconds, memory beside the weights, error against the whole chunk."""
+    """One chunk of 17 frames: seconds, memory beside the weights, distance from the whole chunk."""
     latest: dict[tuple[int, int], dict[str, Any]] = {}
     for line in _lines(root, DECODING):
         latest[line.get("at_once", 0), line.get("strips", 1)] = line
@@ -47,10 +51,18 @@ def decoding_table(root: Path) -> list[str]:
         how = f"{frames} frames at a time" if frames else "whole"
         rows.append([
             how if strips == 1 else f"{how}, {strips} strips", f"{line['seconds']:.2f}",
-            f"{line['peak_above_gib']:.1f} GiB", f"{line['error']:.1e}" if "error" in line else "", line["commit"],
+            f"{line['peak_above_gib']:.1f} GiB", f"{line['error']:.1e}" if "error" in line else "", _decibels(line),
+            line["commit"],
         ])  # fmt: skip
-    heads = ["how", "seconds", "memory beside the weights", "error against the whole chunk, relative L2", "commit"]
+    heads = ["how", "seconds", "memory beside the weights", "error against the whole chunk, relative L2", "PSNR",
+             "commit"]  # fmt: skip
     return _table(heads, rows)
+
+
+def _decibels(line: dict[str, Any]) -> str:
+    """Of a line's output beside the whole chunk; older lines have none, and equal numbers no finite one."""
+    psnr = line.get("psnr_db", "")
+    return psnr if isinstance(psnr, str) else f"{psnr:.1f} dB"
 
 
 def attention_table(root: Path) -> list[str]:
@@ -85,7 +97,8 @@ def memory_table(root: Path) -> list[str]:
     latest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for line in _lines(root, WHOLE):
         frames = line["settings"]["num_frames"]
-        latest[line["precision"], frames, line["host_ram"] == "8GB", line["vram"]] = line
+        files = line["plan"]["blocks_from_disk"] > 0
+        latest[line["precision"], frames, files, line["vram"]] = line
     rows = []
     for (precision, frames, _, vram), line in sorted(
         latest.items(), key=lambda entry: (entry[0][0] != "fp8", -entry[0][1], -_gigabytes(entry[0][3]), entry[0][2])
@@ -93,19 +106,20 @@ def memory_table(root: Path) -> list[str]:
         plan, took = line["plan"], next(stage for stage in line["stages"] if stage["stage"] == "denoise")
         files = plan["blocks_from_disk"]
         rows.append([
-            f"{vram[:-2]} GB" + (f", {files} blocks from files at every step" if files else ""),
+            f"{_gigabytes(vram):g} GB" + (f", {files} blocks from files at every step" if files else ""),
             precision, str(frames), str(plan["resident_blocks"]), f"{line['step_seconds'][-1]:.2f} s",
             f"{plan['step_seconds']:.2f} s", f"{line['driver_peak_bytes'] / 1e9:.1f} GB",
             f"{plan['device_bytes'] / 1e9:.1f} / {took['gpu_peak_bytes'] / 1e9:.1f} GB",
-            f"{took['host_peak_bytes'] / 1e9:.1f} GB", line["commit"].rstrip("+"),
+            f"{took['host_peak_bytes'] / 1e9:.1f} GB", line["commit"],
         ])  # fmt: skip
     heads = ["`--vram`", "DiT", "frames", "blocks that stay, of 48", "the second step", "planned",
              "card, driver's count", "torch, denoising: planned / taken", "host", "commit"]  # fmt: skip
-    return _table(heads, rows)
+    changed = any(row[-1].endswith("+") for row in rows)
+    return [*_table(heads, rows), *(["", CHANGED] if changed else [])]
 
 
 def _gigabytes(size: str) -> float:
-    return float(size.removesuffix("GB"))
+    return parse_size(size, "--vram") / 1e9
 
 
 def _lines(root: Path, name: Path) -> Iterator[dict[str, Any]]:

@@ -74,6 +74,16 @@ def speed_job(
     return Job(name, command, seconds, needs, resumes=True)
 
 
+def whole_job(
+    name: str, seconds: float, budgets: tuple[str, ...], *options: str, to: str = "whole-h200"
+) -> Job:  # fmt: skip
+    """The pipeline in fp8 within budgets of the card; lines go to a file of one size of frame."""
+    vram = [part for size in budgets for part in ("--vram", size)]
+    modes = ("--precision", "fp8", "--text-precision", "int8", "-o", f"{{out}}/{to}.jsonl")
+    command = (*PYTHON, "solostep.benchmarks.whole_pipeline", "run", "{model}", *modes, *vram, *options)
+    return Job(name, command, seconds, (MODEL,))
+
+
 def vae_jobs() -> Iterator[Job]:
     ways = ((0, 0), (4, 1), (8, 8), (8, 16), (4, 8), (4, 16), (2, 8), (2, 16), (1, 16), (2, 1), (1, 1), (4, 4), (2, 4))
     for frames, strips in ways:
@@ -117,8 +127,16 @@ JOBS: tuple[Job, ...] = (
     Job(MODEL_INT8, (*PYTHON, "solostep.benchmarks.synthetic", "{model}-int8", "--precision", "int8"), 65),
     # Blocks come from files in the form in which they are computed only.
     speed_job(
-        "files", 180, *LONG, "--precision", "int8", "--vram", "12GB", "--host-ram", "8GB", needs=(MODEL_INT8,),
+        "files", 180, *LONG, "--precision", "int8", "--vram", "12GB", "--host-ram", "4GB", needs=(MODEL_INT8,),
         model="{model}-int8",
+    ),
+    # What streaming costs: beside the least computation of this size, beside the most, and where copies take longer by
+    # the plan (0.40 s a step for 0.14).
+    whole_job("whole-17", 130, ("80GB", "8GB"), "--frames", "17", "--latents-only"),
+    whole_job("whole-204", 140, ("80GB",), *LONG),
+    whole_job(
+        "whole-small", 110, ("80GB", "8GB"), "--frames", "17", "--height", "272", "--width", "496", "--latents-only",
+        to="whole-small-h200",
     ),
     speed_job("bf16", 130, *LONG, "--precision", "bf16", "--vram", "80GB"),
     Job("block", (*WIDTH, "block", "--repeats", "3", "-o", "{out}/block-h200.jsonl"), 120),

@@ -7,14 +7,17 @@
 A model in bf16 serves all precisions: others are made of it while it is loaded.
 Each budget is a hard cap (torch's allocations beyond it fail). A line holds, for each stage, what the plan said and
 what it took: torch's peak, seconds, the host's peak; the card's own peak as its driver counts it, sampled every 20 ms,
-less what was taken before this process began; and each step's seconds. The weights are random: the video is noise, the
-work is the real one. Tokenizers are small ones, of the tests; prompts are cut or padded to the same 320 and 77 tokens.
+less what was taken before this process began; each step's seconds; and of the latents the sum of magnitudes and the
+SHA-256 of their bytes, which tells whether two runs made the same numbers. The weights are random: the video is noise,
+the work is the real one. Tokenizers are small ones, of the tests; prompts are cut or padded to the same 320 and 77
+tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import shutil
 import threading
@@ -133,6 +136,13 @@ def driver_peak(device: torch.device, before: int) -> Iterator[dict[str, int]]:
         thread.join()
 
 
+def digests(latents: torch.Tensor) -> dict[str, Any]:
+    """The sum of magnitudes, which older lines have alone, and the SHA-256 of the bytes, of fp32 in C order."""
+    held = latents.detach().cpu().float().contiguous()
+    digest = hashlib.sha256(held.numpy().tobytes()).hexdigest()
+    return {"latents": float(held.double().abs().sum()), "latents_sha256": digest}
+
+
 def run(
     folder: Path, vram: str | None, before: list[Card], decode: bool, settings: dict[str, Any], **options: Any
 ) -> dict[str, Any]:
@@ -157,13 +167,12 @@ def run(
         list(made)
     if not bool(torch.isfinite(latents).all()):
         raise RuntimeError("the latents are not finite")
-    digest = float(latents.double().abs().sum())
     return {
         "vram": vram, "host_ram": options["host_ram"], "settings": told["settings"], "precision": told["precision"],
         "text_precision": told["text_precision"], "attention": told["attention"],
         "seconds": round(time.perf_counter() - start, 2),
         "step_seconds": [round(b - a, 3) for a, b in zip(marks, marks[1:], strict=False)],
-        "driver_peak_bytes": driver["bytes"], "frames": sink.count, "latents": digest, "events": told["events"],
+        "driver_peak_bytes": driver["bytes"], "frames": sink.count, **digests(latents), "events": told["events"],
         "plan": {k: v for k, v in told["plan"].items() if k != "stages"}, "stages": pipe.memory_report(),
     }  # fmt: skip
 

@@ -28,10 +28,15 @@ def time_text(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def described(values: dict[str, Any]) -> str:
+def places(plan: Plan) -> tuple[str, str]:
+    """What the memory that blocks compute in is called, and the one beside it: of a card, or of a CPU."""
+    return ("card", "host") if plan.context else ("memory", "beside it")
+
+
+def described(values: dict[str, Any], stay: str = "on the card") -> str:
     """What a plan does, in words; from Plan.as_dict()."""
     streamed = values["streamed_blocks"]
-    parts = [f"{values['resident_blocks']} of {values['resident_blocks'] + streamed} blocks stay on the card"]
+    parts = [f"{values['resident_blocks']} of {values['resident_blocks'] + streamed} blocks stay {stay}"]
     if streamed:
         slots = "1 slot" if values["slots"] == 1 else f"{values['slots']} slots"
         tier = f", {values['blocks_from_disk']} of them from disk" if values["blocks_from_disk"] else ""
@@ -66,7 +71,7 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def plan_text(plan: Plan) -> str:
     """The stages, and what is done to fit."""
-    rows = [("stage", "card", "host", "from disk", "time")]
+    rows = [("stage", *places(plan), "from disk", "time")]
     for stage in plan.stages:
         disk = size(stage.disk) if stage.disk else ""
         rows.append(
@@ -75,8 +80,12 @@ def plan_text(plan: Plan) -> str:
     rows.append(("whole run", size(plan.device + plan.context), size(plan.host), "", time_text(plan.seconds)))
     lines = columns(rows)
     lines.insert(1, "-" * max(map(len, lines)))
-    lines += ["", f"{described(plan.as_dict())}.", *notes(plan)]
+    lines += ["", f"{_what_is_done(plan)}.", *notes(plan)]
     return "\n".join(lines)
+
+
+def _what_is_done(plan: Plan) -> str:
+    return described(plan.as_dict(), "on the card" if plan.context else "in memory")
 
 
 def notes(plan: Plan) -> list[str]:
@@ -98,10 +107,10 @@ def notes(plan: Plan) -> list[str]:
 def plan_line(plan: Plan, given: bool) -> str:
     """What a run is going to take, in one line; ``given`` is whether a user set the budget."""
     of = f" of {size(plan.budget + plan.context)}" + ("" if given else " free")
-    where, beside = ("card", "host") if plan.context else ("memory", "beside it")  # of a card, or of a CPU
+    where, beside = places(plan)
     parts = [f"{where} {size(plan.device + plan.context)}{of}", f"{beside} {size(plan.host)}"]
     if plan.step_seconds is not None:
         parts.append(f"{time_text(plan.step_seconds)} a step")
     if plan.seconds is not None:
         parts.append(f"{time_text(plan.seconds)} in all")
-    return f"{', '.join(parts)}; {described(plan.as_dict())}"
+    return f"{', '.join(parts)}; {_what_is_done(plan)}"

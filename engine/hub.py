@@ -6,6 +6,7 @@ import contextlib
 import re
 from pathlib import Path
 
+from .demo import demo_model
 from .errors import CheckpointError, UsageError, first_line
 
 HUB_IDS = {
@@ -49,7 +50,8 @@ def _looks_like(name: str, config: Path) -> str:
 
 
 def resolve_model(model: str | Path) -> tuple[Path, str]:
-    """A folder, as it is, or a Hugging Face id (``stepfun-ai/stepvideo-t2v``, or t2v, turbo, ti2v), downloaded.
+    """A folder, as it is, the embedded ``demo``, or a Hugging Face id (``stepfun-ai/stepvideo-t2v``, or t2v, turbo,
+    ti2v), downloaded.
 
     Returns:
         The folder, and the name to remember it by.
@@ -63,11 +65,13 @@ def resolve_model(model: str | Path) -> tuple[Path, str]:
         return path.resolve(), str(path.resolve())
     if path.is_file():
         raise UsageError(f"{model} is a file; --model takes the folder of a whole model (see `solostep info --help`).")
+    if str(model) == "demo":
+        return resolve_model(demo_model())
     name = HUB_IDS.get(str(model), str(model))
     if not _is_id(name):
         raise UsageError(
             f"{model or repr(model)} is neither a folder nor a Hugging Face id such as {HUB_IDS['t2v']}, "
-            f"nor one of {', '.join(HUB_IDS)}; check --model for a typo."
+            f"nor one of {', '.join(HUB_IDS)}, demo; check --model for a typo."
         )
     return _download(name), name
 

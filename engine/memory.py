@@ -169,7 +169,7 @@ class Memory:
 
     def host_room(self, held: PlacedTransformer | None = None) -> int:
         """Bytes of host memory that may be taken beside the program, what ``held`` has of it among them."""
-        if self.host_ram is None:
+        if self.host_ram is None or not self.is_planned:
             return host_room() + (0 if held is None else held.host_bytes)
         # A budget is for the whole process; on a CPU, whose memory stands for a card's, the program is not counted.
         room = self.host_ram - (PROGRAM if self.device.type == "cuda" else 0)
@@ -366,6 +366,7 @@ def report(job: Job) -> list[dict[str, Any]]:
         said = planned.get(stage.name)
         lines.append(stage.as_dict() | {
             "planned_gpu_bytes": None if said is None else said.device,
+            "planned_context_bytes": None if said is None or job.plan is None else job.plan.context,
             "planned_host_bytes": None if said is None else said.host,
             "planned_disk_bytes": None if said is None else said.disk,
             "planned_seconds": None if said is None else said.seconds,

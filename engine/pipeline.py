@@ -108,6 +108,7 @@ class StepVideoPipeline:
         self._stages = Stages(model, self.device, self.dtype, self.memory)
         self.cache = cache_dir() / "embeddings" if cache else None
         self._report: list[dict[str, Any]] = []
+        self._noted = False
 
     @classmethod
     def from_pretrained(
@@ -139,7 +140,8 @@ class StepVideoPipeline:
             vram: memory of the card to stay in, such as "24GB" or a number of bytes; the rest of the model waits in
                 host memory, or in its files, and comes when it is needed. By default ``$SOLOSTEP_VRAM``, else what is
                 free. With 8-bit products no budget changes a bit of the latents.
-            host_ram: memory of the host to stay in, likewise; by default ``$SOLOSTEP_HOST_RAM``, else what is free.
+            host_ram: memory of the host to stay in, likewise; by default ``$SOLOSTEP_HOST_RAM``, else what is free. On
+                a CPU it counts together with ``vram`` only.
 
         Raises:
             UsageError: unknown precision, recipe or device, one that the folder is not stored in, not a model, or no
@@ -206,10 +208,14 @@ class StepVideoPipeline:
     def plan(self, **settings: Any) -> Plan:
         """What a clip takes, stage by stage, before it is made; ``settings`` are those of :class:`GenerationSettings`.
 
+        It is for :attr:`vram` and :attr:`host_ram` as they are set. The table that it prints as is of all of the card
+        that the process takes; figures of the plan itself are of torch's part, without ``plan.context`` bytes.
+
         Raises:
             UsageError: a wrong value.
             SolostepError: nothing fits; it says the least that would do.
         """
+        self._note_budgets()
         check_asked("any", raw_prompt=True, **settings)
         made = filled_in(self.model.preset, settings, self.model.is_image_to_video)
         with self.memory.capped():
@@ -233,6 +239,15 @@ class StepVideoPipeline:
     def host_ram(self, size: str | int | None) -> None:
         self.memory.host_ram = size
 
+    def _note_budgets(self) -> None:
+        """Says once that a budget is given that holds nothing back."""
+        if self.host_ram is not None and not self.memory.is_planned and not self._noted:
+            self._noted = True
+            log.warning(
+                "--host-ram (host_ram) counts on a card, or together with --vram (vram): without that, a run on a CPU "
+                "takes the memory that it needs."
+            )
+
     @property
     def keep_loaded(self) -> bool:
         """Whether networks are kept between videos."""
@@ -245,7 +260,10 @@ class StepVideoPipeline:
     def memory_report(self) -> list[dict[str, Any]]:
         """Of the last video: what each stage was to take at most, by the plan, and what it took: bytes of the card, of
         host memory (of the whole process; the program's own part is planned with on a card only) and from files, and
-        seconds."""
+        seconds.
+
+        Bytes of the card are torch's, planned ones too: the driver's context and kernels, ``planned_context_bytes``,
+        come on top of each stage, and the table of :meth:`plan` counts them in."""
         return list(self._report)
 
     # --- asking for a video ---------------------------------------------------------------------------------------
@@ -406,6 +424,7 @@ class StepVideoPipeline:
         self, requests: Sequence[Request], open_sink: OpenSink | None, callback: StepCallback | None, say: Progress,
         planned: PlanShown | None,
     ) -> Generator[tuple[dict[str, Any], Tensor], None, None]:  # fmt: skip
+        self._note_budgets()
         with contextlib.ExitStack() as locks:
             self._decided(say)
             with readable_errors(self.device):
@@ -483,6 +502,7 @@ class StepVideoPipeline:
         ``precision`` is that of the VAE, bf16 or fp32; by default the one it has in this pipeline. That of the other
         networks does not matter.
         """
+        self._note_budgets()
         dtype = self.dtype if precision is None else pick_dtype(precision)
         settings = GenerationSettings(**saved.info["settings"])
         channels = self.model.vae_config.z_channels

@@ -53,20 +53,23 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**
 
 
 def parse_size(value: str | int | float, option: str) -> int:
-    """Bytes of ``24GB``, ``24GiB``, ``500 MB`` or a number of bytes.
+    """Bytes of ``24GB`` or ``24G`` (10^9 each), ``24GiB`` (2^30 each), ``500 MB`` or a number of bytes.
 
     Raises:
         UsageError: no size, or one that cannot be meant.
     """
-    count = 0.0
+    count, has_unit = 0.0, False
     if isinstance(value, str):
-        found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?I?B)\s*", value.upper())
-        count = float(found[1]) * UNITS[found[2]] if found and found[2] in UNITS else 0.0
+        found = re.fullmatch(r"\s*(-?[0-9]*\.?[0-9]+)\s*(B|[KMGT](?:I?B)?)\s*", value.upper())
+        if found:
+            count, has_unit = float(found[1]) * UNITS[found[2].removesuffix("B") + "B"], True
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         count = float(value)
-    if not 10**6 <= count < 1e15:  # 24 for 24 GB
-        raise UsageError(f"{option} {value} is no size; write it with its unit, as in 24GB.")
-    return int(count)
+    if 10**6 <= count < 1e15:
+        return int(count)
+    if has_unit:
+        raise UsageError(f"{option} {value}: it has to be at least 1MB, and less than 1000TB.")
+    raise UsageError(f"{option} {value} is no size; write it with its unit, as in 24GB.")  # 24 for 24 GB
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,10 @@ def check_asked(
         raise UsageError(f"seed (--seed) has to be a whole number from 0 to 2^63 - 1, not {seed!r}.")
     unknown = sorted(set(settings) - set(SETTINGS))
     if unknown:
+        if unknown[0] in ("vram", "host_ram"):
+            raise UsageError(
+                f'{unknown[0]} is no setting of a clip but of the pipeline: set pipe.{unknown[0]} = "12GB".'
+            )
         raise UsageError(f"Unknown setting {unknown[0]!r}; known are {', '.join(SETTINGS)}.")
     GenerationSettings(**{name: value for name, value in settings.items() if value is not None})
     return None if image is None else load_image(image)

@@ -44,7 +44,7 @@ Model = Annotated[
     str | None,
     typer.Option(
         "--model", "-m",
-        help="A model folder, a Hugging Face id (stepfun-ai/stepvideo-t2v), or t2v, turbo, ti2v. "
+        help="A model folder, a Hugging Face id (stepfun-ai/stepvideo-t2v), or t2v, turbo, ti2v, demo. "
         "Default: the small embedded demo model (moving shapes), which also takes --image.",
     ),
 ]  # fmt: skip
@@ -87,8 +87,9 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: th
 Vram = Annotated[
     str | None,
     typer.Option(
-        help="Memory of the card to stay in, such as 24GB: the rest of the model waits outside. Costs host memory, "
-        "and time where a clip is short. Default: $SOLOSTEP_VRAM, else what is free. See `solostep plan`."
+        help="Memory of the card to stay in, such as 24GB or 24G (10^9 bytes each; GiB: 2^30): the rest of the model "
+        "waits outside. Costs host memory, and time where a clip is short. Default: $SOLOSTEP_VRAM, else what is free. "
+        "See `solostep plan`."
     ),
 ]
 HostRam = Annotated[
@@ -96,7 +97,7 @@ HostRam = Annotated[
     typer.Option(
         "--host-ram",
         help="Memory of the host to stay in, likewise; with little of it, blocks come from their files, at the disk's "
-        "speed. Default: $SOLOSTEP_HOST_RAM, else what is free.",
+        "speed. On a CPU only together with --vram. Default: $SOLOSTEP_HOST_RAM, else what is free.",
     ),
 ]
 PresetName = Annotated[
@@ -441,6 +442,7 @@ def decode(
     ] = None,
     device: Device = None,
     vram: Vram = None,
+    host_ram: HostRam = None,
     codec: Codec = "h264",
     quality: Quality = None,
     fps: Fps = FPS,
@@ -468,7 +470,7 @@ def decode(
     _check_output(output, codec, (settings["width"], settings["height"]))
     if output.exists() and not overwrite:
         raise UsageError(f"{output} is already there; add --overwrite or choose another -o.")
-    pipe = StepVideoPipeline.from_pretrained(model or saved.info["model"], None, device, vram=vram)
+    pipe = StepVideoPipeline.from_pretrained(model or saved.info["model"], None, device, vram=vram, host_ram=host_ram)
     if not saved.finished:
         say(console, "note", f"{latents} is from step {saved.step} of {saved.steps}: the video will look noisy.")
 

@@ -29,7 +29,9 @@ def register(app: typer.Typer) -> None:
 
 @guarded
 def plan(
-    model: Annotated[str, typer.Argument(help="A model folder, or t2v, turbo, ti2v: their sizes are known.")],
+    model: Annotated[
+        str, typer.Argument(help="A model folder, or t2v, turbo, ti2v: their sizes are known; or the embedded demo.")
+    ] = "demo",
     vram: Annotated[
         str | None, typer.Option(help="Memory of the card to stay in, such as 24GB. Default: what is free here.")
     ] = None,

@@ -13,6 +13,7 @@ import pytest
 
 from solostep.benchmarks.readme_lines import (
     BLOCK,
+    CHANGED,
     DECODING,
     KERNELS,
     WHOLE,
@@ -22,6 +23,7 @@ from solostep.benchmarks.readme_lines import (
     memory_table,
 )
 from solostep.benchmarks.readme_tables import ROOT, TABLES, main, stale, updated
+from solostep.engine import cards
 from solostep.engine.errors import UsageError
 
 _spec = importlib.util.spec_from_file_location("report_fixtures", Path(__file__).with_name("report_fixtures.py"))
@@ -147,9 +149,54 @@ def test_attention_and_memory_are_told_by_length_and_by_budget(root: Path):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1].endswith(" ms") and cells[2].endswith("x") and cells[3:5] == ["", ""]
     assert len(cells[5].split(" / ")) == 3 and cells[5].endswith(" %")
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in memory_table(root)[2:]]
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in memory_table(root)[2:] if line[:1] == "|"]
     assert [row[0] for row in rows if row[0].startswith("12 GB")] == [
         "12 GB", "12 GB, 35 blocks from files at every step", "12 GB",
     ]  # fmt: skip
     assert {row[1] for row in rows} == {"fp8", "bf16"} and rows[-1][1] == "bf16"
     assert all(float(row[4].removesuffix(" s")) > 2 and " / " in row[7] for row in rows)
+
+
+def test_a_commit_that_was_changed_is_told(root: Path):
+    """Its plus stands in the row, and what it means below the table; where there is none, so is no such line."""
+    table = memory_table(root)
+    assert any(row.endswith("+ |") for row in table) and table[-2:] == ["", CHANGED]
+    text = (root / WHOLE).read_text()
+    (root / WHOLE).write_text(text.replace('+"}', '"}'))
+    clean = memory_table(root)
+    assert clean[-1].startswith("|") and len(clean) == len(table) - 2
+
+
+def test_decoding_tells_both_distances(root: Path):
+    """PSNR beside relative L2, of the same line; the whole chunk has neither, and equal numbers no decibels."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in decoding_table(root)]
+    assert rows[0][3:5] == ["error against the whole chunk, relative L2", "PSNR"] and rows[2][3:5] == ["", ""]
+    recorded = {line["seconds"]: line for line in map(json.loads, (root / DECODING).read_text().splitlines())}
+    by_seconds = {f"{seconds:.2f}": line for seconds, line in recorded.items() if "psnr_db" in line}
+    assert len(rows) > 5
+    for row in rows[3:]:
+        assert row[4] == f"{by_seconds[row[1]]['psnr_db']:.1f} dB"
+    line = recorded[max(recorded)] | {"at_once": 4, "strips": 2, "error": 0.0, "psnr_db": "exact"}
+    with (root / DECODING).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    assert any(" | 0.0e+00 | exact | " in row for row in decoding_table(root))
+
+
+def test_what_is_said_of_streaming_is_in_the_lines():
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    lines = [json.loads(line) for line in (ROOT / WHOLE).read_text().splitlines()]
+    step = {
+        (line["settings"]["num_frames"], line["vram"], line["host_ram"]): line["step_seconds"][-1]
+        for line in lines if line["precision"] == "fp8"
+    }  # fmt: skip
+    some, none = step[204, "24GB", None], step[204, "48GB", None]
+    assert f"{some:.2f} s with 27 blocks streamed (24 GB) and {none:.2f} s with none (48 GB), " in readme
+    assert f"(48 GB), {100 * (some / none - 1):+.1f} %" in readme
+    least, more = step[204, "6GB", "60GB"], step[204, "12GB", "60GB"]
+    assert f"{least:.2f} s in 6 GB, with one slot and one branch parked, against {more:.2f} s in 12 GB, " in readme
+    assert f"in 12 GB, {100 * (least / more - 1):+.1f} %" in readme
+    assert {f"{step[51, vram, None]:.2f} s" for vram in ("80GB", "12GB", "8GB")} - {"2.82 s"} == {"2.81 s"}
+    plan = next(line["plan"] for line in lines if line["vram"] == "8GB" and line["settings"]["num_frames"] == 51)
+    blocks = 48 * plan["host_bytes"] / plan["streamed_blocks"]
+    copies = blocks / cards.H200.bus
+    assert f"blocks are {blocks / 1e9:.1f} GB, {copies:.2f} s of copies at {cards.H200.bus / 1e9} GB/s" in readme

@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,6 +91,37 @@ def test_every_command_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for made in record.JOBS:
         assert made.command[:2] == (sys.executable, "-m") and importlib.util.find_spec(made.command[2])
         assert set(made.needs) <= set(names) and made.limit > made.seconds > 0
+
+
+def test_whole_runs_are_of_budgets_that_have_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command is read by the program that it calls, and what it asks for is not refused by the plan."""
+    from solostep.benchmarks import whole_pipeline
+    from solostep.engine.asked import ask
+    from solostep.engine.plan import parse_size
+
+    asked: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+    monkeypatch.setattr(whole_pipeline, "cards", lambda: [])
+    monkeypatch.setattr(whole_pipeline, "pick_device", lambda _: None)
+    monkeypatch.setattr(whole_pipeline, "record", lambda *_: None)
+    monkeypatch.setattr(
+        whole_pipeline,
+        "run",
+        lambda _, vram, cards, decode, settings, **options: asked.append((vram, settings, options)),
+    )
+    for made in record.JOBS:
+        if made.command[2] == "solostep.benchmarks.whole_pipeline":
+            monkeypatch.setattr(sys, "argv", list(made.command[2:]))
+            whole_pipeline.main()
+    sizes = [(vram, s["num_frames"], s["height"]) for vram, s, _ in asked]
+    assert sizes == [("80GB", 17, 544), ("8GB", 17, 544), ("80GB", 204, 544), ("80GB", 17, 272), ("8GB", 17, 272)]
+    for vram, settings, options in asked:
+        plan = ask("t2v", options["precision"], options["text_precision"], like="h200", **settings).plan(
+            parse_size(vram, "")
+        )
+        assert plan.blocks.resident == 48 or vram == "8GB"
+    files = next(made for made in record.JOBS if made.name == "files").command
+    vram, host = (parse_size(files[files.index(option) + 1], option) for option in ("--vram", "--host-ram"))
+    assert ask("t2v", "int8", "int8", converted=True).plan(vram, host).blocks.disk > 40 and host == 4 * 10**9
 
 
 def test_names_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -962,6 +962,7 @@ def test_decoding_what_is_no_latents(model: Path, solostep: Run) -> None:
     unfinished(Path("x.latents.safetensors"))
     Path("x.mp4").write_bytes(b"mine")
     solostep("decode", "x.latents.safetensors").refused(2, "x.mp4", "already there", "--overwrite")
+    solostep("decode", "x.latents.safetensors", "-o", "y.mp4", "--host-ram", "8").refused(2, "--host-ram 8 is no size")
     solostep("decode", "x.latents.safetensors", "-o", "y.mp4", "-m", TI2V).refused(2, "2 channels", "--model")
     solostep("decode", "x.latents.safetensors", "-o", "no/y.mp4").refused(2, "folder no", "-o")
     saved = read_latents(Path("x.latents.safetensors"))

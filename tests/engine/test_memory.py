@@ -117,9 +117,21 @@ def test_the_environment_s_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sizes() -> None:
     for text, count in {"24GB": 24 * GB, "24 gb": 24 * GB, "1.5GiB": 3 * 2**29, "500MB": 5 * 10**8}.items():
         assert parse_size(text, "--vram") == count
+    for text, count in {
+        "24G": 24 * GB,
+        "512m": 512 * 10**6,
+        "0.5 T": GB * 500,
+        "9000K": 9 * 10**6,
+        "2 Gib": 2**31,
+    }.items():
+        assert parse_size(text, "--vram") == count
     assert parse_size(24 * GB, "--vram") == 24 * GB
-    for wrong in ("24", "GB", "24 apples", "", "-3GB", 24, 0):
+    for wrong in ("24", "GB", "24 apples", "", "24GIG", "24Gi", 24, 0):
         with pytest.raises(UsageError, match="--vram .*is no size"):
+            parse_size(wrong, "--vram")
+    for wrong in ("0GB", "-4GB", "0", "999K", "0.9MB", "1000T"):
+        said = "is no size" if wrong == "0" else "it has to be at least 1MB, and less than 1000TB"
+        with pytest.raises(UsageError, match=f"--vram {wrong}:? {said}"):
             parse_size(wrong, "--vram")
 
 
@@ -453,6 +465,7 @@ def test_the_report_is_beside_the_plan() -> None:
         assert (line["planned_host_bytes"], line["planned_disk_bytes"]) == (said.host, said.disk)
     assert lines["load vae"]["planned_disk_bytes"] > 0 == lines["decode and write"]["planned_disk_bytes"]
     assert {"text", "load transformer", "denoise", "load vae", "decode and write"} <= set(lines)
+    assert {line["planned_context_bytes"] for line in lines.values()} == {0}  # on a CPU
     assert lines["denoise"]["planned_gpu_bytes"] > 0 and lines["denoise"]["seconds"] > 0
 
 
@@ -463,7 +476,7 @@ def test_the_line_before_a_run(capsys: pytest.CaptureFixture[str]) -> None:
         show(pipe.plan(**SETTINGS))
     said = capsys.readouterr().err
     assert said.startswith("plan: memory ") and " of 40.0 GB, beside it " in said and len(said.splitlines()) == 1
-    assert "blocks stay on the card" in said
+    assert "blocks stay in memory" in said
 
 
 def test_a_plan_is_for_the_steps_that_are_left() -> None:
@@ -516,6 +529,8 @@ def test_the_command(run: Callable[..., tuple[int, str, str]]) -> None:
     assert "blocks stay on the card" in out and "denoise" in out
     found = json.loads(run("t2v", "--vram", "24GB", "--precision", "fp8", "--json")[1])
     assert found["resident_blocks"] + found["streamed_blocks"] == 48 and found["device_bytes"] < 24e9
+    default, named = (run(*name, "--vram", "2G", "--frames", "17", "--json") for name in ((), ("demo",)))
+    assert default[0] == 0 and default == named and json.loads(default[1])["resident_blocks"] == 6
     rows = json.loads(run(str(T2V), "--sweep", "--json")[1])
     assert rows and rows[-1]["streamed_blocks"] == 0
     assert [row["vram_bytes"] for row in rows] == sorted(row["vram_bytes"] for row in rows)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +19,15 @@ from solostep.engine import cards, rates
 from solostep.engine.asked import Asked, ask
 from solostep.engine.errors import SolostepError, UsageError
 from solostep.engine.forecast import plan_line
+from solostep.engine.memory import report
 from solostep.engine.pipeline import StepVideoPipeline
 from solostep.engine.plan import CONTEXT, PROGRAM, Plan, parse_size
+from solostep.engine.runtime import Stage
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 T2V = Path(__file__).parents[1] / "golden" / "tiny-stepvideo-t2v"
 GB = 10**9
+CLIP: dict[str, Any] = {"num_frames": 17, "height": 32, "width": 48}
 
 
 once = functools.cache(ask)
@@ -227,7 +232,9 @@ def test_budgets_are_checked_where_they_are_set() -> None:
     assert (pipe.vram, pipe.host_ram) == (12 * GB, 3 * GB)
     plan = pipe.plan(num_frames=17, height=32, width=48)
     assert isinstance(plan, Plan) and (plan.budget, plan.program, plan.context) == (12 * GB, 0, 0)
-    assert str(plan).splitlines()[0].split() == ["stage", "card", "host", "from", "disk", "time"]
+    assert str(plan).splitlines()[0].split() == ["stage", "memory", "beside", "it", "from", "disk", "time"]
+    for said in (str(plan), plan_line(plan, True)):
+        assert "blocks stay in memory" in said and "card" not in said and "host" not in said
     for wrong in ([1], "12", True, float("nan"), {}):
         with pytest.raises(UsageError, match=r"--vram .*is no size"):
             pipe.vram = wrong  # type: ignore[assignment]
@@ -237,6 +244,36 @@ def test_budgets_are_checked_where_they_are_set() -> None:
         StepVideoPipeline.from_pretrained(T2V, device="cpu", vram=[1])  # type: ignore[arg-type]
     pipe.vram = pipe.host_ram = None
     assert (pipe.vram, pipe.host_ram) == (None, None)
+    with pytest.raises(UsageError, match=r'vram is no setting of a clip but of the pipeline: set pipe.vram = "12GB"'):
+        pipe.plan(vram="12GB")
+    with pytest.raises(UsageError, match="set pipe.host_ram = "):
+        pipe.plan(host_ram="12GB", num_frames=17)
+
+
+def test_on_a_cpu_host_memory_alone_is_no_budget(caplog: pytest.LogCaptureFixture) -> None:
+    """It is said, once, and nothing is planned as if it were one."""
+    pipe, free = (StepVideoPipeline.from_pretrained(T2V, device="cpu", host_ram=count) for count in ("1MB", None))
+    log = logging.getLogger("solostep")
+    log.addHandler(caplog.handler)  # the command line keeps its records to itself
+    try:
+        for _ in range(2):
+            assert pipe.plan(**CLIP).stages == free.plan(**CLIP).stages
+        assert [r.getMessage()[:23] for r in caplog.records] == ["--host-ram (host_ram) c"]
+        both = StepVideoPipeline.from_pretrained(T2V, device="cpu", vram="12GB", host_ram="1GB")
+        both.plan(**CLIP)
+        assert len(caplog.records) == 1 and both.memory.host_room() == GB
+        assert pipe.memory.host_room() > GB  # what is free
+    finally:
+        log.removeHandler(caplog.handler)
+
+
+def test_a_report_tells_what_is_outside_of_torch() -> None:
+    """The table of a plan counts it in; figures beside torch's own do not."""
+    plan = asked("fp8").plan(24 * GB)
+    (line,) = report(SimpleNamespace(plan=plan, stages=[Stage("denoise")]))  # type: ignore[arg-type]
+    assert line["planned_gpu_bytes"] == plan.stage("denoise").device and line["planned_context_bytes"] == CONTEXT
+    whole = line["planned_gpu_bytes"] + line["planned_context_bytes"]
+    assert re.search(rf"denoise +{whole / 1e9:.1f} GB", str(plan))
 
 
 # --- the disk -----------------------------------------------------------------------------------------------------
