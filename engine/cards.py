@@ -25,7 +25,8 @@ class Card:
     of pinned copies to the card, and of the machine's disk."""
 
     name: str
-    commit: str
+    commits: tuple[str, str, str]
+    """Of blocks, of attention, of decoding."""
     blocks: dict[str, tuple[str, float]]
     official: float
     attention: dict[str, float]
@@ -44,15 +45,15 @@ class Card:
         width = TransformerConfig().inner_dim
         linears = 28 * TOKENS * width**2 / (block / 2 - self.attention[beside])
         blocks = Rates(4 * TOKENS**2 * width / self.attention[attention], linears, self.bus, self.disk)
-        source = f"those of an {self.name}, measured at commit {self.commit}"
+        source = f"those of an {self.name}, measured at commits {', '.join(dict.fromkeys(self.commits))}"
         return Rated(blocks, 17 * 544 * 992 / self.decode, source, "that machine's")
 
 
 H200 = Card(
-    "NVIDIA H200", "098cb66",
-    blocks={"bf16": ("bf16", 0.6309), "int8": ("int8", 0.456), "fp8": ("int8", 0.4723)},
-    official=0.8027,
-    attention={OFFICIAL: 0.251602, "bf16": 0.190149, "int8": 0.167327, "int8-fp8": 0.15082},
+    "NVIDIA H200", ("a42e382", "990a69f", "098cb66"),
+    blocks={"bf16": ("bf16", 0.6461), "int8": ("int8", 0.4656), "fp8": ("int8", 0.481)},
+    official=0.8101,
+    attention={OFFICIAL: 0.249854, "bf16": 0.190702, "int8": 0.167813, "int8-fp8": 0.143517},
     decode=0.9076, bus=55.5e9, disk=2.06e9,
 )  # fmt: skip
 """Blocks: block-h200.jsonl; attention: kernels-h200.md (the official one: torch's); decoding: vae-h200.jsonl; bus and
