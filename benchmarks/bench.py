@@ -129,9 +129,12 @@ def bench(
         ),
     ] = 1,
     rates: Annotated[
-        bool,
-        typer.Option("--rates", help="On a card, measure first what plans tell seconds by: up to 45 s a precision."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--rates/--no-rates",
+            help="Whether to measure first what plans tell seconds by: up to 45 s a precision. Default: on a card.",
+        ),
+    ] = None,
     cell_timeout: Annotated[
         str | None,
         typer.Option(

@@ -72,8 +72,8 @@ def measure(spec: dict[str, Any], work: Path, say: Say, keep: bool = False) -> d
     Args:
         spec: ``{"cell": {...}}``, and perhaps ``"id"``, by which the file of frames is named; ``"frames_dir"``, where
             it goes (by default ``work``); ``"write"``, how the timed video is written: mp4, or only counted;
-            ``"rates"``, whether the card's rates are measured first, so that plans hold seconds; ``"state"``, the name
-            under which the cell keeps what it has done.
+            ``"rates"``, whether a card's rates are measured first, so that plans hold seconds (by default they are);
+            ``"state"``, the name under which the cell keeps what it has done.
         work: where references and prompt embeddings are kept.
         say: gets (what, done, total).
         keep: leave what it has done there, for a caller who removes it when the result has its place.
@@ -213,7 +213,7 @@ class Measurement:
             "score": None, "frames": None,
         }  # fmt: skip
         if cell.wants("speed"):
-            result |= self._speed(before, spec.get("write", WRITING[0]) == "mp4", bool(spec.get("rates")))
+            result |= self._speed(before, spec.get("write", WRITING[0]) == "mp4", bool(spec.get("rates", True)))
         if cell.levels != ("speed",):
             references = self._make_references()
             if cell.role == "reference":

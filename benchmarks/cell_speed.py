@@ -313,7 +313,7 @@ def _peak(stages: Sequence[dict[str, Any]], name: str) -> int | None:
 
 def timed_run(
     pipe: StepVideoPipeline, request: Request, folder: Path, recorder: Recorder | None, before: list[Card] | None,
-    film: bool, progress: Progress, rates: bool = False,
+    film: bool, progress: Progress, rates: bool = True,
 ) -> Timed:  # fmt: skip
     """One video: texts encoded, networks loaded, frames written to an mp4 file if ``film`` and ffmpeg starts.
 
@@ -322,8 +322,8 @@ def timed_run(
     Args:
         recorder: gets the latents and frames, which is taken out of the times; None records nothing.
         before: what the driver counted before this process; without it the card's own peak is not told.
-        rates: has the card's rates measured first, where they are not known, so that the plan holds seconds: 20 to
-            45 s for the first precision and attention, less for the others.
+        rates: has a card's rates measured first, where they are not known, so that the plan holds seconds: 20 to
+            45 s for the first precision and attention, less for the others; none of it is in the times.
     """
     settings, device = request.settings, pipe.device
     film = film and has_ffmpeg()
@@ -360,7 +360,7 @@ def timed_run(
                 yield Tee(*sinks, writer)
 
         callback = None if recorder is None else recording(recorder)
-        told = run_once(pipe, request, kept.run, callback, open_sink, marks, resume=True)
+        told = run_once(pipe, request, kept.run, callback, open_sink, marks, resume=True, to_file=film)
         seconds = time.perf_counter() - marks.start
     (folder / "video.mp4").unlink(missing_ok=True)
     spent = (marks.spent, 0.0 if recorder is None else recorder.frame_seconds)

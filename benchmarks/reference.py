@@ -214,8 +214,9 @@ def kept_latents(path: Path) -> SavedLatents | None:
 def run_once(
     pipe: StepVideoPipeline, request: Request, path: Path, callback: StepCallback | None = None,
     open_sink: OpenSink | None = None, progress: Progress | None = None, resume: bool = False,
+    to_file: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Makes one video, and gives its record.
+    """Makes one video, and gives its record; ``to_file`` says that the sink writes a video file.
 
     The pipeline goes on from what an interrupted run left, and so do two runs of one request with different callbacks:
     a measurement must not, so its latents lie at a ``path`` of its own. Without ``resume`` it begins anew and leaves
@@ -226,7 +227,7 @@ def run_once(
     """
     if not resume or kept_latents(path) is None:
         path.unlink(missing_ok=True)
-    made = pipe.generate([replace(request, latents_path=path)], open_sink, callback, progress)
+    made = pipe.generate([replace(request, latents_path=path)], open_sink, callback, progress, to_file=to_file)
     try:
         told, latents = next(made)
         if not bool(torch.isfinite(latents).all()):

@@ -80,7 +80,7 @@ class Runner:
 
     def __init__(
         self, matrix: Matrix, folder: Path, show: Show, overwrite: bool = False, command: Sequence[str] | None = None,
-        called: str | None = None, jobs: int = 1, rates: bool = False, timeout: float | None = None,
+        called: str | None = None, jobs: int = 1, rates: bool | None = None, timeout: float | None = None,
     ) -> None:  # fmt: skip
         if rates and matrix.device.type != "cuda":
             raise UsageError(f"--rates measures a CUDA card, and this runs on {matrix.device}; leave it out.")
@@ -89,7 +89,8 @@ class Runner:
                 "--jobs: processes beside one another slow each other; leave speed out of --levels, or --jobs out."
             )
         self.matrix, self.folder, self.show, self.overwrite = matrix, folder, show, overwrite
-        self.command, self.called, self.jobs, self.rates = tuple(command or CELL), called, jobs, rates
+        self.command, self.called, self.jobs = tuple(command or CELL), called, jobs
+        self.rates = matrix.device.type == "cuda" if rates is None else rates
         self.timeout = timeout
         self.spent = self.worked = 0.0
         self.processes: set[subprocess.Popen[str]] = set()

@@ -162,7 +162,8 @@ def run(
     start = time.perf_counter()
     mine = taken(pipe.device, before)
     with contextlib.nullcontext({"bytes": None}) if mine is None else driver_peak(pipe.device, mine) as driver:
-        made = pipe.generate([request], (lambda *_: contextlib.nullcontext(sink)) if decode else None, None, progress)
+        opened = (lambda *_: contextlib.nullcontext(sink)) if decode else None
+        made = pipe.generate([request], opened, None, progress, to_file=False)
         told, latents = next(made)
         list(made)
     if not bool(torch.isfinite(latents).all()):

@@ -11,7 +11,7 @@ from .cards import like as card_like
 from .checkpoint import open_model
 from .config import PRESETS, GenerationSettings
 from .hub import HUB_IDS
-from .plan import CONTEXT, PROGRAM, Limits, Plan, Rated, make_plan, smallest
+from .plan import CONTEXT, PROGRAM, Limits, Plan, Rated, check_host, make_plan, smallest
 from .precision import Mode, check_attention, check_precision, choose_attention, choose_mode
 from .request import filled_in
 from .runtime import host_room
@@ -42,9 +42,11 @@ class Asked:
         likewise for all of the process, by default what is free here, or on another machine any.
 
         Raises:
+            UsageError: ``host`` is less than the program itself takes.
             SolostepError: nothing fits.
         """
-        beside = self.room if host is None else max(0, host - PROGRAM)
+        check_host(host)
+        beside = self.room if host is None else host - PROGRAM
         limits = Limits(vram - CONTEXT, beside)
         return make_plan(self.sizes, self.settings, self.attention, limits, self.rated, self.itemsize)
 

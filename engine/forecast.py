@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .plan import how_decoded
+from .plan import LONGEST_TEXT, how_decoded
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -98,6 +98,8 @@ def notes(plan: Plan) -> list[str]:
             f"Counted in: of the card {size(plan.context)} outside of torch, of the host {size(plan.program)} of the "
             "program itself."
         )
+    if plan.text_tokens >= LONGEST_TEXT:
+        found.append("Counted for the longest prompt; a run counts its own, and takes less while denoising.")
     if plan.rated is not None:
         disk = f"{plan.rated.blocks.disk / 1e9:.3g} GB/s ({plan.rated.disk})"
         found.append(f"Rates: {plan.rated.source}; of the disk {disk}: files in the system's cache come faster.")

@@ -7,25 +7,30 @@ torch itself (:meth:`Memory.capped`); where other programs take memory meanwhile
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from ..kernels.cards import ran_out
-from .checkpoint import ModelFolder
-from .config import HOST_RAM, VRAM, GenerationSettings, from_environment
+from .checkpoint import ModelFolder, tokenizer_files
+from .config import CLIP_TOKENS, HOST_RAM, VRAM, GenerationSettings, from_environment
 from .errors import SolostepError, UsageError
 from .plan import (
     CONTEXT,
+    LONGEST_TEXT,
     PROGRAM,
     Decoding,
     Limits,
     Plan,
     Rated,
+    Use,
     as_placed,
+    check_host,
     choose_decoding,
+    first_choice,
     make_plan,
     parse_size,
     slower,
@@ -36,6 +41,7 @@ from .request import Job
 from .runtime import free_memory, host_room, measured, release_memory, require_memory
 from .sizes import Sizes, sizes_of
 from .streaming import NotPinned, PlacedTransformer, place
+from .text import LLMTokenizer
 
 SPARE = 200 << 20
 """Of a card's free memory, what is not planned with: kernels take some when they are first used."""
@@ -70,6 +76,7 @@ class Memory:
         self.modes = modes
         self.pinned: int | None = None  # what blocks may take of host memory, where the system refused to pin more
         self.networks: dict[str, Any] = {}
+        self.to_file = True  # whether frames go to a video file while they are decoded: plans count its time
 
     @property
     def vram(self) -> int | None:
@@ -90,7 +97,10 @@ class Memory:
 
     @host_ram.setter
     def host_ram(self, size: str | int | None) -> None:
-        self._host_ram = None if size is None else parse_size(size, "--host-ram")
+        count = None if size is None else parse_size(size, "--host-ram")
+        if self.device.type == "cuda":
+            check_host(count)
+        self._host_ram = count
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -149,11 +159,13 @@ class Memory:
         return min(free, self.vram - CONTEXT - torch.cuda.memory_allocated(self.device))
 
     def plan(
-        self, settings: GenerationSettings, room: int | None = None, rated: bool = False, moves: bool = False
-    ) -> Plan:
+        self, settings: GenerationSettings, room: int | None = None, rated: bool = False, moves: bool = False,
+        texts: Sequence[str] | None = None,
+    ) -> Plan:  # fmt: skip
         """How a clip is made in the room that there is; with ``moves``, also in that of the loaded transformer.
 
-        ``rated`` has a card's rates measured where they are not known.
+        ``texts`` are its prompts, by default the longest that the encoders read. ``rated`` has a card's rates measured
+        where they are not known.
 
         Raises:
             SolostepError: nothing fits.
@@ -165,7 +177,16 @@ class Memory:
         context, program = (CONTEXT, PROGRAM) if self.device.type == "cuda" else (0, 0)
         host = self.host_room(held)
         limits = Limits(room, host, context, program, self.vram is not None, self.pinned)
-        return make_plan(self.sizes, settings, self.modes()[2], limits, speed, itemsize)
+        use = Use(self.text_tokens(texts) if texts else LONGEST_TEXT, self.to_file)
+        return make_plan(self.sizes, settings, self.modes()[2], limits, speed, itemsize, use)
+
+    @cached_property
+    def _tokenizer(self) -> LLMTokenizer:
+        return LLMTokenizer(tokenizer_files(self.model.root)[0])
+
+    def text_tokens(self, texts: Sequence[str]) -> int:
+        """What the blocks see of texts, as a mean: their keys and values stay on the card."""
+        return CLIP_TOKENS + math.ceil(sum(self._tokenizer(text)[1] for text in texts) / len(texts))
 
     def host_room(self, held: PlacedTransformer | None = None) -> int:
         """Bytes of host memory that may be taken beside the program, what ``held`` has of it among them."""
@@ -186,14 +207,16 @@ class Memory:
         found = (measured_rates if measure else known_rates)(self.device, mode, attention)
         return with_disk(found, self.model.components["transformer"].files)
 
-    def refuse_early(self, settings: GenerationSettings, rated: bool = False) -> Plan | None:
+    def refuse_early(
+        self, settings: GenerationSettings, rated: bool = False, texts: Sequence[str] | None = None
+    ) -> Plan | None:
         """The plan for a clip, where memory is planned; see :meth:`plan`.
 
         Raises:
             SolostepError: the clip cannot be made in the memory that there is.
         """
         if self.is_planned:
-            return self.plan(settings, rated=rated)
+            return self.plan(settings, rated=rated, texts=texts)
         mode = self.modes()[0]
         weights = mode.memory_bytes(self.model.components["transformer"])
         require_memory(weights, self.device, f"The transformer in {mode.name}")
@@ -212,7 +235,14 @@ class Memory:
         that is to go."""
         itemsize = (dtype or self.dtype).itemsize
         host = self.host_room(without) if self.is_planned else None
-        return choose_decoding(self.model.vae_config, settings.height, settings.width, room, itemsize, host)
+        return choose_decoding(
+            self.model.vae_config, settings.height, settings.width, room, itemsize, host, self.device.type == "cuda"
+        )
+
+    @property
+    def decodes_at_best(self) -> Decoding:
+        """How the VAE decodes where there is memory enough."""
+        return first_choice(self.device.type == "cuda")
 
     def decodes_better_alone(self, settings: GenerationSettings) -> bool:
         """Whether decoding beside the transformer is much slower than without it, or has no room at all."""
@@ -227,14 +257,14 @@ class Memory:
 
     def transformer(self, job: Job, say: Progress) -> PlacedTransformer:
         """The transformer, placed for a clip; loaded, if it is not there."""
-        settings, placed = job.left, self.placed
+        settings, texts, placed = job.left, job.request.texts, self.placed
         if placed is not None and not self.is_planned:
             return placed
         if placed is not None:
-            plan = self.plan(settings, moves=True)
+            plan = self.plan(settings, moves=True, texts=texts)
             if not _fits(placed, plan):
                 self.free("vae", always=True)
-                plan = self.plan(settings, moves=True)
+                plan = self.plan(settings, moves=True, texts=texts)
             if not _fits(placed, plan):
                 del placed
                 if not self._move(plan, job, say):
@@ -245,7 +275,7 @@ class Memory:
             return placed
         self.free("vae")
         if self.is_planned:
-            job.plan = self.plan(settings)
+            job.plan = self.plan(settings, texts=texts)
         else:
             self.refuse_early(settings)
         with measured("load transformer", self.device, job.stages):
@@ -271,7 +301,8 @@ class Memory:
         if job.plan is None or self.placed is None:
             raise torch.OutOfMemoryError("there is nothing to give up")
         room = min(int(job.plan.blocks.device * 0.9), self.room() + self.placed.device_bytes)
-        plan, before = self.plan(job.left, room, moves=True), self.placed.plan.resident
+        plan = self.plan(job.left, room, moves=True, texts=job.request.texts)
+        before = self.placed.plan.resident
         moved = self._move(plan, job, say)
         placed: PlacedTransformer = self.networks["transformer"]
         if moved:
@@ -303,7 +334,7 @@ class Memory:
             job.plan = self._from_files(job, job.plan.blocks.host, refused)
             return None
         # Other programs took memory meanwhile.
-        job.plan = self.plan(job.left, min(self.room(), int(job.plan.budget * 0.9)))
+        job.plan = self.plan(job.left, min(self.room(), int(job.plan.budget * 0.9)), texts=job.request.texts)
         job.event("Out of memory while the transformer was loaded; it is loaded again, more of it elsewhere.")
         return None
 
@@ -316,7 +347,7 @@ class Memory:
         """A plan with half of the pinned memory that was refused."""
         self.pinned = asked // 2
         try:
-            plan = self.plan(job.left, room)
+            plan = self.plan(job.left, room, texts=job.request.texts)
         except SolostepError:
             raise refused from None
         job.event("So much host memory cannot be pinned: more blocks come from their files; loading begins anew.")

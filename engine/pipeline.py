@@ -380,7 +380,9 @@ class StepVideoPipeline:
         open_sink = None if output_type == "latent" else lambda i, request, record: contextlib.nullcontext(sinks[i])
         results: list[Any] = []
         with ConsoleProgress() if progress is True else contextlib.nullcontext(progress or None) as shown:
-            for i, (record, final) in enumerate(self.generate(requests, open_sink, callback_on_step_end, shown)):
+            for i, (record, final) in enumerate(
+                self.generate(requests, open_sink, callback_on_step_end, shown, to_file=False)
+            ):
                 results.append(final if output_type == "latent" else self._video(sinks[i], record, final, output_type))
         return results[0] if count == 1 and isinstance(prompt, str) else results
 
@@ -401,15 +403,18 @@ class StepVideoPipeline:
         callback: StepCallback | None = None,
         progress: Progress | None = None,
         planned: PlanShown | None = None,
+        to_file: bool = True,
     ) -> Iterator[tuple[dict[str, Any], Tensor]]:
         """Makes videos one after the other and gives each one's record and final latents when it is done.
 
         All texts are encoded first, in one pass of the encoders. Frames go to ``open_sink(i, request, record)`` while
         they are decoded; None leaves out the decoding. ``planned`` gets the plan of each video before anything is
-        loaded, where memory is planned; on a new card its speed is measured for that.
+        loaded, where memory is planned; on a new card its speed is measured for that. ``to_file``: a video file is
+        written meanwhile, whose time plans count.
         """
         say = progress or (lambda stage, done, total: None)
         work = self._generate(requests, open_sink, callback, say, planned)
+        self.memory.to_file = to_file
         try:
             while True:
                 with self.memory.capped():  # only while work is done, however long the caller takes
@@ -419,6 +424,7 @@ class StepVideoPipeline:
                 yield made
         finally:
             work.close()
+            self.memory.to_file = True
 
     def _generate(
         self, requests: Sequence[Request], open_sink: OpenSink | None, callback: StepCallback | None, say: Progress,
@@ -440,7 +446,7 @@ class StepVideoPipeline:
         waiting = [job for job in jobs if not job.done]
         if self.memory.placed is None:  # the largest network: refuse now, not after the texts
             for job in waiting:
-                plan = self.memory.refuse_early(job.left, rated=planned is not None)
+                plan = self.memory.refuse_early(job.left, planned is not None, job.request.texts)
                 if planned is not None and plan is not None:
                     planned(plan)
         begun = waiting[0] if waiting and waiting[0].resumed_from is None else None

@@ -24,7 +24,7 @@ from ..offload.planner import (
     plan_blocks,
     step_seconds,
 )
-from .config import CLIP_TOKENS, LLM_TOKENS, GenerationSettings, VAEConfig
+from .config import CLIP_TOKENS, HOST_RAM, LLM_TOKENS, GenerationSettings, VAEConfig
 from .errors import SolostepError, UsageError
 from .models.vae import decode_bytes, host_bytes
 from .sizes import Sizes
@@ -38,12 +38,17 @@ On the machine of an H200 1.6 to 1.7 GB."""
 PLACES = {
     (None, 1): 1.0, (4, 1): 0.92, (8, 8): 0.94, (8, 16): 0.96, (4, 8): 0.99, (4, 16): 1.02, (2, 8): 1.16, (2, 16): 1.49,
 }  # fmt: skip
-"""Ways to decode: as the official code does, then from the fastest to the smallest: frames of the widest levels at a
-time (None: a whole chunk) and strips of each; and how many times as long they take, timed on an H200 (a whole chunk of
-17 frames at 544x992: 0.91 s)."""
+"""Ways to decode, as the official code does and from the fastest to the smallest: frames of the widest levels at a time
+(None: a whole chunk) and strips of each; and how many times as long they take, timed on an H200 (a whole chunk of 17
+frames at 544x992: 0.91 s). On a card the fastest that fits is taken, on a CPU, where none was timed, the first."""
 UNTIMED = ((1, 16), (2, 1), (1, 1), (4, 4), (2, 4), (2, 2))
 """Ways for very little memory of the card, or of the host, which strips need (4.4 to 4.6 GB at 544x992 for those above,
 2.2 GB for 2 of them): taken where no other fits. How long they take was not measured."""
+WRITING = 1.9e-8
+"""Seconds a pixel that a video file adds to decoding: 2.1 s of 204 frames at 544x992, the mean of six runs on an H200
+to an mp4 (benchmarks/results/h200: 11.7 to 13.4 s), less what decoding alone takes by its rate."""
+LONGEST_TEXT = LLM_TOKENS + CLIP_TOKENS
+"""Tokens of the longest text that the encoders give."""
 FRAME_BYTES = 3800
 """A pixel, of the encoder's tensors at their peak, counted at 544x992: 950 numbers, in fp32 also where weights are
 bf16 (models/vae.py, _rounds_once)."""
@@ -114,6 +119,8 @@ class Plan:
     """Bytes of each stage's host memory that are the program's own."""
     rated: Rated | None = None
     """What the seconds come from."""
+    text_tokens: int = LONGEST_TEXT
+    """Of a row, by which the text's keys and values are counted."""
 
     def __str__(self) -> str:
         from .forecast import plan_text
@@ -151,6 +158,7 @@ class Plan:
             **asdict(self.blocks.savings),
             "decode_frames": self.decode[0],
             "decode_strips": self.decode[1],
+            "text_tokens": self.text_tokens,
             "step_seconds": self.step_seconds,
             "seconds": self.seconds,
             "device_bytes": self.device,
@@ -178,17 +186,31 @@ class Limits:
     given: bool = True
     pinned: int | None = None
 
+    @property
+    def on_card(self) -> bool:
+        """Whether it is a card's memory, and not a CPU's in its place."""
+        return self.context > 0
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a run does beside its settings: ``text_tokens`` of its prompts, the mean of both rows; and whether frames go
+    to a video ``file`` while they are decoded."""
+
+    text_tokens: int = LONGEST_TEXT
+    file: bool = True
+
 
 def make_plan(
     sizes: Sizes, settings: GenerationSettings, attention: str, limits: Limits, rated: Rated | None = None,
-    itemsize: int = 2,
+    itemsize: int = 2, use: Use = Use(),
 ) -> Plan:  # fmt: skip
     """The fastest way to make a clip within limits.
 
     Raises:
         SolostepError: nothing fits; it names the stage and the least that would do.
     """
-    within = partial(_plan_within, sizes, settings, attention, rated, itemsize, limits)
+    within = partial(_plan_within, sizes, settings, attention, rated, itemsize, limits, use)
     try:
         return within(limits.device, limits.host)
     except BudgetError:
@@ -197,12 +219,10 @@ def make_plan(
 
 def _plan_within(
     sizes: Sizes, settings: GenerationSettings, attention: str, rated: Rated | None, itemsize: int, limits: Limits,
-    device: int, host: int | None,
+    use: Use, device: int, host: int | None,
 ) -> Plan:  # fmt: skip
     """Raises BudgetError where nothing fits."""
-    tokens = settings.latent_frames * settings.latent_height * settings.latent_width // sizes.config.patch_size**2
-    rows = 2 if settings.use_guidance else 1
-    clip = Clip(tokens, sizes.config.inner_dim, rows, LLM_TOKENS + CLIP_TOKENS, itemsize)
+    clip = clip_of(sizes, settings, itemsize, use.text_tokens)
     network, rates = sizes.network, Rates() if rated is None else rated.blocks
     if sizes.streams:
         most = min((n for n in (host, limits.pinned) if n is not None), default=None)
@@ -210,7 +230,7 @@ def _plan_within(
     else:
         blocks = _all_there(network, clip, device, attention)
     size = settings.height, settings.width
-    decode, needed = choose_decoding(sizes.vae_config, *size, device - sizes.vae, itemsize, host)
+    decode, needed = choose_decoding(sizes.vae_config, *size, device - sizes.vae, itemsize, host, limits.on_card)
     seconds = None if rated is None else step_seconds(network, clip, blocks, rates)
     steps, program = settings.num_inference_steps, limits.program
 
@@ -222,9 +242,7 @@ def _plan_within(
 
     on_disk = sizes.on_disk
     loaded = network.rest + (blocks.resident + blocks.slots) * network.block
-    decoded = None
-    if rated is not None and decode in PLACES:
-        decoded = PLACES[decode] * settings.num_frames * settings.height * settings.width / rated.decode
+    decoded = decode_seconds(rated, decode, settings, use.file)
     strips = host_bytes(sizes.vae_config, *size, decode[1], itemsize)
     stages = [
         stage("text", sizes.text, sizes.table, on_disk["text"]),
@@ -241,7 +259,14 @@ def _plan_within(
             raise BudgetError(device, one.device)
         if host is not None and one.host - program > host:
             raise BudgetError(host, one.host - program, host=True)
-    return Plan(device, blocks, network, decode, tuple(stages), seconds, limits.context, program, rated)
+    context, tokens = limits.context, use.text_tokens
+    return Plan(device, blocks, network, decode, tuple(stages), seconds, context, program, rated, tokens)
+
+
+def clip_of(sizes: Sizes, settings: GenerationSettings, itemsize: int = 2, text_tokens: int = LONGEST_TEXT) -> Clip:
+    """What goes through the blocks."""
+    tokens = settings.latent_frames * settings.latent_height * settings.latent_width // sizes.config.patch_size**2
+    return Clip(tokens, sizes.config.inner_dim, 2 if settings.use_guidance else 1, text_tokens, itemsize)
 
 
 def as_placed(plan: Plan, placed: BlockPlan) -> Plan:
@@ -271,15 +296,35 @@ def first_frame_bytes(sizes: Sizes, settings: GenerationSettings) -> int:
 
 
 def choose_decoding(
-    config: VAEConfig, height: int, width: int, room: int, itemsize: int, host: int | None = None
+    config: VAEConfig, height: int, width: int, room: int, itemsize: int, host: int | None = None, on_card: bool = True
 ) -> tuple[Decoding, int]:
-    """Whole chunks where there is room, or the fastest way to decode in so many bytes beside the weights, and of host
-    memory (None: any), or else the smallest that the host has the memory for; and what it takes on the card."""
+    """The fastest way to decode in so many bytes beside the weights, and of host memory (None: any), or else the
+    smallest that the host has the memory for; and what it takes on the card. On a CPU whole chunks are the first."""
     every = (*PLACES, *UNTIMED)
     places = [p for p in every if host is None or host_bytes(config, height, width, p[1], itemsize) <= host]
     counted = [(place, decode_bytes(config, height, width, *place, itemsize)) for place in places]
     fitting = [(place, needed) for place, needed in counted if needed <= room]
-    return fitting[0] if fitting else min(counted, key=lambda one: one[1])
+    if not fitting:
+        return min(counted, key=lambda one: one[1])
+    if not on_card:
+        return fitting[0]
+    # min() takes the first of equals: ways that were not timed keep their order.
+    return min(fitting, key=lambda one: (PLACES[one[0]], one[1]) if one[0] in PLACES else (math.inf, 0))
+
+
+def first_choice(on_card: bool) -> Decoding:
+    """How is decoded where there is memory enough."""
+    return min(PLACES, key=lambda place: PLACES[place]) if on_card else WHOLE
+
+
+def decode_seconds(
+    rated: Rated | None, way: Decoding, settings: GenerationSettings, file: bool = True
+) -> float | None:  # fmt: skip
+    """Seconds of decoding, and of writing a video ``file`` meanwhile; None where that was not timed."""
+    if rated is None or way not in PLACES:
+        return None
+    pixels = settings.num_frames * settings.height * settings.width
+    return pixels * (PLACES[way] / rated.decode + (WRITING if file else 0.0))
 
 
 def slower(one: Decoding, other: Decoding) -> bool:
@@ -293,6 +338,19 @@ def how_decoded(frames: int | None, strips: int) -> str:
         return "chunk by chunk"
     some = "frame by frame" if frames == 1 else f"{frames} frames at a time"
     return some + (f" in {strips} strips" if strips > 1 else "")
+
+
+def check_host(count: int | None) -> None:
+    """Refuses a budget of the host that the program alone does not keep, on a card.
+
+    Raises:
+        UsageError: it names the least.
+    """
+    if count is not None and count < PROGRAM:
+        raise UsageError(
+            f"--host-ram (or ${HOST_RAM}) is {count / 1e9:.3g} GB, and the program itself takes {_up(PROGRAM)} of host "
+            f"memory; give {_option(PROGRAM)} at least, and more for what waits there."
+        )
 
 
 # --- what does not fit --------------------------------------------------------------------------------------------
@@ -316,7 +374,7 @@ def least(fits: Callable[[int], bool], exact: float = 5e-4) -> int | None:
 
 def smallest(sizes: Sizes, settings: GenerationSettings, attention: str, itemsize: int = 2) -> int:
     """The least of a card's memory within torch that a plan exists for, with any amount of host memory."""
-    within = partial(_plan_within, sizes, settings, attention, None, itemsize, Limits(MOST))
+    within = partial(_plan_within, sizes, settings, attention, None, itemsize, Limits(MOST), Use())
     found = least(lambda count: _fits(within, count, None))
     assert found is not None
     return found

@@ -18,10 +18,10 @@ from ..quant.linear import QuantizedLinear
 from .checkpoint import EMBEDDINGS
 from .config import TransformerConfig, VAEConfig
 from .errors import UsageError
-from .headers import TensorInfo, torch_type
+from .headers import TensorInfo, torch_type, type_name
 from .hub import HUB_IDS
 from .precision import Mode
-from .quantization import formats_of
+from .quantization import Quantization, formats_of
 from .text import llm_bytes
 from .weights import Component, build_on_meta
 
@@ -96,7 +96,10 @@ def sizes_of(
     network = Network(len(blocks), max(blocks), rest, text_keys, heads, 1.0 if eight else 2.0)
     vae = build_on_meta(components["vae"])
     vae_dtype = torch.float32 if mode.dtype == torch.float32 else torch.bfloat16
-    text = llm_bytes(llm, text_mode.dtype, 2, torch.device("cuda"), text_mode.on_load)
+    if converted and text_mode.on_load is not None:
+        text = llm_bytes(as_stored(llm, text_mode), text_mode.dtype, 2, torch.device("cuda"))
+    else:
+        text = llm_bytes(llm, text_mode.dtype, 2, torch.device("cuda"), text_mode.on_load)
     clip = CLIP_BYTES
     if "hunyuan_clip" in components:
         clip = sum(info.numbers for info in components["hunyuan_clip"].tensors.values()) * 4
@@ -118,6 +121,19 @@ def sizes_of(
         streams=streams,
         from_files=converted or (mode.on_load is None and _as_used(transformer, dit, mode.dtype)),
     )  # fmt: skip
+
+
+def as_stored(component: Component, mode: Mode) -> Component:
+    """A network as `solostep quantize` stores it in a mode: its quantized linears, and their tensors, without files."""
+    assert mode.on_load is not None
+    formats = formats_of(mode.on_load, build_on_meta(component), component.name)
+    made = replace(component, quantization=Quantization(mode.name, mode.on_load, formats, {}))
+    file, tensors = component.folder / "as-stored.safetensors", {}
+    for name, parameter in build_on_meta(made).named_parameters():
+        kept = component.tensors.get(name)
+        quantized = kept is None or name.removesuffix(".weight") in formats
+        tensors[name] = TensorInfo(file, name, tuple(parameter.shape), type_name(parameter)) if quantized else kept
+    return replace(made, tensors=tensors)
 
 
 def stored_bytes(component: Component, prefix: str = "") -> int:

@@ -20,7 +20,7 @@ from .checkpoint import ModelFolder, load
 from .errors import OutputError
 from .memory import Memory
 from .models.vae import decode_chunks
-from .plan import WHOLE, first_frame_bytes, how_decoded
+from .plan import first_frame_bytes, how_decoded
 from .precision import Mode
 from .progress import Progress, stage_of
 from .request import FrameSink, Job
@@ -158,7 +158,7 @@ class Stages:
                 log.warning(
                     "Decoding may run out of memory: it takes %.3g GB at least, of %.3g.", needed / 1e9, room / 1e9
                 )
-            if (slices, strips) != WHOLE:
+            if (slices, strips) != self.memory.decodes_at_best:
                 asked = self.memory.vram is not None
                 job.event(f"Decoding {how_decoded(slices, strips)}, for want of memory.", quiet=asked)
 

@@ -68,10 +68,11 @@ def plan(
 
     from ..asked import ask
     from ..memory import read_budgets
-    from ..plan import CONTEXT
+    from ..plan import CONTEXT, check_host
     from ..runtime import free_memory, pick_device
 
     budget, host = read_budgets(vram, host_ram)
+    check_host(host)
     there = pick_device(device) if device is not None or torch.cuda.is_available() else None
     if there is not None and there.type != "cuda":
         raise UsageError(f"--device {device}: a plan is for a CUDA card; leave --device out to plan for any.")
@@ -109,6 +110,8 @@ def plan(
 
 def _sweep(asked: Asked, vram: int | None, host: int | None) -> list[dict[str, Any]]:
     """Plans from the smallest budget to the first that keeps everything on the card, ``vram`` among them."""
+    from ..plan import first_choice
+
     rows = []
     least = asked.smallest()
     wanted = {least, *(gb * GB for gb in SWEEP if gb * GB > least), *([] if vram is None else [vram])}
@@ -119,7 +122,7 @@ def _sweep(asked: Asked, vram: int | None, host: int | None) -> list[dict[str, A
             rows.append({"vram_bytes": budget, "refused": str(error)})
             continue
         rows.append({"vram_bytes": budget, **found.as_dict()})
-        if not found.blocks.streams and found.decode == (None, 1) and budget >= (vram or 0):
+        if not found.blocks.streams and found.decode == first_choice(on_card=True) and budget >= (vram or 0):
             break
     return rows
 

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from plan_command import plan_command
 
 from solostep import StepVideoPipeline
 from solostep.engine import machine, memory, plan, rates, runtime, stages, streaming
+from solostep.engine import plan as plan_of
 from solostep.engine.asked import ask
+from solostep.engine.checkpoint import open_model
+from solostep.engine.config import VAEConfig
 from solostep.engine.errors import SolostepError, UsageError
 from solostep.engine.interfaces import cli
 from solostep.engine.latents import SavedLatents
@@ -501,19 +505,60 @@ def test_sizes_of_the_release_are_those_of_its_files() -> None:
 
 @pytest.mark.parametrize("frames", [51, 204])
 def test_more_memory_is_never_slower(frames: int) -> None:
-    asked = ask("turbo", "fp8", num_frames=frames)
+    asked = ask("turbo", "fp8", num_frames=frames, like="h200")
     least = asked.smallest()
     assert 2 * GB < least < 7 * GB
     with pytest.raises(SolostepError, match="at least"):
         asked.plan(least - 2 * 10**8)
-    last = 49
+    last, before = 49, float("inf")
     for budget in range(least, 60 * GB, 3 * GB):
         plan = asked.plan(budget)
         assert plan.device + CONTEXT <= budget
         streamed = plan.network.blocks - plan.blocks.resident
         assert streamed <= last
-        last = streamed
-    assert last == 0 and plan.decode == (None, 1)
+        assert plan.seconds is not None and plan.seconds <= before
+        last, before = streamed, plan.seconds
+    assert last == 0 and plan.decode == plan_of.first_choice(on_card=True)
+
+
+def test_the_fastest_way_to_decode_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card by what was timed; on a CPU, where nothing was, as the official code does."""
+    ways, config = plan_of.PLACES | dict.fromkeys(plan_of.UNTIMED, float("inf")), VAEConfig()
+    taken = []
+    for room in range(10**8, 30 * GB, 10**8):
+        way, needed = plan_of.choose_decoding(config, 544, 992, room, 2)
+        if needed <= room:
+            taken.append(ways[way])
+    assert taken == sorted(taken, reverse=True) and taken[0] == float("inf") and taken[-1] == min(ways.values())
+    assert plan_of.choose_decoding(config, 544, 992, 30 * GB, 2, on_card=False)[0] == plan_of.WHOLE
+    assert plan_of.first_choice(on_card=False) == plan_of.WHOLE
+    monkeypatch.setattr(plan_of, "PLACES", {(None, 1): 1.0, (8, 8): 1.0, (4, 1): 1.0})  # as fast: the smallest
+    assert plan_of.choose_decoding(config, 544, 992, 30 * GB, 2)[0] == (8, 8)
+    assert plan_of.choose_decoding(config, 544, 992, 30 * GB, 2, host=GB)[0] == (4, 1)
+
+
+def test_a_run_plans_with_its_own_prompts() -> None:
+    """The plan before it, for what the encoders read at most, takes more."""
+    pipe = StepVideoPipeline.from_pretrained(device="cpu", vram="40GB", attention="int8")
+    longest = pipe.plan(**SETTINGS)
+    tokens = pipe.memory.text_tokens(pipe.request("a red circle moving right", **SETTINGS).texts)
+    _, record = make(40 * GB, attention="int8")
+    assert 77 < tokens == record["plan"]["text_tokens"] < longest.text_tokens == plan_of.LONGEST_TEXT
+    saved = longest.stage("denoise").device - record["plan"]["stages"][2]["device"]
+    width, blocks = pipe.model.transformer_config.inner_dim, longest.network.blocks
+    assert saved == 2 * 2 * (longest.text_tokens - tokens) * width * blocks * 2
+    assert "Counted for the longest prompt" in str(longest)
+    assert "longest" not in str(pipe.memory.plan(pipe.request("a", **SETTINGS).settings, texts=["a", "b"]))
+
+
+def test_a_budget_of_the_host_holds_the_program_on_a_card() -> None:
+    folder = open_model(T2V)
+    held = partial(memory.Memory, folder, torch.device("cuda"), torch.bfloat16, None, keep_loaded=False, modes=None)
+    for small in ("1MB", plan_of.PROGRAM - 1):
+        with pytest.raises(UsageError, match=r"--host-ram \(or \$SOLOSTEP_HOST_RAM\) is .*give 1\.79GB at least"):
+            held(small)
+    assert held("1.79GB").host_ram == 1_790_000_000
+    assert StepVideoPipeline.from_pretrained(T2V, device="cpu", host_ram="1MB").host_ram == 10**6
 
 
 @pytest.fixture
@@ -541,6 +586,7 @@ def test_the_command(run: Callable[..., tuple[int, str, str]]) -> None:
     [
         (["t2v"], "say with --vram which memory to plan for"),
         (["t2v", "--vram", "24"], "--vram 24 is no size"),
+        (["nothing-here", "--vram", "24GB", "--host-ram", "1MB"], "give 1.79GB at least"),  # before it is looked for
         (["t2v", "--vram", "2GB"], "at least for 204 frames of 544x992"),
         (["nothing-here"], "neither a folder nor a Hugging Face id"),
         (["t2v", "--vram", "24GB", "--precision", "fp5"], "--precision fp5 is unknown"),
