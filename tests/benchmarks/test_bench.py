@@ -8,15 +8,18 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from solostep.benchmarks import bench, report_html, runner
+from solostep.benchmarks import cell as cell_module
 from solostep.benchmarks.matrix import Matrix, Options, build
 from solostep.benchmarks.results import FAILED, read_result, read_results
 from solostep.benchmarks.runner import Outcome, Runner, spec_of
@@ -161,6 +164,28 @@ def test_a_recipe_takes_the_place_of_a_precision(tmp_path: Path, bed: Bed):
     assert told["cell"]["recipe"] == "auto:0.02" and told["cell"]["precision"] is None and told["id"] == planned[0].id
     told = spec_of(bed.matrix.planned[1], "cuda:1")
     assert told["cell"]["precision"] == "int8" and told["cell"]["device"] == "cuda:1"
+
+
+def test_a_card_s_rates_are_measured_unless_that_is_left_out(bed: Bed, monkeypatch: pytest.MonkeyPatch):
+    """So that plans in results hold seconds; on a CPU plans have none."""
+    on_card = replace(bed.matrix, device=torch.device("cuda"))
+    assert not Runner(bed.matrix, bed.folder, Said()).rates
+    assert Runner(on_card, bed.folder, Said()).rates and not Runner(on_card, bed.folder, Said(), rates=False).rates
+    seen: list[bool] = []
+
+    def timed_run(*arguments: Any) -> Any:
+        seen.append(arguments[-1])
+        raise UsageError("seen")
+
+    monkeypatch.setattr(cell_module, "timed_run", timed_run)
+    told = spec_of(bed.matrix.planned[1], "cpu") | {
+        "cell": bed.matrix.planned[1].cell.as_dict() | {"levels": ["speed"]}
+    }
+    for more in ({}, {"rates": True}, {"rates": False}):
+        spec = {k: v for k, v in told.items() if k != "rates"} | more
+        with pytest.raises(UsageError, match="seen"):
+            cell_module.measure(spec, bed.folder, lambda *_: None)
+    assert seen == [True, True, False]
 
 
 def test_what_is_finished_is_passed_over(bed: Bed, monkeypatch: pytest.MonkeyPatch):

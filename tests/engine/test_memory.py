@@ -37,6 +37,7 @@ pytestmark = pytest.mark.usefixtures("fast")
 GOLDEN = Path(__file__).parents[1] / "golden"
 T2V, TI2V = GOLDEN / "tiny-stepvideo-t2v", GOLDEN / "tiny-stepvideo-ti2v"
 SMALL: dict[str, Any] = {"num_frames": 17, "height": 32, "width": 48, "num_inference_steps": 2, "progress": False}
+PROMPT = "a red circle moving right"
 SETTINGS = {k: v for k, v in SMALL.items() if k != "progress"}
 GB = 10**9
 
@@ -55,7 +56,7 @@ def small_margin(monkeypatch: pytest.MonkeyPatch) -> None:
 def make(vram: int | None = None, host: int | None = None, **more: Any) -> tuple[torch.Tensor, dict[str, Any]]:
     """Latents and record of a run of the demo model within a budget."""
     pipe = StepVideoPipeline.from_pretrained(device="cpu", vram=vram, host_ram=host, **more)
-    request = pipe.request("a red circle moving right", seed=7, **SETTINGS)
+    request = pipe.request(PROMPT, seed=7, **SETTINGS)
     ((record, latents),) = pipe.generate([request], None)
     return latents, record
 
@@ -71,7 +72,8 @@ def unlimited(fast: None, tmp_path_factory: pytest.TempPathFactory) -> torch.Ten
 def budgets(**more: Any) -> list[int]:
     """From all that a run wants down to a quarter of the blocks."""
     pipe = StepVideoPipeline.from_pretrained(device="cpu", vram="40GB", **more)
-    plan = pipe.plan(**SETTINGS)
+    request = pipe.request(PROMPT, seed=7, **SETTINGS)
+    plan = pipe.memory.plan(request.settings, texts=request.texts)
     whole = plan.blocks.device
     assert max(stage.device for stage in plan.stages) == whole
     return [40 * GB, whole - 1, whole - 4 * plan.network.block]
@@ -473,6 +475,19 @@ def test_the_report_is_beside_the_plan() -> None:
     assert lines["denoise"]["planned_gpu_bytes"] > 0 and lines["denoise"]["seconds"] > 0
 
 
+def test_what_a_run_writes_is_known_while_it_lasts() -> None:
+    """To a file, as the command does; a call that gives its frames back writes none meanwhile."""
+    pipe = StepVideoPipeline.from_pretrained(T2V, device="cpu", vram="40GB")
+    seen = []
+    for more in ({}, {"to_file": False}):
+        request = pipe.request("a red panda", seed=7, **SETTINGS)
+        list(pipe.generate([request], None, planned=lambda _: seen.append(pipe.memory.to_file), **more))
+    assert seen == [True, False] and pipe.memory.to_file
+    ends: list[bool] = []
+    pipe("a red panda", seed=7, callback_on_step_end=lambda *_: ends.append(pipe.memory.to_file), **SMALL)
+    assert ends == [False, False]
+
+
 def test_the_line_before_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     pipe = StepVideoPipeline.from_pretrained(T2V, device="cpu", vram="40GB")
     show = cli._show_plan(pipe)
@@ -541,7 +556,7 @@ def test_a_run_plans_with_its_own_prompts() -> None:
     """The plan before it, for what the encoders read at most, takes more."""
     pipe = StepVideoPipeline.from_pretrained(device="cpu", vram="40GB", attention="int8")
     longest = pipe.plan(**SETTINGS)
-    tokens = pipe.memory.text_tokens(pipe.request("a red circle moving right", **SETTINGS).texts)
+    tokens = pipe.memory.text_tokens(pipe.request(PROMPT, **SETTINGS).texts)
     _, record = make(40 * GB, attention="int8")
     assert 77 < tokens == record["plan"]["text_tokens"] < longest.text_tokens == plan_of.LONGEST_TEXT
     saved = longest.stage("denoise").device - record["plan"]["stages"][2]["device"]
