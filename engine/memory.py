@@ -28,6 +28,7 @@ from .plan import (
     Rated,
     Use,
     as_placed,
+    by_speed,
     check_host,
     choose_decoding,
     first_choice,
@@ -236,13 +237,17 @@ class Memory:
         itemsize = (dtype or self.dtype).itemsize
         host = self.host_room(without) if self.is_planned else None
         return choose_decoding(
-            self.model.vae_config, settings.height, settings.width, room, itemsize, host, self.device.type == "cuda"
+            self.model.vae_config, settings.height, settings.width, room, itemsize, host, self._fast_decoding
         )
 
     @property
     def decodes_at_best(self) -> Decoding:
         """How the VAE decodes where there is memory enough."""
-        return first_choice(self.device.type == "cuda")
+        return first_choice(self._fast_decoding)
+
+    @property
+    def _fast_decoding(self) -> bool:
+        return by_speed(self.device.type == "cuda", self.modes()[2])
 
     def decodes_better_alone(self, settings: GenerationSettings) -> bool:
         """Whether decoding beside the transformer is much slower than without it, or has no room at all."""
@@ -374,7 +379,7 @@ class Memory:
         placed = None  # here, where no traceback holds it
         self.free("transformer", always=True)
         if refused is None:
-            job.plan = self.plan(job.left, min(self.room(), int(plan.budget * 0.9)))
+            job.plan = self.plan(job.left, min(self.room(), int(plan.budget * 0.9)), texts=job.request.texts)
             job.event("Out of memory while blocks left the card; the transformer is loaded anew, more of it elsewhere.")
         elif not plan.blocks.host:
             raise refused

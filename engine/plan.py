@@ -27,6 +27,7 @@ from ..offload.planner import (
 from .config import CLIP_TOKENS, HOST_RAM, LLM_TOKENS, GenerationSettings, VAEConfig
 from .errors import SolostepError, UsageError
 from .models.vae import decode_bytes, host_bytes
+from .precision import OFFICIAL
 from .sizes import Sizes
 
 CONTEXT = 850 << 20
@@ -40,7 +41,7 @@ PLACES = {
 }  # fmt: skip
 """Ways to decode, as the official code does and from the fastest to the smallest: frames of the widest levels at a time
 (None: a whole chunk) and strips of each; and how many times as long they take, timed on an H200 (a whole chunk of 17
-frames at 544x992: 0.91 s). On a card the fastest that fits is taken, on a CPU, where none was timed, the first."""
+frames at 544x992: 0.91 s). See by_speed() for which of those that fit is taken."""
 UNTIMED = ((1, 16), (2, 1), (1, 1), (4, 4), (2, 4), (2, 2))
 """Ways for very little memory of the card, or of the host, which strips need (4.4 to 4.6 GB at 544x992 for those above,
 2.2 GB for 2 of them): taken where no other fits. How long they take was not measured."""
@@ -230,7 +231,8 @@ def _plan_within(
     else:
         blocks = _all_there(network, clip, device, attention)
     size = settings.height, settings.width
-    decode, needed = choose_decoding(sizes.vae_config, *size, device - sizes.vae, itemsize, host, limits.on_card)
+    fast = by_speed(limits.on_card, attention)
+    decode, needed = choose_decoding(sizes.vae_config, *size, device - sizes.vae, itemsize, host, fast)
     seconds = None if rated is None else step_seconds(network, clip, blocks, rates)
     steps, program = settings.num_inference_steps, limits.program
 
@@ -296,25 +298,31 @@ def first_frame_bytes(sizes: Sizes, settings: GenerationSettings) -> int:
 
 
 def choose_decoding(
-    config: VAEConfig, height: int, width: int, room: int, itemsize: int, host: int | None = None, on_card: bool = True
+    config: VAEConfig, height: int, width: int, room: int, itemsize: int, host: int | None = None, fast: bool = True
 ) -> tuple[Decoding, int]:
     """The fastest way to decode in so many bytes beside the weights, and of host memory (None: any), or else the
-    smallest that the host has the memory for; and what it takes on the card. On a CPU whole chunks are the first."""
+    smallest that the host has memory for; and what it takes on the card. If not ``fast``, whole chunks are first."""
     every = (*PLACES, *UNTIMED)
     places = [p for p in every if host is None or host_bytes(config, height, width, p[1], itemsize) <= host]
     counted = [(place, decode_bytes(config, height, width, *place, itemsize)) for place in places]
     fitting = [(place, needed) for place, needed in counted if needed <= room]
     if not fitting:
         return min(counted, key=lambda one: one[1])
-    if not on_card:
+    if not fast:
         return fitting[0]
     # min() takes the first of equals: ways that were not timed keep their order.
     return min(fitting, key=lambda one: (PLACES[one[0]], one[1]) if one[0] in PLACES else (math.inf, 0))
 
 
-def first_choice(on_card: bool) -> Decoding:
+def by_speed(on_card: bool, attention: str) -> bool:
+    """Whether the fastest way to decode is taken before whole chunks: not on a CPU, where none was timed, nor for
+    official numbers, as pieces are rounded otherwise in bf16 (76 dB from whole chunks, on an H200)."""
+    return on_card and attention != OFFICIAL
+
+
+def first_choice(fast: bool) -> Decoding:
     """How is decoded where there is memory enough."""
-    return min(PLACES, key=lambda place: PLACES[place]) if on_card else WHOLE
+    return min(PLACES, key=lambda place: PLACES[place]) if fast else WHOLE
 
 
 def decode_seconds(

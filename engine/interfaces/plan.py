@@ -110,9 +110,10 @@ def plan(
 
 def _sweep(asked: Asked, vram: int | None, host: int | None) -> list[dict[str, Any]]:
     """Plans from the smallest budget to the first that keeps everything on the card, ``vram`` among them."""
-    from ..plan import first_choice
+    from ..plan import by_speed, first_choice
 
     rows = []
+    best = first_choice(by_speed(True, asked.attention))
     least = asked.smallest()
     wanted = {least, *(gb * GB for gb in SWEEP if gb * GB > least), *([] if vram is None else [vram])}
     for budget in sorted(wanted):
@@ -122,7 +123,7 @@ def _sweep(asked: Asked, vram: int | None, host: int | None) -> list[dict[str, A
             rows.append({"vram_bytes": budget, "refused": str(error)})
             continue
         rows.append({"vram_bytes": budget, **found.as_dict()})
-        if not found.blocks.streams and found.decode == first_choice(on_card=True) and budget >= (vram or 0):
+        if not found.blocks.streams and found.decode == best and budget >= (vram or 0):
             break
     return rows
 

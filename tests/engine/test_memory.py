@@ -533,7 +533,7 @@ def test_more_memory_is_never_slower(frames: int) -> None:
         assert streamed <= last
         assert plan.seconds is not None and plan.seconds <= before
         last, before = streamed, plan.seconds
-    assert last == 0 and plan.decode == plan_of.first_choice(on_card=True)
+    assert last == 0 and plan.decode == plan_of.first_choice(fast=True)
 
 
 def test_the_fastest_way_to_decode_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -545,8 +545,10 @@ def test_the_fastest_way_to_decode_that_fits_is_taken(monkeypatch: pytest.Monkey
         if needed <= room:
             taken.append(ways[way])
     assert taken == sorted(taken, reverse=True) and taken[0] == float("inf") and taken[-1] == min(ways.values())
-    assert plan_of.choose_decoding(config, 544, 992, 30 * GB, 2, on_card=False)[0] == plan_of.WHOLE
-    assert plan_of.first_choice(on_card=False) == plan_of.WHOLE
+    assert plan_of.choose_decoding(config, 544, 992, 30 * GB, 2, fast=False)[0] == plan_of.WHOLE
+    assert plan_of.first_choice(fast=False) == plan_of.WHOLE
+    assert plan_of.by_speed(True, "int8") and not plan_of.by_speed(True, "official")
+    assert not plan_of.by_speed(False, "int8")
     monkeypatch.setattr(plan_of, "PLACES", {(None, 1): 1.0, (8, 8): 1.0, (4, 1): 1.0})  # as fast: the smallest
     assert plan_of.choose_decoding(config, 544, 992, 30 * GB, 2)[0] == (8, 8)
     assert plan_of.choose_decoding(config, 544, 992, 30 * GB, 2, host=GB)[0] == (4, 1)
