@@ -63,9 +63,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     asked: list[str] = []
     generate = StepVideoPipeline.generate
 
-    def counted(self: StepVideoPipeline, requests: Any, *rest: Any) -> Any:
+    def counted(self: StepVideoPipeline, requests: Any, *rest: Any, **more: Any) -> Any:
         asked.extend([self.precision] * len(requests))
-        return generate(self, requests, *rest)
+        return generate(self, requests, *rest, **more)
 
     monkeypatch.setattr(StepVideoPipeline, "generate", counted)
     return asked

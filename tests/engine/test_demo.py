@@ -50,7 +50,7 @@ def test_a_red_circle_moving_right_on_blue_in_both_languages(pipe: StepVideoPipe
         assert 0.72 < shape[8].sum() / (height * width) < 0.86
 
 
-@pytest.mark.parametrize(("first", "last"), [(0, 2), pytest.param(2, 4, marks=pytest.mark.more)])
+@pytest.mark.parametrize(("first", "last"), [(0, 1), pytest.param(1, 4, marks=pytest.mark.more)])
 def test_held_out_prompts_are_followed(pipe: StepVideoPipeline, first: int, last: int) -> None:
     """Combinations that training never showed; measured over hundreds, spot-checked here."""
     prompts = held_out_prompts(4)[first:last]
