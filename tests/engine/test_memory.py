@@ -319,7 +319,7 @@ def test_the_cache_of_loading_goes_before_the_first_step(monkeypatch: pytest.Mon
     assert order[begun : begun + 4] == ["place", "release_memory", "euler_step", "euler_step"]
 
 
-@pytest.mark.parametrize("what", ["vae", pytest.param("latents", marks=pytest.mark.more), "pieces"])
+@pytest.mark.parametrize("what", ["vae", *(pytest.param(x, marks=pytest.mark.more) for x in ("latents", "pieces"))])
 def test_decoding_gives_a_kept_transformer_up(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = StepVideoPipeline.from_pretrained(T2V, device="cpu", keep_loaded=True)
     small = SMALL | {"num_inference_steps": 1}
