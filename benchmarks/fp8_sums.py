@@ -16,7 +16,7 @@ measured, never folding, it gave 0.142 in all with local means at 75,888 keys, a
 with K = 6,144 and 24,576: this emulation's 0.14, 1.6e-3 and 4.1e-3.
 
 The second times the kernel with each fold in turns, 48 heads, and takes its errors against fp64; a line is appended to
-the file. A minute, most of it compilation, on as many cores as there are folds.
+the file. Each fold is compiled in a process of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from torch import Tensor
 
 from solostep.benchmarks.full_width import record
 from solostep.benchmarks.linear_speed import milliseconds
-from solostep.kernels.attention_check import exact, make_inputs, relative_error, sampled_rows
+from solostep.kernels.attention_check import Inputs, exact, make_inputs, relative_error, sampled_rows
 from solostep.kernels.quantize import quantize_rows_reference
 from solostep.kernels.values import quantize_v_reference
 
@@ -115,21 +117,23 @@ KERNEL_FOLDS = (0, 4, 8, 12, 16)
 """Tiles of keys between two folds of the kernel, as measured."""
 
 
-def _with_fold(fold: int, heads: int, tokens: int, kind: str, device: torch.device) -> tuple[Any, Any]:
-    """The inputs, and a run of the kernel that folds every so many tiles."""
+def _runs(inputs: Inputs) -> dict[int, Callable[[], Tensor]]:
+    """The kernel on the same operands, by fold."""
     from solostep.kernels.attention_hopper import SCHEDULES, Schedule, attention_hopper
 
-    usual = SCHEDULES["int8-fp8"]
-    schedule = Schedule(usual.consumers, usual.keys, usual.stages, usual.registers, refresh=usual.refresh, fold=fold)
-    inputs = make_inputs(kind, tokens, heads, device)
-    x = inputs.operands("int8-fp8")
+    usual, x = SCHEDULES["int8-fp8"], inputs.operands("int8-fp8")
     scales = {"q_scale": x.q_scale, "k_scale": x.k_scale, "v_scale": x.v_scale, "v_mean": x.v_mean}
-    return inputs, lambda: attention_hopper(x.q, x.k, x.v, schedule=schedule, **scales)
+
+    def run(fold: int) -> Tensor:
+        plan = Schedule(usual.consumers, usual.keys, usual.stages, usual.registers, refresh=usual.refresh, fold=fold)
+        return attention_hopper(x.q, x.k, x.v, schedule=plan, **scales)
+
+    return {fold: partial(run, fold) for fold in KERNEL_FOLDS}
 
 
 def _compile(fold: int, tokens: int, device: torch.device) -> None:
     """Fills Triton's cache, in a process of its own."""
-    _with_fold(fold, 1, tokens, "normal", device)[1]()
+    _runs(make_inputs("normal", tokens, 1, device))[fold]()
     torch.cuda.synchronize()
 
 
@@ -142,12 +146,14 @@ def on_card(tokens: int, device: torch.device) -> dict[str, Any]:
     rows = sampled_rows(tokens, device)
     errors: dict[str, dict[str, float]] = {}
     for kind in ("normal", "local means"):
-        for fold in KERNEL_FOLDS:
-            inputs, run = _with_fold(fold, 1, tokens, kind, device)
-            plain = inputs.operands("bf16")
-            found = relative_error(run()[rows], exact(plain.q, plain.k, plain.v, rows, [0]))
-            errors.setdefault(kind, {})[str(fold)] = float(f"{found:.2e}")
-    ms = milliseconds({str(f): _with_fold(f, 48, tokens, "normal", device)[1] for f in KERNEL_FOLDS}, 3, 300)
+        inputs = make_inputs(kind, tokens, 1, device)
+        plain = inputs.operands("bf16")
+        true = exact(plain.q, plain.k, plain.v, rows, [0])
+        found = {str(fold): relative_error(run()[rows], true) for fold, run in _runs(inputs).items()}
+        errors[kind] = {fold: float(f"{error:.2e}") for fold, error in found.items()}
+    ms = milliseconds(
+        {str(fold): run for fold, run in _runs(make_inputs("normal", tokens, 48, device)).items()}, 3, 300
+    )
     return {"what": "folds", "tokens": tokens, "ms": {k: round(v, 2) for k, v in ms.items()}, "errors": errors}
 
 
