@@ -24,7 +24,7 @@ is not asked: a CUDA graph can hold it all. A channel of one value other than ze
 always.
 
 One pass over V where the qkv product left it and a sixteenth of one: 2 x 17/16 bytes a value in, 1 out, and a few
-numbers for every 2,048 tokens; below SAMPLED_FROM, and where a head is gone over again, one pass more. Sums are in a
+numbers for every 1,024 tokens; below SAMPLED_FROM, and where a head is gone over again, one pass more. Sums are in a
 fixed order: the same bits every time.
 """
 
@@ -51,11 +51,11 @@ HEADROOM = 8
 """What the range of a sample is multiplied by."""
 RANGE, SAMPLE = 1024, 256
 """Tokens of one program of the first pass: where it reads all of them, and of the sample."""
-RANGES = {"ROWS": 32, "num_warps": 4}
+RANGES = {"ROWS": 32, "num_warps": 2}
 """The first pass: tokens that are read at once; and Triton's options."""
 SHARES = 16
 """Programs that go over a head again: those not needed cost a little too."""
-PLAN = {"CHANNELS": 64, "CHUNK": 2048, "BLOCK": 128, "STAGES": 4, "num_warps": 4}
+PLAN = {"CHANNELS": 64, "CHUNK": 1024, "BLOCK": 128, "STAGES": 5, "num_warps": 4}
 """The second pass: channels and tokens of a program, tokens of one of its turns, turns whose loads are under way; and
 Triton's options."""
 
