@@ -99,6 +99,7 @@ def kernels_job(tokens: int, seconds: float) -> Job:
 
 
 LONG = ("--frames", "204")
+LATENTS = ("--latents-only", "--cached-texts")
 FULL_SIZE = (*PYTHON, "solostep.benchmarks.full_size", "drift")
 DEMO = (
     *BENCH, "--device", "cuda", "-n", "32", "--seeds", "4", "--levels", "blocks,teacher,free,video,score",
@@ -132,10 +133,11 @@ JOBS: tuple[Job, ...] = (
     ),
     # What streaming costs: beside the least computation of this size, beside the most, and where copies take longer by
     # the plan (0.40 s a step for 0.14).
-    whole_job("whole-17", 130, ("80GB", "8GB"), "--frames", "17", "--latents-only"),
-    whole_job("whole-204", 140, ("80GB",), *LONG),
+    whole_job("whole-17", 80, ("80GB", "8GB"), "--frames", "17", *LATENTS),
+    whole_job("whole-51", 80, ("80GB", "48GB", "12GB", "8GB"), "--frames", "51", *LATENTS),
+    whole_job("whole-204", 420, ("80GB", "48GB", "24GB", "16GB", "12GB", "8GB", "6GB"), *LONG, *LATENTS),
     whole_job(
-        "whole-small", 110, ("80GB", "8GB"), "--frames", "17", "--height", "272", "--width", "496", "--latents-only",
+        "whole-small", 60, ("80GB", "8GB"), "--frames", "17", "--height", "272", "--width", "496", *LATENTS,
         to="whole-small-h200",
     ),
     speed_job("bf16", 130, *LONG, "--precision", "bf16", "--vram", "80GB"),

@@ -13,11 +13,11 @@ that brings tiles of keys and values into a ring in shared memory. Heads are the
 multiprocessors walk over the keys of the same head together and find them in L2. The last, partly filled tile of keys
 comes first: the loop needs no mask then.
 
-With 16-bit V the product q k^T of one tile runs while the softmax of the tile before it and its product with V do: three
-warpgroups of 160 registers take 64 keys at a time; an exact maximum, which takes its time in every tile, is faster with
-two of 240 and 128 keys. In int8 three, which read K and V a third less from L2, took 162.2 ms in place of 167.7. With
-8-bit V a warpgroup overlaps little itself; three of them hide one another, and P never lies beside the next scores in
-registers.
+With 16-bit V the product q k^T of one tile runs while the softmax of the tile before it and its product with V do.
+Three warpgroups of 160 registers take 64 keys at a time; an exact maximum, which takes its time in every tile, is
+faster with two of 240 and 128 keys. In int8, three read K and V a third less from L2 and took 162.2 ms in place of
+167.7. With 8-bit V a warpgroup overlaps little itself; three of them hide one another, and P never lies beside the next
+scores in registers.
 
 A scale of k is that of the 16 keys of a window of 64 which one lane of a row holds (see qk_norm_rope.group_of()): a
 lane multiplies by two factors a tile. Of 16 neighbouring keys each it would be eight, which took 6 % longer; of 32, as
