@@ -36,7 +36,7 @@ PYTHON = (sys.executable, "-m")
 BENCH = (*PYTHON, "solostep.benchmarks.bench")
 SPEED = (*BENCH, "--levels", "speed", "-n", "1", "--seeds", "1")
 WIDTH = (*PYTHON, "solostep.benchmarks.full_width")
-MODEL, MODEL_INT8 = "model", "model-int8"
+MODEL, MODEL_FP8 = "model", "model-fp8"
 LEAST = 180.0
 """Seconds below which nothing is begun that would be cut."""
 SLACK = 1.6
@@ -66,22 +66,25 @@ def tests_of(name: str, seconds: float, *paths: str, processes: int = 0) -> Job:
 
 
 def speed_job(
-    name: str, seconds: float, *options: str, steps: int = 2, roles: str = "mode", needs: tuple[str, ...] = (MODEL,),
-    model: str = "{model}",
+    name: str, seconds: float, *options: str, steps: int = 2, roles: str = "mode", needs: tuple[str, ...] = (MODEL,)
 ) -> Job:  # fmt: skip
     """Speed and memory of modes of the full size, on the model of drawn weights."""
-    command = (*SPEED, "-m", model, "--roles", roles, "--steps", str(steps), "-o", f"{{out}}/h200/{name}", *options)
+    command = (
+        *SPEED, "-m", "{model}", "--roles", roles, "--steps", str(steps), "-o", f"{{out}}/h200/{name}", *options
+    )  # fmt: skip
     return Job(name, command, seconds, needs, resumes=True)
 
 
 def whole_job(
-    name: str, seconds: float, budgets: tuple[str, ...], *options: str, to: str = "whole-h200"
+    name: str, seconds: float, budgets: tuple[str, ...], *options: str, to: str = "whole-h200", stored: bool = False
 ) -> Job:  # fmt: skip
-    """The pipeline in fp8 within budgets of the card; lines go to a file of one size of frame."""
+    """The pipeline in fp8 within budgets of the card; lines go to a file of one size of frame. stored: of a model that
+    is in fp8 already."""
     vram = [part for size in budgets for part in ("--vram", size)]
     modes = ("--precision", "fp8", "--text-precision", "int8", "-o", f"{{out}}/{to}.jsonl")
-    command = (*PYTHON, "solostep.benchmarks.whole_pipeline", "run", "{model}", *modes, *vram, *options)
-    return Job(name, command, seconds, (MODEL,))
+    folder = "{model}-fp8" if stored else "{model}"
+    command = (*PYTHON, "solostep.benchmarks.whole_pipeline", "run", folder, *modes, *vram, *options)
+    return Job(name, command, seconds, (MODEL_FP8 if stored else MODEL,))
 
 
 def vae_jobs() -> Iterator[Job]:
@@ -125,12 +128,9 @@ JOBS: tuple[Job, ...] = (
     speed_job("resident", 330, *LONG, "--precision", "int8,fp8,bf16", "--vram", "none"),
     speed_job("reference", 115, *LONG, "--precision", "int8", roles="reference"),
     speed_job("short", 330, "--frames", "136,102,51", "--precision", "int8", "--vram", "48GB,12GB"),
-    Job(MODEL_INT8, (*PYTHON, "solostep.benchmarks.synthetic", "{model}-int8", "--precision", "int8"), 65),
+    Job(MODEL_FP8, (*PYTHON, "solostep.benchmarks.synthetic", "{model}-fp8", "--precision", "fp8"), 65),
     # Blocks come from files in the form in which they are computed only.
-    speed_job(
-        "files", 180, *LONG, "--precision", "int8", "--vram", "12GB", "--host-ram", "4GB", needs=(MODEL_INT8,),
-        model="{model}-int8",
-    ),
+    whole_job("files", 130, ("12GB",), *LONG, *LATENTS, "--host-ram", "4GB", stored=True),
     # What streaming costs: beside the least computation of this size, beside the most, and where copies take longer by
     # the plan (0.40 s a step for 0.14).
     whole_job("whole-17", 80, ("80GB", "8GB"), "--frames", "17", *LATENTS),
@@ -256,7 +256,7 @@ class Recording:
 
     def _is_there(self, job: Job) -> bool:
         """A model is there or not, whatever a mark says that came from another machine."""
-        if job.name in (MODEL, MODEL_INT8):
+        if job.name in (MODEL, MODEL_FP8):
             return self.model.with_name(self.model.name + job.name.removeprefix(MODEL)).is_dir()
         return self._mark(job).exists()
 
