@@ -44,8 +44,9 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# Nothing spills (ptxas of Triton 3.6 and 3.9), and shared memory suffices: 163 KiB on sm_80, 99 on sm_86, sm_89 and
-# sm_120, 227 on sm_90 and sm_100. 128 x 128 was the fastest plain Triton on an H200, there with tensor descriptors.
+# At most two registers spill (ptxas of Triton 3.6 and 3.9), and shared memory suffices: 163 KiB on sm_80, 99 on sm_86,
+# sm_89 and sm_120, 227 on sm_90 and sm_100. 128 x 128 was the fastest plain Triton on an H200, there with
+# tensor descriptors.
 TILES = {
     "16 bits": {
         80: Tile(128, 64, 8, 3),
@@ -137,15 +138,37 @@ if triton is not None:
             return tl.dot(p.to(v.dtype), v, o)
 
     @triton.jit
-    def _factored(x, q_factor, k_scale_ptr, tile):
-        """Integer scores ``[BM, BN]`` of a tile as logits. Four groups of 16 keys lie in each window of 64, see
-        qk_norm_rope.group_of(); the product of factors is that of a thread's few groups, not of each of its scores."""
-        M: tl.constexpr = x.shape[0]
-        W: tl.constexpr = x.shape[1] // 64
+    def _grouped(x):
+        """``[BM, BN]`` as ``[BM, W, 8, 4, 2]``: windows of 64 keys, in each four groups of 16 keys, those of a thread
+        of a row (qk_norm_rope.group_of())."""
+        return tl.reshape(x, [x.shape[0], x.shape[1] // 64, 8, 4, 2])
+
+    @triton.jit
+    def _factors(q_factor, k_scale_ptr, tile, BN: tl.constexpr):
+        """What makes integer scores of a tile logits, ``[BM, W, 4]``: a few products for a thread, not one a score."""
+        W: tl.constexpr = BN // 64
         window = tile * W + tl.arange(0, W)
         at = (window // 2 * 8 + window % 2)[:, None] + 2 * tl.arange(0, 4)[None, :]
-        factor = q_factor[:, None, None] * tl.load(k_scale_ptr + at)[None, :, :]
-        return tl.reshape(tl.reshape(x, [M, W, 8, 4, 2]) * factor[:, :, None, :, None], [M, 64 * W])
+        return q_factor[:, None, None] * tl.load(k_scale_ptr + at)[None, :, :]
+
+    @triton.jit
+    def _largest(x, f, INT8: tl.constexpr):
+        """The largest logit of each row; factors are not negative, so that only the largest score of each is scaled."""
+        if INT8:
+            most = tl.max(tl.max(_grouped(x), 4), 2)
+            return tl.max(tl.max((most - _MAGIC) * f, 2), 1)
+        else:
+            return tl.max(x, 1) * f
+
+    @triton.jit
+    def _powers(x, f, m, INT8: tl.constexpr):
+        """2^(score f - m), one multiplication and addition a score."""
+        if INT8:
+            off = m[:, None, None] + _MAGIC * f
+            p = tl.exp2(_grouped(x) * f[:, :, None, :, None] - off[:, :, None, :, None])
+            return tl.reshape(p, x.shape)
+        else:
+            return tl.exp2(x * f[:, None] - m[:, None])
 
     @triton.jit(do_not_specialize=["n_q", "n_k"])  # lengths change from call to call, and nothing gains
     def _attention_kernel(
@@ -182,7 +205,6 @@ if triton is not None:
             q_factor = tl.full([BM], scale, tl.float32)
         # P in e4m3 is 2^8 too large, to use its range; the row sums are too, and it cancels.
         shift: tl.constexpr = 8.0 if V8 else 0.0
-        magic: tl.constexpr = _MAGIC if INT8 else 0.0
 
         m_i = tl.full([BM], float("-inf"), tl.float32)
         l_i = tl.zeros([BM], tl.float32)
@@ -194,13 +216,10 @@ if triton is not None:
                 k = tl.load(k_ptr + start * k_row + k_at)
                 v = tl.load(v_ptr + start * v_step + v_at)
                 x = _scores(q, k, INT8)
-                if INT8:
-                    x = _factored(x - magic, q_factor, k_scale_ptr, t)
-                else:
-                    x = x * q_factor[:, None]
-                m_new = tl.maximum(m_i, tl.max(x, 1))
+                f = _factors(q_factor, k_scale_ptr, t, BN) if INT8 else q_factor
+                m_new = tl.maximum(m_i, _largest(x, f, INT8))
                 alpha = tl.exp2(m_i - m_new)
-                p = tl.exp2(x - (m_new - shift)[:, None])
+                p = _powers(x, f, m_new - shift, INT8)
                 l_i = l_i * alpha + tl.sum(p, 1)
                 o = _accumulate(p, v, o * alpha[:, None], V8)
                 m_i = m_new
@@ -211,7 +230,8 @@ if triton is not None:
         v = tl.load(v_ptr + start * v_step + v_at, mask=(keys < v_keys - last * BN)[:, None], other=0.0)
         x = _scores(q, k, INT8)
         if INT8:
-            x = _factored(x - magic, q_factor, k_scale_ptr, last)
+            f = _factors(q_factor, k_scale_ptr, last, BN)
+            x = tl.reshape((_grouped(x) - _MAGIC) * f[:, :, None, :, None], x.shape)
         else:
             x = x * q_factor[:, None]
         # Masked after the product: a factor may be zero, and zero times infinity is no number.

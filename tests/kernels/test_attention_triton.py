@@ -245,8 +245,10 @@ def test_compiles_for_every_card_in_registers_and_shared_memory(
         assert f"{name}:{arch}" == job
         assert int(shared) <= SHARED[int(arch)] * 1024, made
         spilled = int(report.rpartition(" bytes spill stores")[0].rpartition(" ")[2])
-        # Triton 3.6 and 3.9 put up to 96 bytes of the 512-wide head aside on sm_80, and 3.9 208 bytes on sm_90.
-        assert spilled <= (256 if name == "wide" and arch in ("80", "90") else 0), (job, spilled)
+        # Triton 3.6 and 3.9 put up to 96 bytes of the 512-wide head aside on sm_80, and 3.9 208 bytes on sm_90, and
+        # 8 of fp8 there, where Hopper has a kernel of its own.
+        limit = {("wide", "80"): 256, ("wide", "90"): 256, ("fp8", "90"): 8}.get((name, arch), 0)
+        assert spilled <= limit, (job, spilled)
         if arch == "90" and name in ("16", "fp8"):
             # A wgmma that waits for itself. Triton 3.6 lets that happen in int8, where Hopper has a kernel of its own.
             assert "C75" not in report, job
