@@ -32,7 +32,7 @@ from torch import Tensor
 from solostep.benchmarks import cell_state, drift, floors
 from solostep.benchmarks.cell_card import Card
 from solostep.benchmarks.cell_frames import put_together, write_frames
-from solostep.benchmarks.cell_spec import DEMO, WRITING, Cell, read_spec
+from solostep.benchmarks.cell_spec import WRITING, Cell, read_spec
 from solostep.benchmarks.cell_speed import driver_before, timed_run
 from solostep.benchmarks.cell_state import State, plain, terminated_like_interrupted
 from solostep.benchmarks.cell_video import Compared, by_metric
@@ -42,7 +42,6 @@ from solostep.benchmarks.reference_code import official_code
 from solostep.engine.activations import drawn_image
 from solostep.engine.checkpoint import open_model
 from solostep.engine.config import cache_dir
-from solostep.engine.demo import demo_model
 from solostep.engine.demo.captions import TEMPLATES, Attributes, caption, combinations
 from solostep.engine.demo.rules import ASPECTS, Reading, read_clips
 from solostep.engine.errors import OutputError, SolostepError, UsageError
@@ -114,7 +113,7 @@ class Measurement:
 
     def __init__(self, cell: Cell, work: Path, say: Say) -> None:
         self.cell, self.work, self.say = cell, work, say
-        self.folder = open_model(demo_model() if cell.model == DEMO else cell.model)
+        self.folder = open_model(cell.model)
         self._check_stored()
         preset, given = self.folder.preset, {k: v for k, v in cell.settings.items() if v is not None}
         self.settings = filled_in(preset, given, self.folder.is_image_to_video)

@@ -15,7 +15,6 @@ ROLES = ("reference", "mode", "floor-backend", "floor-order", "other-seed")
 LEVELS = ("speed", "blocks", "teacher", "free", "video", "score")
 OPTIONS = ("precision", "text_precision", "attention", "attention_backend", "recipe", "vram", "host_ram", "device")
 SETTINGS = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale", "time_shift", "motion_score")
-DEMO = "demo"
 WRITING = ("mp4", "count")
 
 

@@ -46,9 +46,9 @@ from solostep.benchmarks.synthetic_samples import SyntheticSamples
 from solostep.engine.activations import PROMPTS, TransformerSamples, conditions_for, nearest_step, spread_steps
 from solostep.engine.checkpoint import open_model
 from solostep.engine.config import GenerationSettings, TransformerConfig
-from solostep.engine.demo import demo_model
 from solostep.engine.demo.captions import held_out_prompts
 from solostep.engine.errors import SolostepError, UsageError
+from solostep.engine.hub import DEMO
 from solostep.engine.request import describe_device
 from solostep.engine.runtime import host_peak, numerics, pick_device, release_memory
 from solostep.quant.four_bit import expanded_by_torch
@@ -132,7 +132,7 @@ def model_subject(args: argparse.Namespace, device: torch.device, say: Callable[
     """A model folder, with latents of its own trajectories."""
     if args.heads or args.layers:
         raise UsageError("--heads and --layers are sizes of drawn weights; leave them out with --model.")
-    model = open_model(demo_model() if args.model == "demo" else Path(args.model))
+    model = open_model(args.model)
     if model.components["transformer"].quantization is not None:
         raise UsageError(f"{args.model} is stored quantized, and drift is measured from bf16; give the original model.")
     is_demo = model.preset.name == "demo"
@@ -155,7 +155,7 @@ def model_subject(args: argparse.Namespace, device: torch.device, say: Callable[
             label["step"] = conditions.looked_at[label["time"]]
         return made
 
-    name = "demo" if args.model == "demo" else model.root.name
+    name = DEMO if args.model == DEMO else model.root.name
     return Subject(name, conditions.settings, conditions.prompts, seeds, identity, marker(model.root), samples)
 
 

@@ -23,9 +23,9 @@ from solostep.benchmarks.results import LEVELS, ROLES, Cell
 from solostep.engine.activations import PROMPTS
 from solostep.engine.checkpoint import ModelFolder, open_model
 from solostep.engine.config import GenerationSettings
-from solostep.engine.demo import demo_model
 from solostep.engine.demo.captions import held_out_prompts
 from solostep.engine.errors import UsageError
+from solostep.engine.hub import DEMO
 from solostep.engine.machine import installed
 from solostep.engine.memory import read_budgets
 from solostep.engine.pipeline import StepVideoPipeline
@@ -34,7 +34,6 @@ from solostep.engine.request import check_asked, filled_in
 from solostep.engine.runtime import pick_device
 from solostep.kernels.attention import BACKENDS, MODES
 
-DEMO = "demo"
 DRIFT = ("blocks", "teacher", "free", "video")
 """Levels that need a reference."""
 MEASURING = ("cell*.py", "drift*.py", "reference*.py", "floors.py", "video_metrics.py")
@@ -249,7 +248,7 @@ def build(options: Options) -> Matrix:
     """
     check_options(options)
     device = pick_device(options.device)
-    folder = open_model(demo_model() if options.model is None else options.model)
+    folder = open_model(DEMO if options.model is None else options.model)
     stored = folder.components["transformer"].quantization
     if stored is not None and options.levels != ("speed",):
         raise UsageError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from solostep.engine.errors import UsageError
-from solostep.engine.plan import parse_size
+from solostep.engine.units import parse_size
 
 RESULTS = Path("benchmarks/results")
 BLOCK, DECODING, WHOLE = (RESULTS / f"{name}-h200.jsonl" for name in ("block", "vae", "whole"))

@@ -329,7 +329,7 @@ def _budget_order(item: tuple[Result, Row]) -> tuple[Any, ...]:
 
 def gigabytes_of(text: str | None) -> float | None:
     """A budget as GB; None: there is none, or it is not written as a size."""
-    from solostep.engine.plan import parse_size
+    from solostep.engine.units import parse_size
 
     if text is None:
         return None

@@ -39,9 +39,9 @@ from solostep.engine.models.step_llm import StepLLM
 from solostep.engine.models.transformer import StepVideoTransformer
 from solostep.engine.models.vae import VideoAutoencoder
 from solostep.engine.pipeline import StepVideoPipeline
-from solostep.engine.plan import parse_size
 from solostep.engine.rates import random_weights
 from solostep.engine.runtime import pick_device
+from solostep.engine.units import parse_size
 
 MARKER = "synthetic.json"
 """In a model folder: its weights were drawn, not trained; by which generator and seed."""

@@ -10,6 +10,7 @@ import torch
 from .cards import like as card_like
 from .checkpoint import open_model
 from .config import PRESETS, GenerationSettings
+from .failures import readable_errors
 from .hub import HUB_IDS
 from .plan import CONTEXT, PROGRAM, Limits, Plan, Rated, check_host, make_plan, smallest
 from .precision import Mode, check_attention, check_precision, choose_attention, choose_mode
@@ -99,5 +100,6 @@ def ask(
         from .rates import measured_rates, with_disk
 
         assert device is not None
-        rated = with_disk(measured_rates(device, mode, kind), components["transformer"].files)
+        with readable_errors(device):
+            rated = with_disk(measured_rates(device, mode, kind), components["transformer"].files)
     return Asked(sizes_of(components, mode, text_mode, converted), settings, mode, text_mode, kind, rated, room)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .plan import LONGEST_TEXT, how_decoded
+from .decoding import how_decoded
+from .plan import LONGEST_TEXT
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -30,7 +31,7 @@ def time_text(seconds: float | None) -> str:
 
 def places(plan: Plan) -> tuple[str, str]:
     """What the memory that blocks compute in is called, and the one beside it: of a card, or of a CPU."""
-    return ("card", "host") if plan.context else ("memory", "beside it")
+    return ("card", "host") if plan.on_card else ("memory", "beside it")
 
 
 def described(values: dict[str, Any], stay: str = "on the card") -> str:
@@ -84,8 +85,13 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def where_blocks_stay(plan: Plan) -> str:
+    """Of blocks that are not streamed, in words."""
+    return "on the card" if plan.on_card else "in memory"
+
+
 def _what_is_done(plan: Plan) -> str:
-    return described(plan.as_dict(), "on the card" if plan.context else "in memory")
+    return described(plan.as_dict(), where_blocks_stay(plan))
 
 
 def notes(plan: Plan) -> list[str]:

@@ -14,6 +14,8 @@ HUB_IDS = {
     "turbo": "stepfun-ai/stepvideo-t2v-turbo",
     "ti2v": "stepfun-ai/stepvideo-ti2v",
 }
+DEMO = "demo"
+"""The name of the embedded demo model."""
 HUB_FILES = [
     "model_index.json",
     "scheduler/*",
@@ -50,8 +52,8 @@ def _looks_like(name: str, config: Path) -> str:
 
 
 def resolve_model(model: str | Path) -> tuple[Path, str]:
-    """A folder, as it is, the embedded ``demo``, or a Hugging Face id (``stepfun-ai/stepvideo-t2v``, or t2v, turbo,
-    ti2v), downloaded.
+    """The embedded ``demo`` (a folder of that name is ``./demo``), a folder, as it is, or a Hugging Face id
+    (``stepfun-ai/stepvideo-t2v``, or t2v, turbo, ti2v), downloaded.
 
     Returns:
         The folder, and the name to remember it by.
@@ -61,17 +63,17 @@ def resolve_model(model: str | Path) -> tuple[Path, str]:
         CheckpointError: the download failed; the message holds the command to do it by hand.
     """
     path = Path(model).expanduser()
+    if str(model) == DEMO and (isinstance(model, str) or not path.is_dir()):
+        path = demo_model()
     if str(model) and path.is_dir():
         return path.resolve(), str(path.resolve())
     if path.is_file():
         raise UsageError(f"{model} is a file; --model takes the folder of a whole model (see `solostep info --help`).")
-    if str(model) == "demo":
-        return resolve_model(demo_model())
     name = HUB_IDS.get(str(model), str(model))
     if not _is_id(name):
         raise UsageError(
             f"{model or repr(model)} is neither a folder nor a Hugging Face id such as {HUB_IDS['t2v']}, "
-            f"nor one of {', '.join(HUB_IDS)}, demo; check --model for a typo."
+            f"nor one of {', '.join(HUB_IDS)}, {DEMO}; check --model for a typo."
         )
     return _download(name), name
 

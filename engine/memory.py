@@ -17,25 +17,10 @@ import torch
 from ..kernels.cards import ran_out
 from .checkpoint import ModelFolder, tokenizer_files
 from .config import CLIP_TOKENS, HOST_RAM, VRAM, GenerationSettings, from_environment
+from .decoding import Decoding, by_speed, choose_decoding, first_choice, slower
 from .errors import SolostepError, UsageError
-from .plan import (
-    CONTEXT,
-    LONGEST_TEXT,
-    PROGRAM,
-    Decoding,
-    Limits,
-    Plan,
-    Rated,
-    Use,
-    as_placed,
-    by_speed,
-    check_host,
-    choose_decoding,
-    first_choice,
-    make_plan,
-    parse_size,
-    slower,
-)
+from .forecast import where_blocks_stay
+from .plan import CONTEXT, LONGEST_TEXT, PROGRAM, Limits, Plan, Rated, Use, as_placed, check_host, make_plan
 from .precision import Mode
 from .progress import Progress, stage_of
 from .request import Job
@@ -43,6 +28,7 @@ from .runtime import free_memory, host_room, measured, release_memory, require_m
 from .sizes import Sizes, sizes_of
 from .streaming import NotPinned, PlacedTransformer, place
 from .text import LLMTokenizer
+from .units import parse_size
 
 SPARE = 200 << 20
 """Of a card's free memory, what is not planned with: kernels take some when they are first used."""
@@ -77,7 +63,6 @@ class Memory:
         self.modes = modes
         self.pinned: int | None = None  # what blocks may take of host memory, where the system refused to pin more
         self.networks: dict[str, Any] = {}
-        self.to_file = True  # whether frames go to a video file while they are decoded: plans count its time
 
     @property
     def vram(self) -> int | None:
@@ -161,12 +146,12 @@ class Memory:
 
     def plan(
         self, settings: GenerationSettings, room: int | None = None, rated: bool = False, moves: bool = False,
-        texts: Sequence[str] | None = None,
+        texts: Sequence[str] | None = None, to_file: bool = True,
     ) -> Plan:  # fmt: skip
         """How a clip is made in the room that there is; with ``moves``, also in that of the loaded transformer.
 
-        ``texts`` are its prompts, by default the longest that the encoders read. ``rated`` has a card's rates measured
-        where they are not known.
+        ``texts`` are its prompts, by default the longest that the encoders read. ``to_file``: a video file is written
+        while it is decoded, which takes time. ``rated`` has a card's rates measured where they are not known.
 
         Raises:
             SolostepError: nothing fits.
@@ -178,8 +163,12 @@ class Memory:
         context, program = (CONTEXT, PROGRAM) if self.device.type == "cuda" else (0, 0)
         host = self.host_room(held)
         limits = Limits(room, host, context, program, self.vram is not None, self.pinned)
-        use = Use(self.text_tokens(texts) if texts else LONGEST_TEXT, self.to_file)
+        use = Use(self.text_tokens(texts) if texts else LONGEST_TEXT, to_file)
         return make_plan(self.sizes, settings, self.modes()[2], limits, speed, itemsize, use)
+
+    def _plan_of(self, job: Job, room: int | None = None, moves: bool = False) -> Plan:
+        """The plan for the steps that a job has left."""
+        return self.plan(job.left, room, moves=moves, texts=job.request.texts, to_file=job.to_file)
 
     @cached_property
     def _tokenizer(self) -> LLMTokenizer:
@@ -209,15 +198,16 @@ class Memory:
         return with_disk(found, self.model.components["transformer"].files)
 
     def refuse_early(
-        self, settings: GenerationSettings, rated: bool = False, texts: Sequence[str] | None = None
-    ) -> Plan | None:
+        self, settings: GenerationSettings, rated: bool = False, texts: Sequence[str] | None = None,
+        to_file: bool = True,
+    ) -> Plan | None:  # fmt: skip
         """The plan for a clip, where memory is planned; see :meth:`plan`.
 
         Raises:
             SolostepError: the clip cannot be made in the memory that there is.
         """
         if self.is_planned:
-            return self.plan(settings, rated=rated, texts=texts)
+            return self.plan(settings, rated=rated, texts=texts, to_file=to_file)
         mode = self.modes()[0]
         weights = mode.memory_bytes(self.model.components["transformer"])
         require_memory(weights, self.device, f"The transformer in {mode.name}")
@@ -262,14 +252,14 @@ class Memory:
 
     def transformer(self, job: Job, say: Progress) -> PlacedTransformer:
         """The transformer, placed for a clip; loaded, if it is not there."""
-        settings, texts, placed = job.left, job.request.texts, self.placed
+        placed = self.placed
         if placed is not None and not self.is_planned:
             return placed
         if placed is not None:
-            plan = self.plan(settings, moves=True, texts=texts)
+            plan = self._plan_of(job, moves=True)
             if not _fits(placed, plan):
                 self.free("vae", always=True)
-                plan = self.plan(settings, moves=True, texts=texts)
+                plan = self._plan_of(job, moves=True)
             if not _fits(placed, plan):
                 del placed
                 if not self._move(plan, job, say):
@@ -280,9 +270,9 @@ class Memory:
             return placed
         self.free("vae")
         if self.is_planned:
-            job.plan = self.plan(settings, texts=texts)
+            job.plan = self._plan_of(job)
         else:
-            self.refuse_early(settings)
+            self.refuse_early(job.left)
         with measured("load transformer", self.device, job.stages):
             return self._loaded(job, say)
 
@@ -306,7 +296,7 @@ class Memory:
         if job.plan is None or self.placed is None:
             raise torch.OutOfMemoryError("there is nothing to give up")
         room = min(int(job.plan.blocks.device * 0.9), self.room() + self.placed.device_bytes)
-        plan = self.plan(job.left, room, moves=True, texts=job.request.texts)
+        plan = self._plan_of(job, room, moves=True)
         before = self.placed.plan.resident
         moved = self._move(plan, job, say)
         placed: PlacedTransformer = self.networks["transformer"]
@@ -314,7 +304,7 @@ class Memory:
             job.plan = as_placed(plan, placed.plan)
         job.event(
             f"Out of memory at step {job.saved.step + 1}: {placed.plan.resident} of {plan.network.blocks} blocks "
-            f"stay on the card, where {before} did; the step is repeated."
+            f"stay {where_blocks_stay(plan)}, where {before} did; the step is repeated."
         )
         return placed
 
@@ -339,7 +329,7 @@ class Memory:
             job.plan = self._from_files(job, job.plan.blocks.host, refused)
             return None
         # Other programs took memory meanwhile.
-        job.plan = self.plan(job.left, min(self.room(), int(job.plan.budget * 0.9)), texts=job.request.texts)
+        job.plan = self._plan_of(job, min(self.room(), int(job.plan.budget * 0.9)))
         job.event("Out of memory while the transformer was loaded; it is loaded again, more of it elsewhere.")
         return None
 
@@ -352,7 +342,7 @@ class Memory:
         """A plan with half of the pinned memory that was refused."""
         self.pinned = asked // 2
         try:
-            plan = self.plan(job.left, room, texts=job.request.texts)
+            plan = self._plan_of(job, room)
         except SolostepError:
             raise refused from None
         job.event("So much host memory cannot be pinned: more blocks come from their files; loading begins anew.")
@@ -379,8 +369,8 @@ class Memory:
         placed = None  # here, where no traceback holds it
         self.free("transformer", always=True)
         if refused is None:
-            job.plan = self.plan(job.left, min(self.room(), int(plan.budget * 0.9)), texts=job.request.texts)
-            job.event("Out of memory while blocks left the card; the transformer is loaded anew, more of it elsewhere.")
+            job.plan = self._plan_of(job, min(self.room(), int(plan.budget * 0.9)))
+            job.event("Out of memory while blocks were moved; the transformer is loaded anew, more of it elsewhere.")
         elif not plan.blocks.host:
             raise refused
         else:

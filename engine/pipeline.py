@@ -25,6 +25,7 @@ from .choices import attention_choice, settle
 from .config import GenerationSettings, cache_dir
 from .errors import UsageError
 from .failures import latents_are_kept, nothing_left_of, readable_errors
+from .hub import DEMO
 from .latents import SavedLatents
 from .memory import Memory, read_budgets, report
 from .plan import Plan
@@ -120,7 +121,8 @@ class StepVideoPipeline:
         """Finds and checks a model; its weights are loaded stage by stage, when a video is made.
 
         Args:
-            model: a folder in the released layout, a Hugging Face id, or None for the small embedded demo model.
+            model: a folder in the released layout, a Hugging Face id, or None (or "demo") for the small embedded demo
+                model.
             precision: of the transformer: bf16 (the official numerics), fp32, or a format that its weights are
                 quantized to while they are loaded: int8, fp8, int8-weight, fp8-weight, nf4, int4-weight, or for
                 comparison one of another package (torchao:int8, bnb:nf4). By default what the folder is stored in,
@@ -154,12 +156,8 @@ class StepVideoPipeline:
         asked = read_recipe_option(recipe, precision)
         read_budgets(vram, host_ram)
         pick_device(device)
-        if model is None:
-            from .demo import demo_model
-
-            model = demo_model()
         return cls(
-            open_model(model, preset), precision, device, keep_loaded, cache,
+            open_model(DEMO if model is None else model, preset), precision, device, keep_loaded, cache,
             text_precision=text_precision, recipe=recipe if isinstance(asked, float) else asked, attention=attention,
             attention_backend=attention_backend, vram=vram, host_ram=host_ram,
         )  # fmt: skip
@@ -218,7 +216,7 @@ class StepVideoPipeline:
         self._note_budgets()
         check_asked("any", raw_prompt=True, **settings)
         made = filled_in(self.model.preset, settings, self.model.is_image_to_video)
-        with self.memory.capped():
+        with self.memory.capped(), readable_errors(self.device):
             return self.memory.plan(made, rated=True, moves=True)
 
     @property
@@ -413,8 +411,7 @@ class StepVideoPipeline:
         written meanwhile, whose time plans count.
         """
         say = progress or (lambda stage, done, total: None)
-        work = self._generate(requests, open_sink, callback, say, planned)
-        self.memory.to_file = to_file
+        work = self._generate(requests, open_sink, callback, say, planned, to_file)
         try:
             while True:
                 with self.memory.capped():  # only while work is done, however long the caller takes
@@ -424,17 +421,16 @@ class StepVideoPipeline:
                 yield made
         finally:
             work.close()
-            self.memory.to_file = True
 
     def _generate(
         self, requests: Sequence[Request], open_sink: OpenSink | None, callback: StepCallback | None, say: Progress,
-        planned: PlanShown | None,
+        planned: PlanShown | None, to_file: bool,
     ) -> Generator[tuple[dict[str, Any], Tensor], None, None]:  # fmt: skip
         self._note_budgets()
         with contextlib.ExitStack() as locks:
             self._decided(say)
             with readable_errors(self.device):
-                jobs = [self._open(request, i, locks) for i, request in enumerate(requests)]
+                jobs = [self._open(request, i, locks, to_file) for i, request in enumerate(requests)]
             yield from self._all(jobs, open_sink, callback, say, planned)
 
     def _all(
@@ -446,7 +442,8 @@ class StepVideoPipeline:
         waiting = [job for job in jobs if not job.done]
         if self.memory.placed is None:  # the largest network: refuse now, not after the texts
             for job in waiting:
-                plan = self.memory.refuse_early(job.left, planned is not None, job.request.texts)
+                with readable_errors(self.device):
+                    plan = self.memory.refuse_early(job.left, planned is not None, job.request.texts, job.to_file)
                 if planned is not None and plan is not None:
                     planned(plan)
         begun = waiting[0] if waiting and waiting[0].resumed_from is None else None
@@ -528,7 +525,7 @@ class StepVideoPipeline:
             self.memory.free("vae")
         return self._record(job)
 
-    def _open(self, request: Request, index: int, locks: contextlib.ExitStack) -> Job:
+    def _open(self, request: Request, index: int, locks: contextlib.ExitStack, to_file: bool) -> Job:
         """Finds what an earlier, interrupted run left, or begins anew."""
         identity = self._identity(request)
         managed = request.latents_path is None
@@ -553,7 +550,7 @@ class StepVideoPipeline:
                 info={**request.asked, "texts": request.texts, "model": self.model.source, **self._modes(),
                       "preset": self.model.preset.name, "settings": settings_dict(request.settings)},
             )  # fmt: skip
-        return Job(request, path, saved, resumed_from, managed)
+        return Job(request, path, saved, resumed_from, managed, to_file)
 
     def _identity(self, request: Request) -> dict[str, Any]:
         """Everything but the seed that the final latents depend on, in JSON's types."""

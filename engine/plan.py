@@ -7,7 +7,6 @@ name, no weights and no card. Times come from rates measured on the card (rates.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,11 +23,12 @@ from ..offload.planner import (
     plan_blocks,
     step_seconds,
 )
-from .config import CLIP_TOKENS, HOST_RAM, LLM_TOKENS, GenerationSettings, VAEConfig
+from .config import CLIP_TOKENS, HOST_RAM, LLM_TOKENS, GenerationSettings
+from .decoding import Decoding, by_speed, choose_decoding, decode_seconds
 from .errors import SolostepError, UsageError
-from .models.vae import decode_bytes, host_bytes
-from .precision import OFFICIAL
+from .models.vae import host_bytes
 from .sizes import Sizes
+from .units import as_option, rounded_up
 
 CONTEXT = 850 << 20
 """Of a card's memory, what a process takes outside of torch's allocator: the driver's context and loaded kernels. On
@@ -36,46 +36,11 @@ an H200 0.65 GB at first and 0.81 GB after all kinds of kernels had run."""
 PROGRAM = 1_700 << 20
 """Of host memory, what a process takes on a card before it holds any weights: libraries, the driver's part, buffers.
 On the machine of an H200 1.6 to 1.7 GB."""
-PLACES = {
-    (None, 1): 1.0, (4, 1): 0.92, (8, 8): 0.94, (8, 16): 0.96, (4, 8): 0.99, (4, 16): 1.02, (2, 8): 1.16, (2, 16): 1.49,
-}  # fmt: skip
-"""Ways to decode, as the official code does and from the fastest to the smallest: frames of the widest levels at a time
-(None: a whole chunk) and strips of each; and how many times as long they take, timed on an H200 (a whole chunk of 17
-frames at 544x992: 0.91 s). See by_speed() for which of those that fit is taken."""
-UNTIMED = ((1, 16), (2, 1), (1, 1), (4, 4), (2, 4), (2, 2))
-"""Ways for very little memory of the card, or of the host, which strips need (4.4 to 4.6 GB at 544x992 for those above,
-2.2 GB for 2 of them): taken where no other fits. How long they take was not measured."""
-WRITING = 1.9e-8
-"""Seconds a pixel that a video file adds to decoding: 2.1 s of 204 frames at 544x992, the mean of six runs on an H200
-to an mp4 (benchmarks/results/h200: 11.7 to 13.4 s), less what decoding alone takes by its rate."""
 LONGEST_TEXT = LLM_TOKENS + CLIP_TOKENS
 """Tokens of the longest text that the encoders give."""
 FRAME_BYTES = 3800
 """A pixel, of the encoder's tensors at their peak, counted at 544x992: 950 numbers, in fp32 also where weights are
 bf16 (models/vae.py, _rounds_once)."""
-Decoding = tuple[int | None, int]
-WHOLE: Decoding = (None, 1)
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(value: str | int | float, option: str) -> int:
-    """Bytes of ``24GB`` or ``24G`` (10^9 each), ``24GiB`` (2^30 each), ``500 MB`` or a number of bytes.
-
-    Raises:
-        UsageError: no size, or one that cannot be meant.
-    """
-    count, has_unit = 0.0, False
-    if isinstance(value, str):
-        found = re.fullmatch(r"\s*(-?[0-9]*\.?[0-9]+)\s*(B|[KMGT](?:I?B)?)\s*", value.upper())
-        if found:
-            count, has_unit = float(found[1]) * UNITS[found[2].removesuffix("B") + "B"], True
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        count = float(value)
-    if 10**6 <= count < 1e15:
-        return int(count)
-    if has_unit:
-        raise UsageError(f"{option} {value}: it has to be at least 1MB, and less than 1000TB.")
-    raise UsageError(f"{option} {value} is no size; write it with its unit, as in 24GB.")  # 24 for 24 GB
 
 
 @dataclass(frozen=True)
@@ -122,6 +87,11 @@ class Plan:
     """What the seconds come from."""
     text_tokens: int = LONGEST_TEXT
     """Of a row, by which the text's keys and values are counted."""
+
+    @property
+    def on_card(self) -> bool:
+        """Whether it is for a card's memory, and not for a CPU's in its place."""
+        return self.context > 0
 
     def __str__(self) -> str:
         from .forecast import plan_text
@@ -244,7 +214,7 @@ def _plan_within(
 
     on_disk = sizes.on_disk
     loaded = network.rest + (blocks.resident + blocks.slots) * network.block
-    decoded = decode_seconds(rated, decode, settings, use.file)
+    decoded = decode_seconds(None if rated is None else rated.decode, decode, settings, use.file)
     strips = host_bytes(sizes.vae_config, *size, decode[1], itemsize)
     stages = [
         stage("text", sizes.text, sizes.table, on_disk["text"]),
@@ -297,57 +267,6 @@ def first_frame_bytes(sizes: Sizes, settings: GenerationSettings) -> int:
     return sizes.encoder + FRAME_BYTES * settings.height * settings.width
 
 
-def choose_decoding(
-    config: VAEConfig, height: int, width: int, room: int, itemsize: int, host: int | None = None, fast: bool = True
-) -> tuple[Decoding, int]:
-    """The fastest way to decode in so many bytes beside the weights, and of host memory (None: any), or else the
-    smallest that the host has memory for; and what it takes on the card. If not ``fast``, whole chunks are first."""
-    every = (*PLACES, *UNTIMED)
-    places = [p for p in every if host is None or host_bytes(config, height, width, p[1], itemsize) <= host]
-    counted = [(place, decode_bytes(config, height, width, *place, itemsize)) for place in places]
-    fitting = [(place, needed) for place, needed in counted if needed <= room]
-    if not fitting:
-        return min(counted, key=lambda one: one[1])
-    if not fast:
-        return fitting[0]
-    # min() takes the first of equals: ways that were not timed keep their order.
-    return min(fitting, key=lambda one: (PLACES[one[0]], one[1]) if one[0] in PLACES else (math.inf, 0))
-
-
-def by_speed(on_card: bool, attention: str) -> bool:
-    """Whether the fastest way to decode is taken before whole chunks: not on a CPU, where none was timed, nor for
-    official numbers, as pieces are rounded otherwise in bf16 (76 dB from whole chunks, on an H200)."""
-    return on_card and attention != OFFICIAL
-
-
-def first_choice(fast: bool) -> Decoding:
-    """How is decoded where there is memory enough."""
-    return min(PLACES, key=lambda place: PLACES[place]) if fast else WHOLE
-
-
-def decode_seconds(
-    rated: Rated | None, way: Decoding, settings: GenerationSettings, file: bool = True
-) -> float | None:  # fmt: skip
-    """Seconds of decoding, and of writing a video ``file`` meanwhile; None where that was not timed."""
-    if rated is None or way not in PLACES:
-        return None
-    pixels = settings.num_frames * settings.height * settings.width
-    return pixels * (PLACES[way] / rated.decode + (WRITING if file else 0.0))
-
-
-def slower(one: Decoding, other: Decoding) -> bool:
-    """Whether a way to decode takes more than a tenth longer than another, or nobody knows."""
-    return one != other and (one not in PLACES or other not in PLACES or PLACES[one] > 1.1 * PLACES[other])
-
-
-def how_decoded(frames: int | None, strips: int) -> str:
-    """In words."""
-    if frames is None:
-        return "chunk by chunk"
-    some = "frame by frame" if frames == 1 else f"{frames} frames at a time"
-    return some + (f" in {strips} strips" if strips > 1 else "")
-
-
 def check_host(count: int | None) -> None:
     """Refuses a budget of the host that the program alone does not keep, on a card.
 
@@ -356,8 +275,8 @@ def check_host(count: int | None) -> None:
     """
     if count is not None and count < PROGRAM:
         raise UsageError(
-            f"--host-ram (or ${HOST_RAM}) is {count / 1e9:.3g} GB, and the program itself takes {_up(PROGRAM)} of host "
-            f"memory; give {_option(PROGRAM)} at least, and more for what waits there."
+            f"--host-ram (or ${HOST_RAM}) is {count / 1e9:.3g} GB, and the program itself takes "
+            f"{rounded_up(PROGRAM)} of host memory; give {as_option(PROGRAM)} at least, and more for what waits there."
         )
 
 
@@ -408,32 +327,22 @@ def _refusal(
         more = "give --vram more" if limits.given else "close other programs"
         own = f", {limits.context / 1e9:.2g} of them outside of torch" if limits.context else ""
         return SolostepError(
-            f"The stage {stage.name!r} takes {_up(device + limits.context)} at least for {clip}{own}, and there are "
-            f"{(limits.device + limits.context) / 1e9:.3g} GB; {more}, or make a smaller or shorter clip (--height, "
-            "--width, --frames)."
+            f"The stage {stage.name!r} takes {rounded_up(device + limits.context)} at least for {clip}{own}, and "
+            f"there are {(limits.device + limits.context) / 1e9:.3g} GB; {more}, or make a smaller or shorter clip "
+            "(--height, --width, --frames)."
         )
     host = least(lambda count: _fits(within, limits.device, count))
     device = least(lambda count: _fits(within, count, limits.host))
     assert host is not None and limits.host is not None
     own = f" ({limits.program / 1e9:.2g} of them for the program itself)" if limits.program else ""
-    ways = [f"raise --host-ram to {_option(host + limits.program)} or close other programs"]
+    where = "the card" if limits.on_card else "memory (--vram)"
+    ways = [f"raise --host-ram to {as_option(host + limits.program)} or close other programs"]
     if device is not None:
-        ways.append(f"give --vram {_option(device + limits.context)}")
+        ways.append(f"give --vram {as_option(device + limits.context)}")
     if sizes.streams and not sizes.from_files:
         ways.append("convert the model first (`solostep quantize`), so that its blocks can come from files")
     return SolostepError(
-        f"{_up(host + limits.program)} of host memory{own} are needed, and there are "
+        f"{rounded_up(host + limits.program)} of host memory{own} are needed, and there are "
         f"{(limits.host + limits.program) / 1e9:.3g} GB, for {clip} within "
-        f"{(limits.device + limits.context) / 1e9:.3g} GB of the card; {', or '.join(ways)}."
+        f"{(limits.device + limits.context) / 1e9:.3g} GB of {where}; {', or '.join(ways)}."
     )
-
-
-def _up(count: int) -> str:
-    """Bytes in GB, rounded up to three digits, so that as much is enough."""
-    digit = 10 ** max(0, int(math.log10(max(count, 1))) - 2)
-    return f"{-(-count // digit) * digit / 1e9:.3g} GB"
-
-
-def _option(count: int) -> str:
-    """The same as one writes it behind an option."""
-    return _up(count).replace(" ", "")

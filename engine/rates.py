@@ -120,12 +120,14 @@ _UNMEASURED: set[Path] = set()
 
 
 def _measure_and_keep(device: torch.device, mode: Mode, attention: str, file: Path) -> Rated | None:
+    found = None
     try:
         found = measure(device, mode, attention)
     except Exception as error:  # whatever a driver or a compiler raises: a plan without times is better than no run
         log.warning("This card's speed could not be measured (%s); plans are without times.", reason_of(error))
-        release_memory(device)
+    if found is None:
         _UNMEASURED.add(file)
+        release_memory(device)  # here, where no traceback holds what was made
         return None
     values = {**vars(found.blocks), "decode": found.decode}
     with contextlib.suppress(OSError):
@@ -199,14 +201,19 @@ def folder_rate(files: Sequence[Path]) -> float | None:
     if not files:
         return None
     folder = files[0].parent.resolve()
-    key = json.dumps([str(folder), files[0].stat().st_dev])
+    try:
+        key = json.dumps([str(folder), files[0].stat().st_dev])
+    except OSError:  # who reads the file will say so
+        return None
     kept = cache_dir() / "rates" / f"disk-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         rate = float(json.loads(kept.read_text(encoding="utf-8"))["bytes_per_second"])
         if 0 < rate < float("inf"):
             return rate
     with one_at_a_time(kept):
-        found = disk_rate(files)
+        found = None
+        with contextlib.suppress(OSError):
+            found = disk_rate(files)
         if found is not None:
             with contextlib.suppress(OSError), replacing(kept) as temporary:
                 values = {"folder": str(folder), "bytes_per_second": found}

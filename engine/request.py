@@ -145,6 +145,8 @@ class Job:
     saved: SavedLatents
     resumed_from: int | None = None
     managed: bool = False
+    to_file: bool = True
+    """Whether a video file is written while frames are decoded: plans count its time."""
     stages: list[Stage] = field(default_factory=list)
     condition: Tensor | None = None
     saved_at: Path | None = None

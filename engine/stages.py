@@ -17,10 +17,11 @@ from torch import Tensor
 from ..kernels.cards import ran_out
 from . import latents as storage
 from .checkpoint import ModelFolder, load
+from .decoding import how_decoded
 from .errors import OutputError
 from .memory import Memory
 from .models.vae import decode_chunks
-from .plan import first_frame_bytes, how_decoded
+from .plan import first_frame_bytes
 from .precision import Mode
 from .progress import Progress, stage_of
 from .request import FrameSink, Job

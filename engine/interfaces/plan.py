@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..errors import SolostepError, UsageError
 from ..forecast import described, size, time_text
+from ..hub import DEMO
 from .console import console, guarded, say
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def register(app: typer.Typer) -> None:
 def plan(
     model: Annotated[
         str, typer.Argument(help="A model folder, or t2v, turbo, ti2v: their sizes are known; or the embedded demo.")
-    ] = "demo",
+    ] = DEMO,
     vram: Annotated[
         str | None, typer.Option(help="Memory of the card to stay in, such as 24GB. Default: what is free here.")
     ] = None,
@@ -110,7 +111,7 @@ def plan(
 
 def _sweep(asked: Asked, vram: int | None, host: int | None) -> list[dict[str, Any]]:
     """Plans from the smallest budget to the first that keeps everything on the card, ``vram`` among them."""
-    from ..plan import by_speed, first_choice
+    from ..decoding import by_speed, first_choice
 
     rows = []
     best = first_choice(by_speed(True, asked.attention))

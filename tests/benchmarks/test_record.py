@@ -98,7 +98,7 @@ def test_whole_runs_are_of_budgets_that_have_a_plan(monkeypatch: pytest.MonkeyPa
     """Each command is read by the program that it calls, and what it asks for is not refused by the plan."""
     from solostep.benchmarks import whole_pipeline
     from solostep.engine.asked import ask
-    from solostep.engine.plan import parse_size
+    from solostep.engine.units import parse_size
 
     asked: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
     monkeypatch.setattr(whole_pipeline, "cards", lambda: [])

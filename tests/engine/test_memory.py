@@ -16,7 +16,7 @@ import torch
 from plan_command import plan_command
 
 from solostep import StepVideoPipeline
-from solostep.engine import machine, memory, plan, rates, runtime, stages, streaming
+from solostep.engine import decoding, machine, memory, rates, runtime, stages, streaming
 from solostep.engine import plan as plan_of
 from solostep.engine.asked import ask
 from solostep.engine.checkpoint import open_model
@@ -25,10 +25,11 @@ from solostep.engine.errors import SolostepError, UsageError
 from solostep.engine.interfaces import cli
 from solostep.engine.latents import SavedLatents
 from solostep.engine.models import vae
-from solostep.engine.plan import CONTEXT, Plan, Rated, parse_size
+from solostep.engine.plan import CONTEXT, Plan, Rated
 from solostep.engine.request import Collect, Job
 from solostep.engine.sampling import GuidedVelocity
 from solostep.engine.streaming import more_of
+from solostep.engine.units import parse_size
 from solostep.offload import planner
 from solostep.offload.planner import BlockPlan, Rates
 
@@ -100,7 +101,8 @@ def test_blocks_come_from_their_files_where_host_memory_is_short(unlimited: torc
     assert plan.blocks.disk == 0 and plan.blocks.host > 3 * plan.network.block
     found, record = make(vram, 3 * plan.network.block)
     assert record["plan"]["blocks_from_disk"] > 0 and torch.equal(found, unlimited)
-    with pytest.raises(SolostepError, match="of host memory are needed"):  # quantized on load, it is in no file
+    with pytest.raises(SolostepError, match=r"of host memory are needed.* GB of memory \(--vram\); "):
+        # Quantized on load, it is in no file.
         make(budgets(precision="int8")[2], 10**6, precision="int8")
 
 
@@ -148,10 +150,10 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("simulated")
 
 
 def test_decoding_beside_the_transformer_may_take_a_tenth_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "PLACES", {(None, 1): 1.0, (8, 8): 1.09, (4, 8): 1.15})
-    assert not plan.slower((None, 1), (None, 1)) and not plan.slower((8, 8), (None, 1))
-    assert plan.slower((4, 8), (None, 1)) and not plan.slower((4, 8), (8, 8))
-    assert plan.slower((2, 1), (None, 1)) and not plan.slower((2, 1), (2, 1))
+    monkeypatch.setattr(decoding, "PLACES", {(None, 1): 1.0, (8, 8): 1.09, (4, 8): 1.15})
+    assert not decoding.slower((None, 1), (None, 1)) and not decoding.slower((8, 8), (None, 1))
+    assert decoding.slower((4, 8), (None, 1)) and not decoding.slower((4, 8), (8, 8))
+    assert decoding.slower((2, 1), (None, 1)) and not decoding.slower((2, 1), (2, 1))
 
 
 def fail_at(
@@ -182,6 +184,7 @@ def test_a_step_that_ran_out_of_memory_is_repeated_with_less(
     found, record = make(whole)
     assert torch.equal(found, unlimited) and len(record["events"]) == 1
     assert "Out of memory at step 2" in record["events"][0] and "the step is repeated" in record["events"][0]
+    assert "blocks stay in memory, where 6 did" in record["events"][0]
     assert record["plan"]["streamed_blocks"] > 0 and record["plan"]["budget_bytes"] <= 0.9 * whole
 
 
@@ -475,17 +478,35 @@ def test_the_report_is_beside_the_plan() -> None:
     assert lines["denoise"]["planned_gpu_bytes"] > 0 and lines["denoise"]["seconds"] > 0
 
 
-def test_what_a_run_writes_is_known_while_it_lasts() -> None:
+def test_plans_count_what_a_run_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     """To a file, as the command does; a call that gives its frames back writes none meanwhile."""
     pipe = StepVideoPipeline.from_pretrained(T2V, device="cpu", vram="40GB")
-    seen = []
+    # With rates, on a CPU: what writing adds is seen in the time of decoding.
+    monkeypatch.setattr(pipe.memory, "_rated", lambda measure: Rated(Rates(), 1e9))
+    pixels, seen = 17 * 32 * 48, []
     for more in ({}, {"to_file": False}):
-        request = pipe.request("a red panda", seed=7, **SETTINGS)
-        list(pipe.generate([request], None, planned=lambda _: seen.append(pipe.memory.to_file), **more))
-    assert seen == [True, False] and pipe.memory.to_file
-    ends: list[bool] = []
-    pipe("a red panda", seed=7, callback_on_step_end=lambda *_: ends.append(pipe.memory.to_file), **SMALL)
-    assert ends == [False, False]
+        request, shown = pipe.request("a red panda", seed=7, **SETTINGS), []
+        ((record, _),) = pipe.generate([request], None, planned=shown.append, **more)
+        seconds = shown[0].stage("decode and write").seconds
+        assert record["plan"] == shown[0].as_dict()  # as when the transformer is loaded
+        seen.append(seconds)
+    assert seen[0] - seen[1] == pytest.approx(pixels * decoding.WRITING)
+    pipe("a red panda", seed=7, **SMALL)
+    said = {line["stage"]: line["planned_seconds"] for line in pipe.memory_report()}
+    assert said["decode and write"] == seen[1]
+
+
+def test_what_fails_while_a_run_is_planned_is_readable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates are measured then, on a new card, and the card's memory is looked at."""
+    pipe = StepVideoPipeline.from_pretrained(T2V, device="cpu", vram="40GB")
+
+    def full(measure: bool) -> None:
+        raise OUT_OF_MEMORY
+
+    monkeypatch.setattr(pipe.memory, "_rated", full)
+    for call in (lambda: pipe.plan(**SETTINGS), lambda: pipe("a red panda", seed=7, **SMALL)):
+        with pytest.raises(SolostepError, match=r"cpu .* ran out of memory; close other programs"):
+            call()
 
 
 def test_the_line_before_a_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -533,25 +554,25 @@ def test_more_memory_is_never_slower(frames: int) -> None:
         assert streamed <= last
         assert plan.seconds is not None and plan.seconds <= before
         last, before = streamed, plan.seconds
-    assert last == 0 and plan.decode == plan_of.first_choice(fast=True)
+    assert last == 0 and plan.decode == decoding.first_choice(fast=True)
 
 
 def test_the_fastest_way_to_decode_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a card by what was timed; on a CPU, where nothing was, as the official code does."""
-    ways, config = plan_of.PLACES | dict.fromkeys(plan_of.UNTIMED, float("inf")), VAEConfig()
+    ways, config = decoding.PLACES | dict.fromkeys(decoding.UNTIMED, float("inf")), VAEConfig()
     taken = []
     for room in range(10**8, 30 * GB, 10**8):
-        way, needed = plan_of.choose_decoding(config, 544, 992, room, 2)
+        way, needed = decoding.choose_decoding(config, 544, 992, room, 2)
         if needed <= room:
             taken.append(ways[way])
     assert taken == sorted(taken, reverse=True) and taken[0] == float("inf") and taken[-1] == min(ways.values())
-    assert plan_of.choose_decoding(config, 544, 992, 30 * GB, 2, fast=False)[0] == plan_of.WHOLE
-    assert plan_of.first_choice(fast=False) == plan_of.WHOLE
-    assert plan_of.by_speed(True, "int8") and not plan_of.by_speed(True, "official")
-    assert not plan_of.by_speed(False, "int8")
-    monkeypatch.setattr(plan_of, "PLACES", {(None, 1): 1.0, (8, 8): 1.0, (4, 1): 1.0})  # as fast: the smallest
-    assert plan_of.choose_decoding(config, 544, 992, 30 * GB, 2)[0] == (8, 8)
-    assert plan_of.choose_decoding(config, 544, 992, 30 * GB, 2, host=GB)[0] == (4, 1)
+    assert decoding.choose_decoding(config, 544, 992, 30 * GB, 2, fast=False)[0] == decoding.WHOLE
+    assert decoding.first_choice(fast=False) == decoding.WHOLE
+    assert decoding.by_speed(True, "int8") and not decoding.by_speed(True, "official")
+    assert not decoding.by_speed(False, "int8")
+    monkeypatch.setattr(decoding, "PLACES", {(None, 1): 1.0, (8, 8): 1.0, (4, 1): 1.0})  # as fast: the smallest
+    assert decoding.choose_decoding(config, 544, 992, 30 * GB, 2)[0] == (8, 8)
+    assert decoding.choose_decoding(config, 544, 992, 30 * GB, 2, host=GB)[0] == (4, 1)
 
 
 def test_a_run_plans_with_its_own_prompts() -> None:

@@ -20,16 +20,18 @@ from solostep.engine import cards, rates
 from solostep.engine.asked import Asked, ask
 from solostep.engine.checkpoint import open_model
 from solostep.engine.convert import quantize_model
+from solostep.engine.decoding import decode_seconds
 from solostep.engine.errors import SolostepError, UsageError
 from solostep.engine.forecast import plan_line
 from solostep.engine.memory import report
 from solostep.engine.models.vae import decode_bytes
 from solostep.engine.pipeline import StepVideoPipeline
-from solostep.engine.plan import CONTEXT, PROGRAM, Plan, clip_of, decode_seconds, parse_size
+from solostep.engine.plan import CONTEXT, PROGRAM, Plan, clip_of
 from solostep.engine.precision import choose_mode
 from solostep.engine.runtime import Stage
 from solostep.engine.sizes import as_stored
 from solostep.engine.text import llm_bytes
+from solostep.engine.units import parse_size
 from solostep.offload.planner import Savings, activation_bytes
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -187,7 +189,8 @@ def test_plans_agree_with_runs(n: int) -> None:
     assert plan.step_seconds == pytest.approx(line["step_seconds"][1], rel=0.15)
     way = line["plan"]["decode_frames"], line["plan"]["decode_strips"]
     if "decode and write" in took:  # to nowhere: frames were counted
-        seconds = decode_seconds(found.rated, way, found.settings, file=False)
+        assert found.rated is not None
+        seconds = decode_seconds(found.rated.decode, way, found.settings, file=False)
         assert seconds == pytest.approx(took["decode and write"]["seconds"], rel=0.15)
 
 
@@ -229,7 +232,8 @@ def test_writing_a_video_is_in_the_time_of_decoding(file: Path) -> None:
     # The block in int8 takes as much as that in fp8.
     made = asked("fp8" if cell["precision"] == "int8" else cell["precision"], cell["attention"], timed=True)
     way = said["decode_frames"], said["decode_strips"]
-    seconds = decode_seconds(made.rated, way, made.settings)
+    assert made.rated is not None
+    seconds = decode_seconds(made.rated.decode, way, made.settings)
     assert found["speed"]["written"] == "mp4"
     assert seconds == pytest.approx(found["speed"]["stages"]["decode and write"], rel=0.05)
     planned = peak(made, said, text_tokens(cell["prompts"][0]))
