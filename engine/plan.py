@@ -27,6 +27,7 @@ from .config import CLIP_TOKENS, HOST_RAM, LLM_TOKENS, GenerationSettings
 from .decoding import Decoding, by_speed, choose_decoding, decode_seconds
 from .errors import SolostepError, UsageError
 from .models.vae import host_bytes
+from .precision import OFFICIAL
 from .sizes import Sizes
 from .units import as_option, rounded_up
 
@@ -195,6 +196,8 @@ def _plan_within(
     """Raises BudgetError where nothing fits."""
     clip = clip_of(sizes, settings, itemsize, use.text_tokens)
     network, rates = sizes.network, Rates() if rated is None else rated.blocks
+    if attention == OFFICIAL:  # its blocks keep nothing of the text, so all of each has to come at every step
+        network = replace(network, dropped=0)
     if sizes.streams:
         most = min((n for n in (host, limits.pinned) if n is not None), default=None)
         blocks = plan_blocks(network, clip, device, attention, host=most, rates=rates, from_files=sizes.from_files)
@@ -219,7 +222,7 @@ def _plan_within(
     stages = [
         stage("text", sizes.text, sizes.table, on_disk["text"]),
         stage("load transformer", loaded, blocks.host, on_disk["transformer"]),
-        StageForecast("denoise", blocks.device, program + blocks.host, blocks.disk * network.block * steps,
+        StageForecast("denoise", blocks.device, program + blocks.host, _read_by_steps(network, blocks, steps),
                       None if seconds is None else seconds * steps),
         stage("load vae", sizes.vae, 0, on_disk["decoder"]),
         StageForecast("decode and write", sizes.vae + needed, program + strips, 0, decoded),
@@ -233,6 +236,12 @@ def _plan_within(
             raise BudgetError(host, one.host - program, host=True)
     context, tokens = limits.context, use.text_tokens
     return Plan(device, blocks, network, decode, tuple(stages), seconds, context, program, rated, tokens)
+
+
+def _read_by_steps(network: Network, blocks: BlockPlan, steps: int) -> int:
+    """Bytes that blocks from files are in so many steps; after the first without what is kept of the text."""
+    later = network.block - (network.dropped if blocks.savings.keep_text else 0)
+    return blocks.disk * (network.block + later * (steps - 1))
 
 
 def clip_of(sizes: Sizes, settings: GenerationSettings, itemsize: int = 2, text_tokens: int = LONGEST_TEXT) -> Clip:

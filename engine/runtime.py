@@ -138,13 +138,15 @@ def release_memory(device: torch.device) -> None:
 
 @dataclass
 class Stage:
-    """What one stage took. Peaks are of this stage; ``host_peak`` is None where the system does not tell."""
+    """What one stage took. Peaks are of this stage; ``host_peak``, and ``read``, the bytes that the process read from
+    files (from the system's cache too, pipes among them), are None where the system does not tell."""
 
     name: str
     seconds: float = 0.0
     gpu_peak: int | None = None
     gpu_reserved_peak: int | None = None
     host_peak: int | None = None
+    read: int | None = None
 
     def as_dict(self) -> dict[str, float | int | str | None]:
         return {
@@ -153,6 +155,7 @@ class Stage:
             "gpu_peak_bytes": self.gpu_peak,
             "gpu_reserved_peak_bytes": self.gpu_reserved_peak,
             "host_peak_bytes": self.host_peak,
+            "read_bytes": self.read,
         }
 
 
@@ -164,6 +167,7 @@ def measured(name: str, device: torch.device, stages: list[Stage]) -> Iterator[S
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     _reset_host_peak()
+    before = bytes_read()
     start = time.perf_counter()
     try:
         yield stage
@@ -174,7 +178,8 @@ def measured(name: str, device: torch.device, stages: list[Stage]) -> Iterator[S
                 stage.gpu_peak = torch.cuda.max_memory_allocated(device)
                 stage.gpu_reserved_peak = torch.cuda.max_memory_reserved(device)
         stage.seconds = time.perf_counter() - start
-        stage.host_peak = host_peak()
+        stage.host_peak, after = host_peak(), bytes_read()
+        stage.read = None if before is None or after is None else after - before
         stages.append(stage)
 
 
@@ -190,4 +195,14 @@ def host_peak() -> int | None:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    return None
+
+
+def bytes_read() -> int | None:
+    """Bytes that all threads of this process asked files for until now (on Linux; None elsewhere). What is mapped into
+    memory is not among them."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/io").read_text().splitlines():
+            if line.startswith("rchar:"):
+                return int(line.split()[1])
     return None

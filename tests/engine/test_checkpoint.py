@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from solostep.engine.checkpoint import COMPONENTS, describe, open_model, tokenizer_files
+from solostep.engine.demo import demo_model
 from solostep.engine.errors import CheckpointError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -59,3 +60,12 @@ def test_fingerprints_follow_the_weights(tmp_path: Path) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"norm_eps": 1e-5}))
     a, b = (open_model(f).components["transformer"].fingerprint for f in (first, second))
     assert a != b
+
+
+def test_the_demo_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is no folder: that of results has one called so."""
+    monkeypatch.chdir(tmp_path)
+    own = Path("demo")
+    shutil.copytree(GOLDEN / "tiny-stepvideo-t2v", own)
+    assert open_model("demo").root == open_model(demo_model()).root
+    assert open_model("./demo").root == open_model(own).root == own.resolve()

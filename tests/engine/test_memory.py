@@ -17,6 +17,7 @@ from plan_command import plan_command
 
 from solostep import StepVideoPipeline
 from solostep.engine import decoding, machine, memory, rates, runtime, stages, streaming
+from solostep.engine import latents as storage
 from solostep.engine import plan as plan_of
 from solostep.engine.asked import ask
 from solostep.engine.checkpoint import open_model
@@ -101,6 +102,11 @@ def test_blocks_come_from_their_files_where_host_memory_is_short(unlimited: torc
     assert plan.blocks.disk == 0 and plan.blocks.host > 3 * plan.network.block
     found, record = make(vram, 3 * plan.network.block)
     assert record["plan"]["blocks_from_disk"] > 0 and torch.equal(found, unlimited)
+    read = {stage["stage"]: stage["read_bytes"] for stage in record["stages"]}
+    planned = {stage["name"]: stage["disk"] for stage in record["plan"]["stages"]}
+    if read["denoise"] is not None:  # the system tells; behind the last step, blocks of a next one were under way
+        assert planned["load transformer"] <= read["load transformer"] < 1.1 * planned["load transformer"]
+        assert planned["denoise"] <= read["denoise"] < planned["denoise"] + 4 * plan.network.block
     with pytest.raises(SolostepError, match=r"of host memory are needed.* GB of memory \(--vram\); "):
         # Quantized on load, it is in no file.
         make(budgets(precision="int8")[2], 10**6, precision="int8")
@@ -476,6 +482,8 @@ def test_the_report_is_beside_the_plan() -> None:
     assert {"text", "load transformer", "denoise", "load vae", "decode and write"} <= set(lines)
     assert {line["planned_context_bytes"] for line in lines.values()} == {0}  # on a CPU
     assert lines["denoise"]["planned_gpu_bytes"] > 0 and lines["denoise"]["seconds"] > 0
+    pipe.decode(storage.read_latents(Path(record["latents_file"])), lambda *_: contextlib.nullcontext(Collect()))
+    assert [line["stage"] for line in pipe.memory_report()] == ["load vae", "decode and write"]
 
 
 def test_plans_count_what_a_run_writes(monkeypatch: pytest.MonkeyPatch) -> None:
