@@ -21,20 +21,32 @@ def readable_errors(device: torch.device, job: Job | None = None) -> Iterator[No
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
-        kept = _what_is_kept(job)
+        kept = what_is_kept(job)
         raise SolostepError(
             f"{describe_device(device)} ran out of memory; close other programs, give --vram more if it was given, or "
             f"make a smaller or shorter clip (--height, --width, --frames){kept}."
         ) from error
     except ReadError as error:
-        raise CheckpointError(f"{error}; if nothing else writes it, download it again{_what_is_kept(job)}.") from None
+        raise CheckpointError(f"{error}; if nothing else writes it, download it again{what_is_kept(job)}.") from None
 
 
-def _what_is_kept(job: Job | None) -> str:
+def what_is_kept(job: Job | None) -> str:
+    """The end of a message about a run that failed between two steps."""
     if job is None or not job.saved.step:
         return ""
     step = f"step {job.saved.step} of {job.saved.steps}"
     return f"; {step} is kept in {job.path}, and the same command goes on from it"
+
+
+@contextlib.contextmanager
+def steps_are_kept(job: Job) -> Iterator[None]:
+    """A run for whose next step nothing smaller is possible says which steps it leaves."""
+    try:
+        yield
+    except SolostepError as error:
+        if not job.saved.step:
+            raise
+        raise type(error)(f"{str(error).removesuffix('.')}{what_is_kept(job)}.") from error
 
 
 @contextlib.contextmanager

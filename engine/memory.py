@@ -344,6 +344,9 @@ class Memory:
         try:
             plan = self._plan_of(job, room)
         except SolostepError:
+            if self.sizes.streams and not self.sizes.from_files:
+                more = "convert the model first (`solostep quantize`), so that its blocks can come from files"
+                raise NotPinned(f"{str(refused).removesuffix('.')}; or {more}.") from None
             raise refused from None
         job.event("So much host memory cannot be pinned: more blocks come from their files; loading begins anew.")
         return plan

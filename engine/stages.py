@@ -19,6 +19,7 @@ from . import latents as storage
 from .checkpoint import ModelFolder, load
 from .decoding import how_decoded
 from .errors import OutputError
+from .failures import steps_are_kept
 from .memory import Memory
 from .models.vae import decode_chunks
 from .plan import first_frame_bytes
@@ -126,7 +127,8 @@ class Stages:
                 while (made := attempt(step)) is None:  # other programs took memory: a smaller plan, and again
                     velocity = None
                     del transformer  # nobody else may hold it while it moves
-                    transformer = self.memory.spare(job, say)
+                    with steps_are_kept(job):
+                        transformer = self.memory.spare(job, say)
                 latents = made
                 _keep(job, latents, step + 1)
                 changed = None if ended is None else ended(step, float(sigmas[step]), latents)

@@ -175,6 +175,6 @@ class NotPinned(SolostepError):
 
 def _not_pinned(error: PinError) -> NotPinned:
     return NotPinned(
-        f"{str(error)[0].upper()}{str(error)[1:]}; give --host-ram less, and blocks come from their files, or raise "
-        "the limit of locked memory (ulimit -l, or the container's)."
+        f"{str(error)[0].upper()}{str(error)[1:]}; raise the limit of locked memory (ulimit -l, or the container's), "
+        "or give --vram more."
     )

@@ -23,8 +23,8 @@ ALIGNMENT = 256
 HUGE_PAGE = 2 << 20
 
 
-class PinError(Exception):
-    """Host memory could not be pinned: the system or the container allows no more of it."""
+class PinError(MemoryError):
+    """Host memory could not be had, or not pinned: the system or the container allows no more of it."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,17 @@ def lay_out(tensors: Mapping[str, Tensor], last: Sequence[str] = ()) -> Layout:
 
 
 def host_memory(count: int) -> Tensor:
-    """Bytes that are not yet taken from the system, in huge pages where it has them, aligned to one."""
+    """Bytes that are not yet taken from the system, in huge pages where it has them, aligned to one.
+
+    Raises:
+        PinError: the system gives no more, as where a process's memory is limited (ulimit -v).
+    """
     if sys.platform != "linux":
         return torch.empty(count, dtype=torch.uint8)
-    mapping = mmap.mmap(-1, count + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        mapping = mmap.mmap(-1, count + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise PinError(f"{count:,} bytes of host memory could not be had ({error.strerror})") from None
     with contextlib.suppress(OSError):
         mapping.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(mapping, dtype=torch.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from solostep.engine.request import Collect, Job
 from solostep.engine.sampling import GuidedVelocity
 from solostep.engine.streaming import more_of
 from solostep.engine.units import parse_size
+from solostep.offload import pinned as host_side
 from solostep.offload import planner
 from solostep.offload.planner import BlockPlan, Rates
 
@@ -248,6 +250,20 @@ def test_what_cannot_be_pinned_comes_from_files(monkeypatch: pytest.MonkeyPatch)
         make(budgets()[2])
 
 
+def test_host_memory_that_cannot_be_had_comes_from_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system refuses the first slab; quantized on load, blocks are in no file, and the error says what to do."""
+    want, _ = make(budgets()[2])
+    no_more = OSError(errno.ENOMEM, "Cannot allocate memory")
+    fail_once(monkeypatch, host_side.mmap, "mmap", no_more)
+    found, record = make(budgets()[2])
+    assert torch.equal(found, want) and record["plan"]["blocks_from_disk"] > 0
+    assert len(record["events"]) == 1 and "from their files" in record["events"][0]
+    vram = budgets(precision="int8")[2]
+    fail_once(monkeypatch, host_side.mmap, "mmap", no_more)
+    with pytest.raises(SolostepError, match=r"could not be had \(Cannot allocate memory\); .*convert the model first"):
+        make(vram, precision="int8")
+
+
 def test_what_cannot_be_pinned_while_a_step_is_repeated_is_loaded_anew(
     unlimited: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,9 +416,9 @@ def test_it_gives_up_when_nothing_is_left_to_give(monkeypatch: pytest.MonkeyPatc
     pipe = StepVideoPipeline.from_pretrained(device="cpu", vram=budgets()[1] + 1)
     fail_at(monkeypatch, set(range(2, 1000)))
     kept = tmp_path / "kept.latents.safetensors"
-    with pytest.raises(SolostepError, match="at least for 17 frames"):
+    with pytest.raises(SolostepError, match="at least for 17 frames") as given_up:
         pipe("a red panda", seed=7, latents_path=kept, **SMALL)
-    assert kept.exists()
+    assert kept.exists() and f"; step 1 of 2 is kept in {kept}, and the same command" in str(given_up.value)
 
 
 def test_decoding_goes_on_in_smaller_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

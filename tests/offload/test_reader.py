@@ -9,6 +9,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,3 +168,25 @@ def test_the_ring_is_small() -> None:
         ring = default_ring(torch.device(device))
         assert ring.buffers * ring.size <= 512 << 20
         assert 1 <= ring.threads <= ring.buffers
+
+
+def test_a_buffer_that_cannot_be_pinned_is_read_into_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver is asked once, and nothing is taken back that it did not give."""
+    path = tmp_path / "bytes"
+    path.write_bytes(bytes(range(64)))
+    asked: list[str] = []
+    driver = SimpleNamespace(
+        cudaHostRegister=lambda *_: asked.append("pin") or 2, cudaHostUnregister=lambda *_: asked.append("unpin")
+    )
+    event = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(reader.torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(reader.torch.cuda, "Event", lambda **_: event)
+    slot = reader._Slot(torch.zeros(32, dtype=torch.uint8))
+    with reader._File(path) as opened:
+        for start in (0, 20):
+            slot.fill(opened, reader._Piece(path, start, 32))
+            assert slot.buffer.tolist() == list(range(start, start + 32))
+    slot.close()
+    assert asked == ["pin"] and not slot.pinned
