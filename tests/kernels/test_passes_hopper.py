@@ -25,7 +25,8 @@ import torch
 from compiling import compile_for
 from solostep.kernels import qk_hopper, qk_norm_rope
 
-qkv, weight, table = torch.empty(300, 6, 384).bfloat16(), torch.empty(128).bfloat16(), torch.empty(300, 128).bfloat16()
+qkv, weight, table = torch.empty(300, 6, 384).bfloat16(), torch.empty(128).bfloat16(), torch.empty(300, 128)
+table = table.to(getattr(torch, sys.argv.pop()))
 
 def run():
     qk_norm_rope.launch(qkv, weight, weight, table, table, True, 1e-6, plan=qk_norm_rope.HOPPER)
@@ -35,8 +36,10 @@ compile_for(90, kernels, run, sys.argv[1:])
 """
 
 
-def test_compiles_for_three_programs_a_multiprocessor(tmp_path: Path) -> None:
-    found, _, registers, stack, shared = run_separately(COMPILE, tmp_path, "_qk_hopper_kernel").split()
+@pytest.mark.parametrize("tables", ["bfloat16", pytest.param("float32", marks=pytest.mark.more)])
+def test_compiles_for_three_programs_a_multiprocessor(tables: str, tmp_path: Path) -> None:
+    """With the official tables, of angles in bf16, and with exact ones."""
+    found, _, registers, stack, shared = run_separately(COMPILE, tmp_path, "_qk_hopper_kernel", tables).split()
     assert found == "_qk_hopper_kernel" and int(stack) <= 400
     assert 128 * int(registers) * 3 <= 65536 and 3 * (int(shared) + 1024) <= 227 * 1024
 
