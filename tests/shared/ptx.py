@@ -1,7 +1,7 @@
 """Inline assembly under Triton's interpreter, which has none: the few instructions of the kernels' forms for cards, in
 NumPy. What a card approximates (tanh, powers, reciprocals) is exact here, and subnormals stay.
 
-One element at a time (pack 1); registers are 32 bits, those of 16 their low half.
+Registers are 32 bits, those of 16 their low half. Arrays are of elements, or, for products, of the lanes of one warp.
 """
 
 from __future__ import annotations
@@ -64,7 +64,28 @@ def _from_e4m3(pair: Bits) -> Bits:
     return _word(*torch.from_numpy(both).view(torch.float8_e4m3fn).double().numpy())
 
 
+def _mma(left: list[Bits], right: list[Bits], begin: list[Bits]) -> list[Bits]:
+    """mma.sync.m16n8k16 in fp16: 16 x 16 by 16 x 8, one rounding. Lanes 4 g + t have rows g and g + 8, columns 2 t and
+    the next, of the right operand the other way round."""
+
+    def tile(word: Bits) -> NDArray[np.float64]:
+        """8 x 8: a word of each lane, row g."""
+        return np.moveaxis(_halves(word).reshape(2, 8, 4), 0, 2).reshape(8, 8)
+
+    a = np.block([[tile(left[0]), tile(left[2])], [tile(left[1]), tile(left[3])]])
+    b = np.concatenate([tile(word).T for word in right])
+    c = a @ b + np.concatenate([tile(word) for word in begin])
+    return [_word(*np.moveaxis(half.reshape(32, 2), 1, 0)) for half in np.split(c, 2)]
+
+
 INSTRUCTIONS: dict[str, Callable[..., Bits]] = {
+    "and.b32": lambda a, b: a & b,
+    "xor.b32": lambda a, b: a ^ b,
+    "shl.b32": lambda a, b: a << b,
+    "fma.rn.f32": lambda a, b, c: _bits(_float(a) * _float(b) + _float(c)),
+    "mul.rn.f32": lambda a, b: _bits(_float(a) * _float(b)),
+    "mul.rn.f16x2": _on_halves(lambda a, b: a * b),
+    "tanh.approx.f16x2": _on_halves(np.tanh),
     "add.rn.f16x2": _on_halves(lambda a, b: a + b),
     "sub.rn.f16x2": _on_halves(lambda a, b: a - b),
     "fma.rn.f16x2": _on_halves(lambda a, b, c: a * b + c),
@@ -81,27 +102,32 @@ INSTRUCTIONS: dict[str, Callable[..., Bits]] = {
 }
 
 
-def run(assembly: str, operands: list[Bits]) -> Bits:
-    """What $0 holds in the end; ``operands`` are $1 and on."""
-    registers = {f"${i + 1}": x for i, x in enumerate(operands)}
+def run(assembly: str, operands: list[Bits], outputs: int = 1) -> list[Bits]:
+    """What $0 and the next ``outputs`` hold in the end; ``operands`` follow them."""
+    registers = {f"${outputs + i}": x for i, x in enumerate(operands)}
 
     def value(name: str) -> Bits:
-        number = name[2:] if name[:2] == "0f" else name[2:] if name[:2] == "0x" else None
-        return registers[name] if number is None else np.full_like(operands[0], int(number, 16))
+        if not name[0].isdigit():
+            return registers[name]
+        number = int(name[2:], 16) if name[:2] in ("0f", "0x") else int(name)
+        return np.full_like(operands[0], number)
 
     for line in assembly.strip().strip("{}").split(";"):
         name, _, rest = line.strip().partition(" ")
         if not name or name == ".reg":
             continue
         parts = re.findall(r"\{[^}]*\}|[^,\s]+", rest)
-        if parts[0][0] == "{":  # a word is taken apart
+        if name.startswith("mma"):
+            to, *of = ([*re.findall(r"\$?\w+", part)] for part in parts)
+            registers |= zip(to, _mma(*([value(n) for n in names] for names in of)), strict=True)
+        elif parts[0][0] == "{":  # a word is taken apart
             word = value(parts[1])
             low, high = re.findall(r"\w+", parts[0])
             registers[low], registers[high] = word & np.uint32(0xFFFF), word >> np.uint32(16)
         else:
             with np.errstate(all="ignore"):
                 registers[parts[0]] = INSTRUCTIONS[name](*map(value, parts[1:]))
-    return registers["$0"]
+    return [registers[f"${i}"] for i in range(outputs)]
 
 
 def install() -> None:
@@ -110,7 +136,7 @@ def install() -> None:
 
     def create(builder: Any, assembly: str, constraints: str, values: Any, types: Any, pure: bool, pack: int) -> Any:
         assert pack == 1 and len(types) == 1, assembly
-        result = run(assembly, [np.ascontiguousarray(x.data).view(np.uint32) for x in values])
+        (result,) = run(assembly, [np.ascontiguousarray(x.data).view(np.uint32) for x in values])
         kind = types[0].scalar
         if kind.primitive_bitwidth == 16:
             result = result.astype(np.uint16)
