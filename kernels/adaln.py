@@ -57,6 +57,11 @@ def gelu_reference(x: Tensor) -> Tensor:
     return F.gelu(x.float(), approximate="tanh")
 
 
+def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate y in fp32, ``x`` and ``y [S, d]``, ``gate [d]``."""
+    return x.float() + gate.float() * y.float()
+
+
 @_jit
 def _gelu(x, APPROXIMATE: tl.constexpr, COARSE: tl.constexpr):
     if COARSE:  # the card's tanh, right to 2^-11: far below a step of int8
@@ -393,7 +398,7 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         raise ValueError(f"x and y must be contiguous and of one shape, not {list(x.shape)} and {list(y.shape)}")
     if not _has_kernel("gate_residual", x):
         for part, more in zip(x.split(ROWS), y.split(ROWS), strict=True):
-            part.copy_(part.float() + gate.float() * more.float())
+            part.copy_(gate_residual_reference(part, more, gate))
         return x
     launch_gate(x, y, gate)
     return x

@@ -121,6 +121,12 @@ def sampled_tokens(tokens: int) -> tuple[int, int]:
     return step, -(-tokens // step)
 
 
+def norm_heads_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """RMS-norm over the last axis, fp32, not rounded."""
+    y = x.float()
+    return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
 def k_mean_reference(k: Tensor) -> Tensor:
     """The mean ``[H, 128]`` of the sampled tokens of normed and rotated keys, fp32 ``[S, H, 128]``."""
     return k[:: sampled_tokens(len(k))[0]].mean(0)
@@ -366,8 +372,7 @@ def norm_heads(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     if x.ndim != 3 or not x.is_contiguous() or weight.shape != x.shape[2:]:
         raise ValueError(f"x has to be a contiguous [S, H, {weight.shape[0]}], not {list(x.shape)}")
     if x.shape[2] != HEAD_DIM or not _has_kernel("norm_heads", x):
-        y = x.float()
-        return x.copy_(y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.float())
+        return x.copy_(norm_heads_reference(x, weight, eps))
     return launch_norm(x, weight, eps)
 
 

@@ -77,7 +77,7 @@ for tokens, d in shapes:
         case[f"{name} int8 {group}"] = max(worst(q, q_want) / 1e3, ratio(s, s_want))
     gated = x.clone()
     adaln.launch_gate(gated, y, scale)
-    case["gate"] = worst(gated, x + scale * y)
+    case["gate"] = worst(gated, adaln.gate_residual_reference(x, y, scale))
 for tokens, heads in roped:
     qkv = normal(tokens, heads, 384)
     frame, row, column = (normal(tokens, width) for width in (32, 16, 16))
@@ -94,7 +94,7 @@ for tokens, heads in roped:
     qk_norm_rope.launch(place, *weights, cos, sin, False, 1e-6, overwrite=True)
     case["in place"] = worst(place, torch.cat([*want[:2], qkv[..., 256:]], -1))
     x = qkv[..., 128:256].contiguous()
-    want = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weights[0]
+    want = qk_norm_rope.norm_heads_reference(x, weights[0])
     case["heads"] = worst(qk_norm_rope.launch_norm(x, weights[0], 1e-6), want)
     got = launched(qk_norm_rope.launch, qkv, *weights, cos, sin, True, 1e-6)
     want = qk_norm_rope._on_cpu(qkv, *weights, cos, sin, True, 1e-6)
@@ -363,6 +363,13 @@ def test_modulation_is_the_network_s() -> None:
     x, shift, scale = torch.randn(7, 64), torch.randn(64), torch.randn(64)
     want = F.layer_norm(x, (64,), eps=1e-5) * (1 + scale) + shift
     assert torch.allclose(adaln.layer_norm_modulate(x, shift, scale), want, atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_the_norm_of_heads_and_the_gated_residual_are_the_network_s() -> None:
+    x, y, gate, norm = torch.randn(7, 3, 128), torch.randn(7, 64), torch.randn(64), RMSNorm(128)
+    norm.weight.data = torch.rand(128) + 0.5
+    assert torch.allclose(qk_norm_rope.norm_heads(x.clone(), norm.weight), norm(x), atol=2e-6)
+    assert torch.allclose(adaln.gate_residual(2 * y, y, gate), 2 * y + gate * y, atol=1e-6)
 
 
 def test_a_group_is_what_a_lane_holds_of_a_window() -> None:
