@@ -337,7 +337,8 @@ def test_compiles_for_every_card(cards: tuple[int, ...], tmp_path: Path, request
     for line in lines:
         name, arch, _, stack, shared = line.split()
         # Where registers are limited, on sm_90, Triton 3.6 spills nothing; its 3.9 puts 80 bytes of GELU's row aside.
-        assert int(stack) <= (96 if arch == "90" else 16), line
+        # So does it with 40 where V's ranges are taken again, on sm_100 and sm_120; 3.6 with none.
+        assert int(stack) <= (96 if arch == "90" else 40 if name == "_ranges_kernel" else 16), line
         assert int(shared) <= (227 if arch == "90" else 99) * 1024, line
         seen.append((name, int(arch)))
     assert seen == [(name, arch) for _, only, arch in jobs for name in only]
