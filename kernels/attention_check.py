@@ -6,7 +6,7 @@ inputs are qkv products that go through the same passes as in use:
 
     normal      N(0, 1), queries and keys normed and turned, at the length asked for and at 1,003 tokens
     outliers    four channels with eight times the gain, means in keys and values: as activations are
-    growing     scores that grow ninety-fold along the sequence: what a stale running maximum has to notice
+    growing     queries and keys that grow tenfold along the sequence: what a stale running maximum has to notice
     spikes      one key in 500 six times larger, and its query: a maximum that jumps between two refreshes
     surges      one key whose scores grow by 2^115 to 2^140, between two refreshes, and another a refresh sees that is
                 above it still: sums, and their products with V, that leave fp32 and then look as if they had not

@@ -6,7 +6,7 @@ Three modes, one softmax each, fp32 accumulators:
 |---|---|---|---|
 | bf16 | bf16 | bf16 | 2.3e-3 |
 | int8 + bf16 | int8, a scale for each query and for 16 keys | bf16 | 1.1e-2 |
-| int8 + fp8 | the same | e4m3 P, e4m3 V with a scale a channel | 4.0e-2 |
+| int8 + fp8 | the same | e4m3 P, e4m3 V with a scale a channel | 3.6e-2 |
 
 A program owns a tile of queries of one head: two or three consumer warpgroups of 64 queries each, and one producer warp
 that brings tiles of keys and values into a ring in shared memory. Heads are the slow axis of the grid, so that all
@@ -20,15 +20,15 @@ faster with two of 240 and 128 keys. In int8, three read K and V a third less fr
 scores in registers.
 
 A scale of k is that of the 16 keys of a window of 64 which one lane of a row holds (see qk_norm_rope.group_of()): a
-lane multiplies by two factors a tile. Of 16 neighbouring keys each it would be eight, which took 6 % longer; of 32, as
+lane multiplies by one factor a window. Of 16 neighbouring keys each it would be four, which took 6 % longer; of 32, as
 fast as now, the error on clustered keys was 3 % larger.
 
 The running maximum may be *stale*: taken in the first 8 tiles and then in every `refresh`-th. With P in bf16 this costs
 no accuracy, as P only has to stay within a range whose products with V do not overflow: a row whose sum has ever grown
 beyond 2^64 keeps an infinite one, and the program's tile is computed again with an exact maximum. (Whether the sum is
 finite at the end would not do: P of 2^127 is, its product with a V of 4 is not, and a later maximum makes the sum small
-again.) P in e4m3 saturates at 448:
-there a lane's sums say whether any value may have been clipped, and the tile is computed again likewise.
+again.) P in e4m3 saturates at 448: there a lane's sums say whether any value may have been clipped, and the tile is
+computed again likewise.
 
 The fp8 product keeps 13 fractional bits: wgmma aligns the products of 32 keys and the accumulator to the largest among
 them and cuts off what lies below. A sum that has grown to thousands of its products loses a part of each, and V whose

@@ -136,15 +136,14 @@ def _gelu(form: str) -> Check:
 def _gate_residual(generator: torch.Generator) -> dict[str, float]:
     x, y = (activation_like(ROWS, DIM, generator) for _ in range(2))
     gate = activation_like(1, DIM, generator)[0]
-    true = x.float() + gate.float() * y.float()
+    true = adaln.gate_residual_reference(x, y, gate)
     return _bf16(adaln.gate_residual(x, y, gate), true)
 
 
 def _norm_heads(generator: torch.Generator) -> dict[str, float]:
     x = activation_like(ROWS, DIM, generator).unflatten(-1, (-1, HEAD_DIM))
     weight = 1 + torch.rand(HEAD_DIM, device=generator.device, generator=generator)
-    wide = x.float()
-    true = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * weight
+    true = qk_norm_rope.norm_heads_reference(x, weight)
     return _bf16(qk_norm_rope.norm_heads(x, weight), true)
 
 

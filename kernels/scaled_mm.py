@@ -21,7 +21,7 @@ itself costs 3.7e-2. Emulated at K = 24,576 (benchmarks/fp8_sums.py), adding to 
 would turn 3.9e-3 with N(0, 1) and 4.2e-3 after GELU into 4e-4, which the 4e-2 of the format hide; with weights of a
 common mean besides, whose sums all have one sign, 5.7e-3 into 1e-4, where the format costs 5.9e-3.
 
-On an H200 (700 W, 75,888 rows) the int8 kernel runs at 1,450-1,520 TFLOP/s, cuBLAS at 1,300-1,340 in fp8 and 700 in
+On an H200 (700 W, 75,888 rows) the int8 kernel runs at 1,390-1,470 TFLOP/s, cuBLAS at 1,250-1,310 in fp8 and 680-700 in
 bf16: the power limit binds, and of the three int8 takes least of it.
 
 Memory: the output; in torch, copies of operands whose K or N is no multiple of 16 (8 for int8) and what it follows up.
@@ -187,7 +187,7 @@ def _check(
 def _launch(
     a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out: Tensor, after: After = NOTHING
 ) -> None:
-    """The Triton kernel: every card and every shape. 64 KiB of shared memory, which all cards have."""
+    """The Triton kernel: every card and every shape. Some 64 KiB of shared memory at most, which all cards have."""
     (m, k), n = a.shape, len(b)
     bm = 128 if m > 64 else 64
     tiles = triton.cdiv(m, bm) * triton.cdiv(n, 128)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import torch
@@ -84,9 +87,15 @@ def test_surges_leave_what_fp32_holds_and_are_hidden_again() -> None:
     jump = first - bits.amax(1)
     assert (jump > 64).all() and (jump > 128).any() and (jump - 127).abs().min() < 0.5  # 2^127 times V is beyond fp32
     assert (later - first > 8).all()
-    for tile, refreshes in ((64, (32,)), (128, (64, 16))):
-        turns = [key // tile + 1 for key in check.SURGES]
-        assert all(turns[0] > 8 and turns[0] % n and not turns[1] % n for n in refreshes)
+
+
+def test_surges_come_where_no_maximum_is_taken_and_go_where_one_is() -> None:
+    hopper = pytest.importorskip("solostep.kernels.attention_hopper")
+    stale = [hopper.SCHEDULES[mode] for mode in MODES]
+    assert all(plan.refresh > 1 and plan.exact().refresh == 1 for plan in stale)
+    for plan in stale:
+        first, later = (key // plan.keys + 1 for key in check.SURGES)  # the last tile comes before all others
+        assert first >= 8 and first % plan.refresh and later % plan.refresh == 0, vars(plan)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -175,6 +184,45 @@ def test_what_is_not_here_says_why() -> None:
             reason = backend.available(CPU, mode)
             assert reason is None if name in ("sdpa", "flash", "math", "torch") else reason, name
     assert BACKENDS["hopper"].available(CPU, "bf16") == "it needs a CUDA card"
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "function", "scale_name"),
+    [
+        ("flash-attn-3", "flash_attn_interface", "flash_attn_func", "softmax_scale"),
+        ("flash-attn-2", "flash_attn", "flash_attn_func", "softmax_scale"),
+        ("sage", "sageattention", "sageattn", "sm_scale"),
+    ],
+)
+@pytest.mark.parametrize("sums", [False, True])
+def test_other_packages_are_called_as_they_want(
+    name: str, package: str, function: str, scale_name: str, sums: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``[B, S, H, D]`` in 16 bits, in every mode; some versions return the sums of rows besides."""
+    given: list[dict[str, object]] = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, **more: object) -> Tensor | tuple[Tensor, Tensor]:
+        given.append(more)
+        assert q.shape == k.shape == v.shape == (1, 70, 2, 128) and q.dtype == k.dtype == v.dtype == torch.bfloat16
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*heads_first, scale=more[scale_name]).transpose(1, 2)  # type: ignore
+        return (out, q[..., 0]) if sums else out
+
+    there = ModuleType(package)
+    there.__spec__ = ModuleSpec(package, None)
+    setattr(there, function, kernel)
+    backend, (mode, card) = BACKENDS[name], (BACKENDS[name].modes[0], torch.device("cuda"))
+    monkeypatch.setattr(cards, "capability", lambda device: (9, 0))
+    assert backend.available(card, mode) == f"the package {package} is not installed"
+    monkeypatch.setitem(sys.modules, package, there)
+    cards.loads.cache_clear()
+    assert backend.available(card, mode) is None
+    monkeypatch.setattr(cards, "capability", lambda device: (7, 5))
+    assert "this card has 7.5" in str(backend.available(card, mode))
+    x = make_inputs("normal", 70, 2, CPU)
+    out = torch.full((70, 256), float("nan"), dtype=torch.bfloat16)
+    assert whole(x, mode=mode, backend=name, out=out) is out and relative_error(out, truth(x)) < 6e-3
+    assert given == [{scale_name: None} | ({"tensor_layout": "NHD"} if name == "sage" else {})]
 
 
 def test_cards_and_versions_decide(monkeypatch: pytest.MonkeyPatch) -> None:

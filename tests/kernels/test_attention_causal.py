@@ -33,12 +33,14 @@ for length, heads, groups, width in ((1, 2, 1, 128), (17, 4, 2, 128), (131, 3, 3
     q = torch.randn(length, heads, width).half()
     k, v = torch.randn(length, groups, 2 * width).half().chunk(2, -1)
     slopes = torch.rand(heads)
-    out = torch.full((length, heads, width), torch.nan).half()
-    causal.launch_biased(q, k, v, slopes, out)
-    compare(out, causal.biased_causal_attention_reference(q, k, v, slopes))
+    for keys in (k, k * (1 + 5 * (torch.arange(length) % 50 == 0))[:, None, None].half()):  # some six times larger
+        out = torch.full((length, heads, width), torch.nan).half()
+        causal.launch_biased(q, keys, v, slopes, out)
+        compare(out, causal.biased_causal_attention_reference(q, keys, v, slopes))
 for batch, length, frame in ((1, 1, 1), (2, 17, 1), (1, 131, 20), (2, 40, 100)):
     q, k, v = torch.randn(batch, length, 1536).half().chunk(3, -1)
     for tile in (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)):
+        k = k * torch.linspace(0.3, 3, length)[:, None].half()  # growing, and the more so the second time
         out = torch.full((batch, length, 512), torch.nan).half()
         causal.launch_wide(q, k, v, frame, 0.05, out, tile)
         compare(out, causal.frame_causal_attention_reference(q, k, v, frame_tokens=frame, scale=0.05))
@@ -126,7 +128,7 @@ def test_the_interpreted_kernels_are_close_to_the_references(tmp_path: Path) -> 
     pytest.importorskip("triton")
     told = run_separately(INTERPRETED, tmp_path, TRITON_INTERPRET="1")
     errors = [float(line) for line in told.split()]
-    assert len(errors) == 12 and max(errors) < 4e-4
+    assert len(errors) == 16 and max(errors) < 4e-4
 
 
 # --- on a card ----------------------------------------------------------------------------------------------------

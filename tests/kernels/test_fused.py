@@ -22,54 +22,81 @@ import torch
 from solostep.kernels import adaln, qk_norm_rope, values
 from solostep.kernels.quantize import quantize_rows_reference
 
-device, shapes, roped = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+device, assembly = sys.argv[1].split(",") if "," in sys.argv[1] else (sys.argv[1], "")
+shapes, roped = json.loads(sys.argv[2]), json.loads(sys.argv[3])
+if assembly:  # the forms for cards
+    import ptx
+    ptx.install()
+    adaln._on_card = lambda x: True
+torch._C._set_deterministic_algorithms(True, warn_only=True)  # torch.empty() gives NaN, or the largest int
+qk_norm_rope.SAMPLES = 50
 generator = torch.Generator().manual_seed(0)
 normal = lambda *shape: torch.randn(*shape, generator=generator).to(device)
 worst = lambda a, b: float((a.float() - b.float()).abs().nan_to_num(nan=1e9).max())  # max() may drop a NaN
 ratio = lambda a, b: worst(a / b, torch.ones_like(a))
+bits = lambda x: [t.contiguous().view(torch.uint8) for t in (x if isinstance(x, tuple) else (x,)) if t is not None]
+
+def launched(function, *args):  # on a card, a second result has to have the same bits
+    got = function(*args)
+    again = function(*args) if device == "cuda" else got
+    assert all(map(torch.equal, bits(got), bits(again))), function
+    return got
+
 found = {}
 for tokens, d in shapes:
     x, y, shift, scale = normal(tokens, d), normal(tokens, d), normal(d), normal(d)
     x[0, 3] = 40
     want = adaln.layer_norm_modulate_reference(x, shift, scale, 1e-5)
     case = found[f"{tokens}x{d}"] = {}
-    case["norm"] = worst(adaln.launch(x, torch.float32, 1, shift, scale, 1e-5), want)
-    case["gelu"] = worst(adaln.launch(x, torch.float32, 1, None, None, 0.0), adaln.gelu_reference(x))
-    for group in {1, min(256, d & -d)}:
-        q, s = adaln.launch(x, torch.int8, group, shift, scale, 1e-5)
+    if not assembly:
+        case["norm"] = worst(launched(adaln.launch, x, torch.float32, 1, shift, scale, 1e-5), want)
+    case["gelu"] = worst(launched(adaln.launch, x, torch.float32, 1, None, None, 0.0), adaln.gelu_reference(x))
+    for group in {1, min(256, d & -d)} - {1 if assembly else 0}:
+        q, s = launched(adaln.launch, x, torch.int8, group, shift, scale, 1e-5)
         q_want, s_want = quantize_rows_reference(want, torch.int8, group)
         case[f"norm int8 {group}"] = max(worst(q, q_want) / 1e3, ratio(s, s_want))
-        q, s = adaln.launch(x, torch.int8, group, None, None, 0.0)
+        q, s = launched(adaln.launch, x, torch.int8, group, None, None, 0.0)
         q_want, s_want = quantize_rows_reference(adaln.gelu_reference(x), torch.int8, group)
         case[f"gelu int8 {group}"] = max(worst(q, q_want) / 1e3, ratio(s, s_want))
     half = x.bfloat16()  # read in pairs, its sums taken in one pass
     vectors = shift.bfloat16(), scale.bfloat16()
     want = adaln.layer_norm_modulate_reference(half, *vectors, 1e-5)
-    case["norm pairs"] = worst(adaln.launch(half, torch.float32, 1, *vectors, 1e-5), want)
+    if not assembly:
+        case["norm pairs"] = worst(launched(adaln.launch, half, torch.float32, 1, *vectors, 1e-5), want)
     group = min(256, d & -d)
-    q, s = adaln.launch(half, torch.int8, group, *vectors, 1e-5)
+    q, s = launched(adaln.launch, half, torch.int8, group, *vectors, 1e-5)
     q_want, s_want = quantize_rows_reference(want, torch.int8, group)
     case[f"norm pairs int8 {group}"] = max(worst(q, q_want) / 1e3, ratio(s, s_want))
     sizes = 10.0 ** (torch.arange(tokens) * 7 % 12 - 6)  # also such as fp16 does not hold, in the first six rows too
     odd = x * sizes.to(device)[:, None]
     for name, rows in {"sizes": odd, "sizes pairs": odd.bfloat16()}.items():
-        q, s = adaln.launch(rows, torch.int8, group, None, None, 0.0)
+        if d != shapes[0][1] and assembly:
+            continue
+        q, s = launched(adaln.launch, rows, torch.int8, group, None, None, 0.0)
         q_want, s_want = quantize_rows_reference(adaln.gelu_reference(rows), torch.int8, group)
         case[f"{name} int8 {group}"] = max(worst(q, q_want) / 1e3, ratio(s, s_want))
     gated = x.clone()
     adaln.launch_gate(gated, y, scale)
-    case["gate"] = worst(gated, x + scale * y)
+    case["gate"] = worst(gated, adaln.gate_residual_reference(x, y, scale))
 for tokens, heads in roped:
     qkv = normal(tokens, heads, 384)
     frame, row, column = (normal(tokens, width) for width in (32, 16, 16))
     angles = torch.cat([frame, frame, row, row, column, column], 1)  # both channels of a pair turn by one angle
     weights = normal(128), normal(128)
     cos, sin = angles.cos(), angles.sin()
+    if heads == 1:  # as the official ones
+        cos, sin = cos.bfloat16(), sin.bfloat16()
     case = found[f"rope {tokens}x{heads}"] = {}
     got = qk_norm_rope.launch(qkv, *weights, cos, sin, False, 1e-6)
     want = qk_norm_rope._on_cpu(qkv, *weights, cos, sin, False, 1e-6)
     case["q"], case["k"] = (worst(a, b) for a, b in zip(got[:2], want[:2]))
-    got = qk_norm_rope.launch(qkv, *weights, cos, sin, True, 1e-6)
+    place = qkv.clone()
+    qk_norm_rope.launch(place, *weights, cos, sin, False, 1e-6, overwrite=True)
+    case["in place"] = worst(place, torch.cat([*want[:2], qkv[..., 256:]], -1))
+    x = qkv[..., 128:256].contiguous()
+    want = qk_norm_rope.norm_heads_reference(x, weights[0])
+    case["heads"] = worst(qk_norm_rope.launch_norm(x, weights[0], 1e-6), want)
+    got = launched(qk_norm_rope.launch, qkv, *weights, cos, sin, True, 1e-6)
     want = qk_norm_rope._on_cpu(qkv, *weights, cos, sin, True, 1e-6)
     case["int8"] = max(worst(a, b) for a, b in zip(got[:2], want[:2])) / 1e3
     case["scales"] = max(ratio(a, b) for a, b in zip(got[2:], want[2:]))
@@ -97,8 +124,9 @@ print(json.dumps(found))
 def _compare(
     folder: Path, device: str, rows: list[tuple[int, int]], roped: list[tuple[int, int]]
 ) -> dict[str, dict[str, float]]:
-    """Largest differences between kernels and references, by case and operator."""
-    env = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+    """Largest differences between kernels and references, by case and operator. ``device`` "cpu,assembly": the forms
+    for cards, interpreted."""
+    env = {} if device == "cuda" else {"TRITON_INTERPRET": "1"}
     told = run_separately(COMPARE, folder, device, json.dumps(rows), json.dumps(roped), **env)
     found: dict[str, dict[str, float]] = json.loads(told)
     assert len(found) == len(rows) + len(roped)
@@ -116,6 +144,16 @@ def _limit(name: str, rounding: float) -> float:
 def test_kernels_under_the_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     found = _compare(tmp_path, "cpu", [(6, 256), (2, 300), (1, 17)], [(3, 1), (131, 2)])
+    for case, worsts in found.items():
+        for name, worst in worsts.items():
+            assert worst <= _limit(name, 2e-5), (case, name, worst)
+
+
+def test_forms_for_cards_under_the_interpreter(tmp_path: Path) -> None:
+    """Rotated rows in fp16, two values a register, in one tile and in three, and GELU by a reciprocal: inline assembly,
+    which ptx.py computes."""
+    pytest.importorskip("triton")
+    found = _compare(tmp_path, "cpu,assembly", [(6, 256), (1, 768)], [])
     for case, worsts in found.items():
         for name, worst in worsts.items():
             assert worst <= _limit(name, 2e-5), (case, name, worst)
@@ -139,6 +177,11 @@ from solostep.kernels import values
 
 torch.set_num_threads(1)
 device = sys.argv[1]
+if device == "cpu":  # the form for cards
+    import ptx
+    ptx.install()
+    values._on_card = lambda x: True
+torch._C._set_deterministic_algorithms(True, warn_only=True)  # torch.empty() gives NaN, or the largest int
 SMALL = {"SAMPLED_FROM": 200, "EVERY": 128, "FIRST": 32, "SAMPLE": 64, "RANGE": 64, "SHARES": 2}
 vars(values).update(SMALL)
 plan = {"CHANNELS": 64, "CHUNK": 128, "BLOCK": 64, "STAGES": 2, "num_warps": 4}
@@ -150,8 +193,7 @@ def of(tokens, heads):
 def worst(v, heads):
     got, want = values.launch(v, plan), values.quantize_v_reference(v)
     q, wanted = (x[0][heads].float() for x in (got, want))
-    known = wanted.abs().frexp().mantissa != 0.5  # the interpreter halves what rounds up to a power of two
-    apart = ((q - wanted)[known].abs() / wanted[known].abs().clamp_min(2**-6)).max()
+    apart = ((q - wanted).abs() / wanted.abs().clamp_min(2**-6)).max()
     off = 0.0
     for x, scale, add in (got, want):  # a uniform attention's output
         mean = scale[heads] * x[heads].float().sum(-1) / len(v) + add[heads]
@@ -295,7 +337,8 @@ def test_compiles_for_every_card(cards: tuple[int, ...], tmp_path: Path, request
     for line in lines:
         name, arch, _, stack, shared = line.split()
         # Where registers are limited, on sm_90, Triton 3.6 spills nothing; its 3.9 puts 80 bytes of GELU's row aside.
-        assert int(stack) <= (96 if arch == "90" else 16), line
+        # So does it with 40 where V's ranges are taken again, on sm_100 and sm_120; 3.6 with none.
+        assert int(stack) <= (96 if arch == "90" else 40 if name == "_ranges_kernel" else 16), line
         assert int(shared) <= (227 if arch == "90" else 99) * 1024, line
         seen.append((name, int(arch)))
     assert seen == [(name, arch) for _, only, arch in jobs for name in only]
@@ -321,6 +364,13 @@ def test_modulation_is_the_network_s() -> None:
     x, shift, scale = torch.randn(7, 64), torch.randn(64), torch.randn(64)
     want = F.layer_norm(x, (64,), eps=1e-5) * (1 + scale) + shift
     assert torch.allclose(adaln.layer_norm_modulate(x, shift, scale), want, atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_the_norm_of_heads_and_the_gated_residual_are_the_network_s() -> None:
+    x, y, gate, norm = torch.randn(7, 3, 128), torch.randn(7, 64), torch.randn(64), RMSNorm(128)
+    norm.weight.data = torch.rand(128) + 0.5
+    assert torch.allclose(qk_norm_rope.norm_heads(x.clone(), norm.weight), norm(x), atol=2e-6)
+    assert torch.allclose(adaln.gate_residual(2 * y, y, gate), 2 * y + gate * y, atol=1e-6)
 
 
 def test_a_group_is_what_a_lane_holds_of_a_window() -> None:

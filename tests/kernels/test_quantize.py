@@ -42,6 +42,13 @@ x[1, 7], x[2, 299], x[3] = float("nan"), float("inf"), 3e38
 q, scale = torch.empty(4, 300, dtype=torch.int8), torch.empty(4)
 quantize._launch(x, q, scale, 4)
 assert scale.isnan().tolist() == [False, True, True, True]
+assert quantize._plan(24_576, 256)["LOOP"]  # programs that stay, as for rows so wide on a card
+plan = quantize._plan(256, 256) | {"LOOP": 1}
+quantize._plan, quantize._programs = lambda channels, group: plan, lambda rows, loop, x: 2
+x = torch.randn(5, 256)
+q, scale = torch.full(x.shape, 99, dtype=torch.int8), torch.full((5,), 7.0)
+quantize._launch(x, q, scale, 256)
+assert all(map(torch.equal, (q, scale), quantize.quantize_rows_reference(x, torch.int8, 256)))
 print("equal")
 """
 
