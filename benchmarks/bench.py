@@ -178,6 +178,9 @@ def bench(
         say(console, "note", note)
     if dry_run:
         _list(matrix, runner.there(), as_json)
+        _, lost = runner.unfinished()
+        if lost:
+            say(console, "note", lost)
         return
     runner.check_disk()
     with runner.show:  # type: ignore[attr-defined]

@@ -91,6 +91,10 @@ def measure(spec: dict[str, Any], work: Path, say: Say, keep: bool = False) -> d
         raise OutputError(f"{work} cannot be written ({error.strerror}); give another --work.") from error
     measurement = Measurement(cell, work, say)
     with cell_state.opened(work, state_name(spec), measurement.identity(spec)) as state:
+        if state.began_anew:
+            measurement.notes.append(
+                f"It began anew: what an earlier process had done of it was of other {' and '.join(state.began_anew)}."
+            )
         result = plain(measurement.run(spec, before, state))
         if not keep:
             cell_state.remove(work, state_name(spec))

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from solostep.benchmarks.cell_card import Card, Sample, Sampling, cards, sampling, summary, taken
+from solostep.benchmarks.environment import environment
 from solostep.benchmarks.reference import RUN, Recorder, kept_latents, noise_of, recording, run_once
 from solostep.benchmarks.results import read_json, write_json
 from solostep.benchmarks.whole_pipeline import Frames, driver_peak
@@ -42,6 +43,8 @@ LENGTHS = (50, 15)
 """Steps that the time of a whole video is told for: the released models' and the distilled one's."""
 DENOISE, WRITE = "denoise", "decode and write"
 RAN = ("precision", "text_precision", "attention", "attention_backend", "device")
+WHERE = ("date", "commit", "driver", "cpu")
+"""Of an environment, what may differ between the processes of one run; the card and the computing code do not."""
 BEFORE = "everything before the steps"
 """In the place of stages that an interrupted process could not tell one by one."""
 
@@ -63,7 +66,7 @@ class Part:
     """What one process did of a run: its steps, and what it took until they were done.
 
     ``load_seconds`` is everything before the first of its steps. ``stages``, ``plan`` and ``events`` are known once all
-    steps are done; a process that was interrupted before does not tell them.
+    steps are done; a process that was interrupted before does not tell them. ``where``: when and on what it ran.
     """
 
     load_seconds: float = 0.0
@@ -75,6 +78,12 @@ class Part:
     stages: list[dict[str, Any]] | None = None
     plan: dict[str, Any] | None = None
     events: list[str] = field(default_factory=list)
+    where: dict[str, Any] = field(default_factory=dict)
+
+    def told(self) -> dict[str, Any]:
+        """For the result of a run that was made in several processes."""
+        names = ("load_seconds", "gpu_peak_bytes", "host_peak_bytes", "driver_peak_bytes")
+        return {"steps": len(self.steps)} | {name: getattr(self, name) for name in names} | self.where
 
 
 class Kept:
@@ -236,6 +245,7 @@ class Timed:
             speed["resumed"] = [len(part.steps) for part in self.parts]
             speed["resumed_first_step_seconds"] = later
             speed["resumed_load_seconds"] = self._loaded_again()
+            speed["processes"] = [part.told() for part in self.parts]
         rows = [*self._rows(), *(asdict(part) for part in self.earlier)]
         return {
             "speed": speed,
@@ -291,7 +301,18 @@ class Timed:
         ]  # fmt: skip
         if unknown:
             said.append("What the interrupted processes did beside their steps (events, plans) was not kept.")
+        said += self._differing()
         return [*said, *(event for part in self.earlier for event in part.events), *self.told["events"]]
+
+    def _differing(self) -> list[str]:
+        """In what the processes of one run were not alike, in words."""
+        found = []
+        for name in dict.fromkeys(name for part in self.parts for name in part.where if name != "date"):
+            values = list(dict.fromkeys(str(part.where[name]) for part in self.parts if name in part.where))
+            if len(values) > 1:
+                same = ", with the same computing code" if name == "commit" else ""
+                found.append(f"Its processes differ in {name.replace('_', ' ')}: {', then '.join(values)}{same}.")
+        return found
 
     def _end_to_end(self, video: float) -> dict[str, Any]:
         """A whole video of 50 and of 15 steps: as run, else everything but the steps, the first step, and the median of
@@ -332,7 +353,7 @@ def timed_run(
         if pipe.memory.is_planned:
             pipe.memory.refuse_early(settings)  # before a second is spent on what cannot be made
         # Kernels are examined once for a card, and kept.
-        pipe._attention_backend(settings)
+        backend = pipe._attention_backend(settings)
         settle(device, pipe.mode.product_kinds | pipe.text_mode.product_kinds)
     if rates and device.type == "cuda":
         pipe.plan(**{name: getattr(settings, name) for name in asked})
@@ -344,7 +365,8 @@ def timed_run(
     watched = driver_peak(device, taken_before) if taken_before is not None else None
     nothing: dict[str, int | None] = {"bytes": None}
     with sampling(device) as sampled, watched or contextlib.nullcontext(nothing) as driver:
-        marks = Marks(device, recorder, progress, kept, sampled, driver, time.perf_counter())
+        part = Part(where=_where(device, backend))
+        marks = Marks(device, recorder, progress, kept, sampled, driver, time.perf_counter(), part=part)
 
         def open_sink(i: int, request: Request, record: dict[str, Any]) -> contextlib.AbstractContextManager[Tee]:
             marks.all_steps(record)
@@ -366,6 +388,13 @@ def timed_run(
     spent = (marks.spent, 0.0 if recorder is None else recorder.frame_seconds)
     parts = [*kept.parts, marks.part]
     return Timed(seconds, parts, pipe.memory_report(), spent, count.count, film, told, driver["bytes"])
+
+
+def _where(device: torch.device, backend: str | None) -> dict[str, Any]:
+    """When, with what and on what a process runs, as far as the processes of one run may differ in it."""
+    here = environment(device)
+    power = (here["clocks"] or {}).get("power_limit_w")
+    return {name: here[name] for name in WHERE} | {"power_limit_w": power, "attention_backend": backend}
 
 
 def _found(folder: Path, recorder: Recorder | None) -> Kept:

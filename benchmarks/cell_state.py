@@ -26,13 +26,19 @@ from solostep.engine.errors import OutputError, SolostepError, UsageError
 
 CELLS = "cells"
 """Folder below that of work."""
+ANEW = "began-anew"
+"""Kept until the cell is done, for its result."""
 
 
 class State:
-    """The folder of one cell."""
+    """The folder of one cell. ``began_anew``: what differed in what an earlier process had done, which was removed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    @property
+    def began_anew(self) -> list[str]:
+        return self.there(ANEW) or []
 
     def there(self, name: str) -> Any:
         """A finished part; None if it is not."""
@@ -77,13 +83,28 @@ def opened(work: Path, name: str, identity: Mapping[str, Any]) -> Iterator[State
     sweep(work / CELLS, "*", identity["code"])
     try:
         with held(state.folder, wait=False):
-            if state.there("about") != plain(identity):
+            about, own = state.there("about"), plain(identity)
+            if about != own:
+                was = about if isinstance(about, dict) else {}
+                differing = [name for name in own if was and was.get(name) != own[name]]
                 shutil.rmtree(state.folder, ignore_errors=True)
                 state.put("about", identity)
+                if differing:
+                    state.put(ANEW, differing)
                 (state.folder / CODE).write_text(identity["code"], encoding="utf-8")
             yield state
     except Timeout:
         raise UsageError(f"Another process is measuring this cell in {work}; wait for it, or end it.") from None
+
+
+def unfinished(work: Path, code: str) -> tuple[list[str], list[str]]:
+    """Names of the cells that were begun in a folder of work: those that this code goes on with, and those of other
+    code, which are removed as soon as a cell is measured there."""
+    own, other = [], []
+    for file in sorted((work / CELLS).glob(f"*/{CODE}")):
+        with contextlib.suppress(OSError):
+            (own if file.read_text(encoding="utf-8") == code else other).append(file.parent.name)
+    return own, other
 
 
 def remove(work: Path, name: str) -> None:

@@ -20,9 +20,10 @@ from pathlib import Path
 from solostep.benchmarks.readme_lines import attention_table, block_table, decoding_table, memory_table
 from solostep.benchmarks.report_data import Group, Row, make_groups, model_name, row_of
 from solostep.benchmarks.report_markdown import table
-from solostep.benchmarks.report_measures import MISSING, cell_text, end_to_end, gigabytes, number
+from solostep.benchmarks.report_measures import MISSING, cell_text, gigabytes, number
 from solostep.benchmarks.report_tables import (
     DAGGER,
+    RESUMED,
     Cell,
     Table,
     environment_line,
@@ -30,6 +31,7 @@ from solostep.benchmarks.report_tables import (
     mode_text,
     summary,
     times_cell,
+    whole_video,
 )
 from solostep.benchmarks.results import Result, read_results
 from solostep.engine.errors import SolostepError, UsageError, first_line
@@ -71,8 +73,8 @@ def modes_table(root: Path) -> list[str]:
             [
                 Cell(r.name),
                 Cell(number(r.step)),
-                Cell(end_to_end(r.end_to_end.get("50"))),
-                Cell(end_to_end(r.end_to_end.get("15"))),
+                whole_video(r, "50"),
+                whole_video(r, "15"),
                 Cell(gigabytes(r.gpu)),
                 Cell(gigabytes(r.host)),
                 Cell(cell_text("teacher", r.drift)),
@@ -128,7 +130,12 @@ def drift_table(root: Path) -> list[str]:
         lines += _titled(
             group,
             Table(
-                "drift", "", [("", h) for h in heads], rows, marks, [n for n in summary(group).footnotes if n != DAGGER]
+                "drift",
+                "",
+                [("", h) for h in heads],
+                rows,
+                marks,
+                [n for n in summary(group).footnotes if n not in (DAGGER, RESUMED)],
             ),
         )
     return lines
@@ -149,7 +156,7 @@ def budgets_table(root: Path) -> list[str]:
                 Cell(str(result.cell.num_frames)),
                 Cell(str(result.cell.vram)),
                 Cell(number(row.step)),
-                Cell(end_to_end(row.end_to_end.get("50"))),
+                whole_video(row, "50"),
                 Cell(gigabytes(row.gpu)),
                 Cell(gigabytes(row.host)),
             ]
@@ -185,7 +192,8 @@ def _about(results: Sequence[Result]) -> str:
 
 
 def _calculated(rows: Sequence[Sequence[Cell]]) -> list[str]:
-    return ["† calculated from the median step."] if any("†" in cell.text for row in rows for cell in row) else []
+    shown = "".join(cell.text for row in rows for cell in row)
+    return ["† calculated from the median step."] * ("†" in shown) + [RESUMED] * ("‡" in shown)
 
 
 def _followed(row: Row) -> str:

@@ -41,6 +41,8 @@ FLOORS = {"floor-backend": "noise floor: another back end", "floor-order": "nois
 class Row:
     """One mode (or floor, or the reference) of a group. None is: not measured.
 
+    ``end_to_end``: seconds of a whole video by its steps, and whether they are calculated; ``resumed``: of those that
+    were run to the end in several processes, the steps of each, as text.
     ``samples``: the values that ``drift`` is the medians of, by measure and pair. ``followed``: which aspects the video
     of each pair shows; ``lost``: the pairs, and aspects, that the reference's shows and this one's does not.
     """
@@ -53,6 +55,7 @@ class Row:
     steps_timed: int = 0
     first_step: float | None = None
     end_to_end: dict[str, tuple[float, bool]] = field(default_factory=dict)
+    resumed: dict[str, str] = field(default_factory=dict)
     video_seconds: float | None = None
     frames_written: int | None = None
     stages: dict[str, float] = field(default_factory=dict)
@@ -248,9 +251,18 @@ def _say_repeats(group: Group, found: Sequence[Result]) -> None:
     for part in ("speed", "drift"):
         with_it = [r for r in found if getattr(r, part)]
         if len(with_it) > 1:
-            group.notes.append(
-                f"{with_it[0].label}: {len(with_it)} results have {part}; the newest, {with_it[0].id}, is shown."
-            )
+            text = f"{with_it[0].label}: {len(with_it)} results have {part}; the newest, {with_it[0].id}, is shown"
+            group.notes.append(text + (_run_before(with_it) if part == "speed" else "") + ".")
+
+
+def _run_before(found: Sequence[Result]) -> str:
+    """Which whole videos are shown from older results than the newest, which did not run to their end."""
+    from_older = {}
+    for result in found:
+        for steps, told in ((result.speed or {}).get("end_to_end") or {}).items():
+            if not told.get("extrapolated"):
+                from_older.setdefault(steps, result)
+    return "".join(f", but for {n} steps, as {r.id} ran them" for n, r in from_older.items() if r is not found[0])
 
 
 def _order(group: Group) -> None:
@@ -288,6 +300,8 @@ def row_of(found: Sequence[Result]) -> Row:
     # Only what made a video by itself: a run for drift alone holds other things as well.
     memory = _first([r for r in found if r.speed], "memory")
     _add_speed(row, speed or {})
+    for older in found:
+        _add_whole_videos(row, older.speed or {})
     memory = memory or {}
     row.gpu, row.driver, row.host = (memory.get(k) for k in ("gpu_peak_bytes", "driver_peak_bytes", "host_peak_bytes"))
     if scored is not None and scored.score is not None:
@@ -319,6 +333,17 @@ def _add_speed(row: Row, speed: Mapping[str, Any]) -> None:
     for steps_wanted, found in (speed.get("end_to_end") or {}).items():
         if found and found.get("seconds") is not None:
             row.end_to_end[str(steps_wanted)] = (float(found["seconds"]), bool(found.get("extrapolated")))
+
+
+def _add_whole_videos(row: Row, speed: Mapping[str, Any]) -> None:
+    """What was run to the end takes the place of what was calculated from fewer steps, however new that is."""
+    for steps, told in (speed.get("end_to_end") or {}).items():
+        if told.get("extrapolated"):
+            continue
+        if row.end_to_end.get(str(steps), (0.0, True))[1]:
+            row.end_to_end[str(steps)] = (float(told["seconds"]), False)
+        if row.end_to_end[str(steps)][0] == told["seconds"] and speed.get("resumed"):
+            row.resumed[str(steps)] = " + ".join(map(str, speed["resumed"]))
 
 
 def _middle(values: Sequence[float]) -> float:

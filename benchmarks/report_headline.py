@@ -82,7 +82,7 @@ def _numbers(group: Group, row: Row) -> str:
             f"{number(row.step)} s a step" + (f" ({ratio:.2f} times as fast as the reference)" if ratio else "")
         )
     if row.end_to_end.get("50"):
-        parts.append(f"{end_to_end(row.end_to_end['50'])} for 50 steps")
+        parts.append(f"{end_to_end(row.end_to_end['50'], '50' in row.resumed)} for 50 steps")
     if row.gpu:
         beside = f" (reference: {gigabytes(reference.gpu)})" if reference and reference.gpu else ""
         parts.append(f"{gigabytes(row.gpu)} of GPU memory{beside}")

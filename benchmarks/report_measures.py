@@ -196,12 +196,12 @@ def cell_text(name: str, drift: Mapping[str, Interval]) -> str:
     return MISSING if found is None else f"{amount(name, found.median)} {span(name, found)}".rstrip()
 
 
-def end_to_end(found: tuple[float, bool] | None) -> str:
-    """Seconds of a whole video; † where they are calculated."""
+def end_to_end(found: tuple[float, bool] | None, resumed: bool = False) -> str:
+    """Seconds of a whole video; † where they are calculated, ‡ where it was made in several processes."""
     if found is None:
         return MISSING
     value, extrapolated = found
-    return seconds(value) + ("\u202f†" if extrapolated else "")
+    return seconds(value) + ("\u202f†" if extrapolated else "\u202f‡" if resumed else "")
 
 
 def share(score: Share) -> str:

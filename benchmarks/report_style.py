@@ -115,7 +115,7 @@ section{break-before:page}section:first-of-type{break-before:auto}caption{break-
 .scroll:has(.sortable),svg.plot{break-inside:avoid}details::details-content{content-visibility:visible;block-size:auto}
 .pictures{grid-template-columns:repeat(4,1fr);gap:.6rem}.pictures h4{font-size:8pt}
 .pictures .small,.heads{font-size:6.6pt}
-h3{break-after:avoid}
+h3,summary{break-after:avoid}
 figure,tr,.claim,.pictures figure{break-inside:avoid}svg.wide{display:block;max-width:17cm}svg.narrow{
 display:none}
 .runs{columns:2;column-gap:6mm}details.run{break-inside:avoid;margin:0 0 2mm;padding:0 1.5mm 1mm;font-size:7pt}

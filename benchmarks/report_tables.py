@@ -29,6 +29,12 @@ DAGGER = (
 )
 
 
+RESUMED = (
+    "‡ run to the end in several processes, each of which went on where the one before was stopped: every step once, "
+    "loading once, and no time between them."
+)
+
+
 @dataclass(frozen=True)
 class Cell:
     """A text, and what stands under it in small print. ``mark`` is a class: floor, above, open, or none."""
@@ -73,6 +79,8 @@ def summary(group: Group) -> Table:
     notes = []
     if any(extrapolated for row in group.rows for _, extrapolated in row.end_to_end.values()):
         notes.append(DAGGER)
+    if any(row.resumed for row in group.rows):
+        notes.append(RESUMED)
     if group.measured:
         notes.append(
             f"Drift: medians over {group.prompts} prompt{'s' * (group.prompts != 1)}, "
@@ -88,7 +96,7 @@ def _summary_row(group: Group, row: Row) -> list[Cell]:
     ratio = group.ratio(row)
     found = [Cell(row.name), _verdict(row), times_cell(row.verdict)]
     found.append(Cell(number(row.step), f"{ratio:.2f}×" if ratio and row.role != "reference" else ""))
-    found += [Cell(end_to_end(row.end_to_end.get(steps))) for steps in ("50", "15")]
+    found += [whole_video(row, steps) for steps in ("50", "15")]
     found += [_gpu(row), Cell(gigabytes(row.host))]
     for name in ("teacher", "free", "blocks", "", *VIDEO):
         if not name:
@@ -97,6 +105,12 @@ def _summary_row(group: Group, row: Row) -> list[Cell]:
         interval = row.drift.get(name)
         found.append(Cell(amount(name, interval.median if interval else None), span(name, interval)))
     return found
+
+
+def whole_video(row: Row, steps: str) -> Cell:
+    """Seconds of a whole video of so many steps, and the steps of each process, where it was made in several."""
+    parts = row.resumed.get(steps, "")
+    return Cell(end_to_end(row.end_to_end.get(steps), bool(parts)), f"{parts} steps" if parts else "")
 
 
 def _gpu(row: Row) -> Cell:
@@ -292,8 +306,8 @@ def _budgets(title: str, rows: list[tuple[Result, Row]]) -> Budgets:
                 Cell(cell.vram or "none"),
                 Cell(cell.host_ram or "none"),
                 Cell(number(row.step)),
-                Cell(end_to_end(row.end_to_end.get("50"))),
-                Cell(end_to_end(row.end_to_end.get("15"))),
+                whole_video(row, "50"),
+                whole_video(row, "15"),
                 _gpu(row),
                 Cell(gigabytes(row.host)),
                 Cell("; ".join(row.events)),
@@ -306,9 +320,10 @@ def _budgets(title: str, rows: list[tuple[Result, Row]]) -> Budgets:
             lines.setdefault(line, []).append((gigabytes_of(cell.vram) or 0.0, row.step or 0.0))
     lines = {name: points for name, points in lines.items() if len(points) > 1}
     unlimited = {name: value for name, value in unlimited.items() if name in lines}
+    notes = [DAGGER, *([RESUMED] if any(row.resumed for _, row in rows) else [])]
     return Budgets(
         title,
-        without_empty(Table("budgets", f"Memory budgets and clip lengths: {title}", heads, cells, footnotes=[DAGGER])),
+        without_empty(Table("budgets", f"Memory budgets and clip lengths: {title}", heads, cells, footnotes=notes)),
         lines,
         unlimited,
         [result for result, _ in rows],

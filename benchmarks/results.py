@@ -98,7 +98,8 @@ class Result:
         speed: ``step_seconds``, ``first_step_seconds``, seconds of ``stages``, ``video_seconds``, ``frames_written``,
             and ``end_to_end`` for a number of steps: seconds, and whether they are extrapolated; ``clocks`` of the card
             while steps were computed; of a run that was interrupted and went on, ``resumed``: the steps each process
-            made, and beside it the first step and the loading of the later ones (cell_speed.py).
+            made, and beside it the first step and the loading of the later ones, and ``processes``: of each its steps,
+            peaks, date, commit, driver and attention back end (cell_speed.py).
         memory: ``gpu_peak_bytes``, ``driver_peak_bytes``, ``host_peak_bytes``, and ``stages`` beside the plan.
         pairs: prompt and seed of everything that is kept for each pair.
         drift: None for the reference; else ``blocks``, ``operators``, ``teacher``, ``free`` and ``video``, those of the
@@ -273,6 +274,7 @@ SPEED = _object(
     },
     {
         "resumed": _list(whole, 2), "resumed_first_step_seconds": _list(positive), "resumed_load_seconds": positive,
+        "processes": _list(_object({"steps": whole}), 2),
         "clocks": _or_null(_map(_or_null(number))),
     },
 )  # fmt: skip

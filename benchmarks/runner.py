@@ -28,7 +28,7 @@ from typing import Any, Protocol
 from solostep.benchmarks import cell_state
 from solostep.benchmarks.cell_state import terminated_like_interrupted
 from solostep.benchmarks.environment import clocks_of, environment
-from solostep.benchmarks.matrix import Matrix, Planned
+from solostep.benchmarks.matrix import Matrix, Planned, code_identity
 from solostep.benchmarks.results import (
     FAILED,
     MARK,
@@ -110,6 +110,16 @@ class Runner:
                     found[planned.id] = path
         return found
 
+    def unfinished(self) -> tuple[list[str], str]:
+        """Ids of the cells that this code goes on with, and what is to be said of those that no code here does."""
+        own, other = cell_state.unfinished(self.folder / WORK, code_identity())
+        said = (
+            f"Unfinished cells in {self.folder / WORK / cell_state.CELLS}, begun by other code, torch or triton: "
+            f"{len(other)}. This version cannot go on with them, and removes them when it measures a cell here. To "
+            "keep them, use the version that began them, or another -o."
+        )
+        return own, said if other else ""
+
     def check_disk(self) -> None:
         """Raises UsageError where the references would not fit the disk."""
         place = next(p for p in (self.folder, *self.folder.resolve().parents) if p.is_dir())
@@ -134,6 +144,9 @@ class Runner:
             there, todo = self.there(), sum(p.work for p in self.matrix.planned)
             todo -= sum(p.work for p in self.matrix.planned if p.id in there)
             start, busy = time.monotonic(), set[Future[Outcome]]()
+            begun, lost = self.unfinished()
+            if lost:
+                self.show.note(lost)
             with ThreadPoolExecutor(self.jobs) as pool, self._ended():
                 for number, planned in enumerate(self.matrix.planned, 1):
                     head = f"[{number}/{len(self.matrix.planned)}] {planned.label}, {planned.cell.clip}"
@@ -143,6 +156,7 @@ class Runner:
                         continue
                     left = self._left(todo - self.worked)
                     said = f"; about {left} left in all" if left else ""
+                    said += "; begun before, goes on where it was" if planned.id in begun else ""
                     self.show.note(f"{head}: {planned.runs:.3g} videos{said}")
                     busy.add(pool.submit(self._cell, planned, head))
                     # Others wait for what they are compared with.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,6 +213,19 @@ def test_what_is_finished_is_passed_over(bed: Bed, monkeypatch: pytest.MonkeyPat
     frames = [read_result(o.path).frames or {} for o in outcomes]
     assert all((bed.folder / f["file"]).exists() for f in frames)
     assert status(bed.run()) == ["skipped"] * 3
+
+
+def test_what_is_unfinished_is_told_before_it_is_lost(bed: Bed, monkeypatch: pytest.MonkeyPatch):
+    cells = bed.folder / "cache" / "cells"
+    for name, code in ((bed.matrix.planned[1].id, runner.code_identity()), ("0" * 16, "of before")):
+        (cells / name).mkdir(parents=True)
+        (cells / name / "code.txt").write_text(code)
+    assert bed.run()[1].status == "done"
+    assert "begun by other code, torch or triton: 1." in bed.said.notes[0]
+    assert [n for n in bed.said.notes if "goes on where it was" in n] == [n for n in bed.said.notes if "[2/3]" in n]
+    shutil.rmtree(cells)
+    bed.run(overwrite=True)
+    assert not any("begun" in note for note in bed.said.notes)
 
 
 def test_overwrite_measures_anew(bed: Bed):

@@ -87,6 +87,23 @@ def test_what_the_tables_say(root: Path):
     assert [line.split(" | ")[1:3] for line in rows[:2]] == [["204", "8GB"], ["204", "12GB"]] and len(rows) == 12
 
 
+def test_a_run_that_was_made_is_not_told_as_calculated(root: Path):
+    """Fifty steps in two processes, beside modes that are calculated from few."""
+    folder = root / "benchmarks" / "results" / "h200"
+    whole = made.make_result("fp8 · int8-fp8 attention", steps=50, levels=("speed",), num_frames=204)
+    whole["speed"] |= {"end_to_end": {"50": {"seconds": 1100.0, "extrapolated": False}}, "resumed": [20, 30]}
+    for path in folder.iterdir():
+        path.unlink()
+    other = made.make_result("int8 · int8 attention", steps=2, levels=("speed",), num_frames=204)
+    made.write_results(folder, [whole, other])
+    text = updated("<!-- table: modes -->\n<!-- /table -->\n", root)
+    (row,) = [line for line in text.splitlines() if line.startswith("| fp8")]
+    assert "| 18.3 min ‡ (20 + 30 steps) | – |" in row and "†" not in row
+    (row,) = [line for line in text.splitlines() if line.startswith("| int8")]
+    assert row.count("†") == 2 and "‡" not in row
+    assert "\n† calculated" in text and "\n‡ run to the end in several processes" in text
+
+
 def test_missing_numbers_are_dashes(root: Path):
     folder = root / "benchmarks" / "results" / "h200"
     for path in folder.iterdir():

@@ -27,7 +27,7 @@ from solostep.benchmarks.report_markdown import markdown, plain
 from solostep.benchmarks.report_measures import Share, amount, end_to_end, gigabytes, number, seconds, share
 from solostep.benchmarks.report_pictures import amplification, read_frames
 from solostep.benchmarks.report_plots import budgets as budgets_plot
-from solostep.benchmarks.report_tables import budgets, gigabytes_of, summary
+from solostep.benchmarks.report_tables import RESUMED, Cell, budgets, gigabytes_of, summary, whole_video
 from solostep.benchmarks.results import read_results
 from solostep.engine.errors import UsageError
 
@@ -452,6 +452,24 @@ def test_newest_of_two_results_is_shown_and_said(tmp_path: Path):
     (group,) = read(tmp_path)
     assert len(group.rows) == 1 and group.rows[0].step == pytest.approx(3.0 * 0.6, rel=0.05)
     assert any(new["id"] in note for note in group.notes)
+
+
+def test_what_was_run_to_the_end_is_shown_so(tmp_path: Path):
+    """A whole video that was made, in two processes, stays where a newer result has but a few steps."""
+    old, new = (
+        made.make_result("int8 · int8 attention", seed=s, env=made.environment(date=f"2026-01-0{s + 1}"))
+        for s in (0, 1)
+    )
+    old["id"] = "0" * 16
+    old["speed"] |= {"end_to_end": {"50": {"seconds": 1100.0, "extrapolated": False}}, "resumed": [20, 30]}
+    made.write_results(tmp_path, [new, old])
+    (group,) = read(tmp_path)
+    (row,) = group.rows
+    assert whole_video(row, "50") == Cell("18.3 min\u202f‡", "20 + 30 steps") and "†" in whole_video(row, "15").text
+    assert row.step == pytest.approx(np.median(new["speed"]["step_seconds"]))
+    assert any(f"{new['id']}, is shown, but for 50 steps, as {'0' * 16} ran them." in note for note in group.notes)
+    assert RESUMED in summary(group).footnotes
+    assert "18.3 min\u202f‡ for 50 steps" in " ".join(c.text for c in headline(group)).replace("\xa0", " ")
 
 
 # --- numbers and places -------------------------------------------------------------------------------------------

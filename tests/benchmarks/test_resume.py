@@ -83,6 +83,9 @@ def test_a_timed_run_goes_on_at_its_step_and_in_its_decoding(work: Path) -> None
     assert set(speed["stages"]) >= {"text", "load transformer", "denoise", "load vae", "decode and write"}
     assert sum(speed["stages"].values()) <= speed["video_seconds"] + 1e-2
     assert "1 + 2 + 0 steps in 3 processes" in result["events"][0] and "was not kept" in result["events"][1]
+    assert [part["steps"] for part in speed["processes"]] == [1, 2, 0]  # and each says when and on what it ran
+    assert all(set(cell_speed.WHERE) < set(part) and part["date"] and part["cpu"] for part in speed["processes"])
+    assert result["memory"]["host_peak_bytes"] >= max(p["host_peak_bytes"] or 0 for p in speed["processes"])
     assert result["drift"]["free"]["error"] == [[0.0] * STEPS]  # the reference, left alone, makes the same latents
 
 
@@ -148,6 +151,23 @@ def test_the_seconds_of_an_interrupted_run() -> None:
     assert decoded["memory"]["driver_peak_bytes"] is None  # the second process has not told it
 
 
+def test_processes_that_were_not_alike_are_told() -> None:
+    """Other commits of the same code, and other kernels, which are chosen anew on each machine."""
+    where = {"date": "2026-01-01", "commit": "a", "driver": "580", "attention_backend": "hopper"}
+    parts = [Part(1.0, [1.0], where=where), Part(1.0, [1.0]), Part(1.0, [1.0], where=where | {"date": "2026-01-02"})]
+    stages = [{"stage": "denoise", "seconds": 1.0, "gpu_peak_bytes": None, "host_peak_bytes": None}]
+
+    def events(*parts: Part) -> list[str]:
+        return Timed(3.0, list(parts), stages, (0.0, 0.0), 17, True, {"plan": None, "events": []}).result()["events"]
+
+    assert len(events(*parts)) == 2  # that it was interrupted, and what was not kept; dates are never the same
+    parts[2].where |= {"commit": "b", "attention_backend": "triton"}
+    assert events(*parts)[2:] == [
+        "Its processes differ in commit: a, then b, with the same computing code.",
+        "Its processes differ in attention backend: hopper, then triton.",
+    ]
+
+
 # --- references and drift -----------------------------------------------------------------------------------------
 
 
@@ -208,6 +228,9 @@ def test_another_cell_or_code_begins_anew(tmp_path: Path) -> None:
     one = {"code": "a", "cell": {"seeds": [1]}}
     made: list[int] = []
 
+    def anew() -> list[str]:
+        return cell_state.State(tmp_path / "cells" / "mine").began_anew
+
     def begun(identity: dict[str, Any]) -> list[int]:
         with cell_state.opened(tmp_path, "mine", identity) as state:
             with pytest.raises(UsageError, match="Another process is measuring this cell"):
@@ -217,10 +240,14 @@ def test_another_cell_or_code_begins_anew(tmp_path: Path) -> None:
             return state.once("free-0", lambda: {"error": [made[-1]]})["error"]
 
     assert begun(one) == begun(one) == [0] and not (tmp_path / "cells" / "mine" / "free-0").exists()
+    assert anew() == [] and cell_state.unfinished(tmp_path, "a") == (["mine"], [])
     assert begun(one | {"cell": {"seeds": [2]}}) == [2]
+    assert anew() == ["cell"]
     (tmp_path / "cells" / "mine" / "free-0.json").write_text('{"error": [')  # cut off by a full disk
     assert begun(one | {"cell": {"seeds": [2]}}) == [3]
-    assert begun(one | {"code": "b"}) == [4]
+    assert anew() == ["cell"]  # until its result is there, however many processes that takes
+    assert cell_state.unfinished(tmp_path, "b") == ([], ["mine"])
+    assert begun(one | {"code": "b"}) == [4] and cell_state.unfinished(tmp_path, "b") == (["mine"], [])
     with pytest.raises(SolostepError, match=r"blocks\.error\[0\] is nan"):
         with cell_state.opened(tmp_path, "mine", one) as state:
             state.once("blocks", lambda: {"error": [float("nan")]})
