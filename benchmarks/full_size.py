@@ -30,7 +30,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,16 @@ def model_subject(args: argparse.Namespace, device: torch.device, say: Callable[
 
     name = DEMO if args.model == DEMO else model.root.name
     return Subject(name, conditions.settings, conditions.prompts, seeds, identity, marker(model.root), samples)
+
+
+def as_trial(subject: Subject, args: argparse.Namespace) -> Subject:
+    """A subject of less than the whole network is named so: its errors stand in no table beside those of the whole."""
+    less = {name: n for name in ("heads", "layers", "blocks") if (n := getattr(args, name)) is not None}
+    if not less:
+        return subject
+    name = ", ".join([subject.name, *(f"{name} {n}" for name, n in less.items())])
+    marker = subject.synthetic | less if isinstance(subject.synthetic, dict) else subject.synthetic
+    return replace(subject, name=name, synthetic=marker)
 
 
 # ---------------------------------------------------------------- passes
@@ -298,7 +308,7 @@ def drift(args: argparse.Namespace) -> list[Path]:
     root: Path = args.output
     if root.exists() and not root.is_dir():
         raise UsageError(f"-o {root} is a file; give a folder.")
-    subject = model_subject(args, device, say) if args.model else synthetic_subject(args, device)
+    subject = as_trial(model_subject(args, device, say) if args.model else synthetic_subject(args, device), args)
     everything = subject.identity | {
         "blocks": args.blocks, "what": args.what, "operators": args.operators, "device": describe_device(device),
         "code": code_identity(MEASURING),

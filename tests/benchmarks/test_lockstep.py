@@ -234,7 +234,9 @@ def test_the_command_writes_results_goes_on_and_adds_modes(
     found = {(r := read_result(p)).role: r for p in tmp_path.glob("*.json")}
     assert set(found) == {"mode", "floor-backend", "floor-order"}
     mode = found["mode"]
-    assert mode.synthetic["seed"] == 0
+    assert mode.synthetic["seed"] == 0  # and a trial is known as one
+    assert mode.synthetic.items() >= {"heads": 1, "layers": 2}.items()
+    assert mode.cell.model == "synthetic, heads 1, layers 2"
     assert len(mode.drift["blocks"]["error"]) == 2
     assert len(mode.drift["blocks"]["samples"]) == 4
     assert len(mode.drift["teacher"]["error"][0]) == len(mode.drift["teacher"]["sigmas"]) == 2
