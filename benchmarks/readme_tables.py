@@ -1,7 +1,7 @@
 """Tables of README.md that are made from the results under benchmarks/results/, never typed.
 
     python -m solostep.benchmarks.readme_tables            # brings every region up to date
-    python -m solostep.benchmarks.readme_tables --check    # exit code 1 where one is not
+    python -m solostep.benchmarks.readme_tables --check    # exit code 1 where one is not, or the page of results is not
 
 A region is what stands between `<!-- table: NAME -->` and `<!-- /table -->`; NAME is one of `modes` (the full size on
 one card), `budgets` (the same, in memory budgets), `drift` (the demo model), and those of readme_lines.py: `block`,
@@ -39,6 +39,7 @@ from solostep.engine.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results")
+PAGE = RESULTS / "report.html"
 FULL, DEMO = "h200", "demo"
 FULL_FRAMES = 204
 REGION = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
@@ -235,6 +236,17 @@ def stale(readme: str, root: Path) -> list[str]:
     return [name for (_, name, old, _), (_, _, new, _) in zip(before, after, strict=True) if old != new]
 
 
+def page_is_stale(root: Path) -> bool:
+    """Whether the page beside the results, if there is one, is not of these very measurements."""
+    if not (root / PAGE).exists():
+        return False
+    page = (root / PAGE).read_text(encoding="utf-8")
+    results = [result for name in (DEMO, FULL) for result in results_in(root / RESULTS / name)]
+    told = {result.id for result in results} | {str(result.environment.get("date")) for result in results}
+    shown = set(re.findall("<td[^>]*>([0-9a-f]{16})</td>", page))
+    return any(text not in page for text in told) or shown != {result.id for result in results}
+
+
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(prog="readme_tables", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where a table is stale")
@@ -249,7 +261,12 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
                     f"README.md: the table {name} is stale; run python -m solostep.benchmarks.readme_tables.",
                     file=sys.stderr,
                 )
-            return int(bool(old))
+            if stale_page := page_is_stale(root):
+                print(
+                    f"{PAGE} is stale; run solostep report on the folders of results, with -o {PAGE} --overwrite.",
+                    file=sys.stderr,
+                )
+            return int(bool(old) or stale_page)
         if old:
             with replacing(path) as temporary:
                 temporary.write_text(updated(readme, root), encoding="utf-8")

@@ -22,7 +22,9 @@ from solostep.benchmarks.readme_lines import (
     decoding_table,
     memory_table,
 )
-from solostep.benchmarks.readme_tables import ROOT, TABLES, main, stale, updated
+from solostep.benchmarks.readme_tables import PAGE, ROOT, TABLES, main, page_is_stale, results_in, stale, updated
+from solostep.benchmarks.report_html import table
+from solostep.benchmarks.report_tables import files
 from solostep.engine import cards
 from solostep.engine.errors import UsageError
 
@@ -40,6 +42,7 @@ def test_the_readme_is_up_to_date():
     """Run `python -m solostep.benchmarks.readme_tables` where this fails."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.count("<!-- table: ") >= 2 and stale(readme, ROOT) == []
+    assert (ROOT / PAGE).exists() and not page_is_stale(ROOT)
     cheap = re.sub(r"<!-- table: (?:drift|modes) -->.*?<!-- /table -->", "", readme, flags=re.DOTALL)
     assert stale(cheap.replace(" GiB |", " GB |"), ROOT) == ["decoding", "block"]
     assert stale(cheap.replace("| int8, hopper | 1", "| int8, hopper | 2"), ROOT) == ["attention"]
@@ -102,6 +105,19 @@ def test_a_run_that_was_made_is_not_told_as_calculated(root: Path):
     (row,) = [line for line in text.splitlines() if line.startswith("| int8")]
     assert row.count("†") == 2 and "‡" not in row
     assert "\n† calculated" in text and "\n‡ run to the end in several processes" in text
+
+
+def test_a_page_of_other_results_is_stale(root: Path, capsys: pytest.CaptureFixture[str]):
+    results = results_in(root / "benchmarks" / "results")
+    (root / "README.md").write_text("no region\n", encoding="utf-8")
+    assert main(["--check"], root) == 0  # there is none
+    text = table(files(results))
+    (root / PAGE).write_text(text, encoding="utf-8")
+    assert main(["--check"], root) == 0
+    for other in (table(files(results[1:])), text.replace("2026-01-02", "2026-01-01"), text + f"<td>{'0' * 16}</td>"):
+        (root / PAGE).write_text(other, encoding="utf-8")
+        assert main(["--check"], root) == 1
+        assert "report.html is stale; run solostep report" in capsys.readouterr().err
 
 
 def test_missing_numbers_are_dashes(root: Path):
