@@ -97,7 +97,9 @@ def make(
     folder = root / "hunyuan_clip" / "clip_text_encoder"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(dict(sizes.clip)))
-    with device:
+    # As transformers initializes it, from a seed: a folder made anew is the same model, and runs of it go on.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(0)
         clip = HunyuanClip(dict(sizes.clip))
     save_file(
         {name: p.detach().cpu().contiguous() for name, p in clip.named_parameters()}, folder / "model.safetensors"

@@ -128,6 +128,10 @@ def test_a_folder_says_that_its_weights_were_drawn_and_holds_them(tmp_path: Path
     assert 0 < error < 0.02
     with pytest.raises(UsageError, match="there already"):
         write(folder, "int8", "bf16", 5, CPU)
+    torch.rand(1)  # made anew, wherever that process is with its random numbers, it is the same model
+    write(tmp_path / "again", "int8", "bf16", 5, CPU, Sizes(config, llm, vae, clip))
+    again = {name: c.fingerprint for name, c in open_model(tmp_path / "again").components.items()}
+    assert again == {name: c.fingerprint for name, c in model.components.items()}
 
 
 def test_the_marker_of_a_folder(tmp_path: Path) -> None:
