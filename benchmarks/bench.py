@@ -178,9 +178,8 @@ def bench(
         say(console, "note", note)
     if dry_run:
         _list(matrix, runner.there(), as_json)
-        _, lost = runner.unfinished()
-        if lost:
-            say(console, "note", lost)
+        for text in runner.unfinished()[1]:
+            say(console, "note", text)
         return
     runner.check_disk()
     with runner.show:  # type: ignore[attr-defined]

@@ -110,15 +110,22 @@ class Runner:
                     found[planned.id] = path
         return found
 
-    def unfinished(self) -> tuple[list[str], str]:
-        """Ids of the cells that this code goes on with, and what is to be said of those that no code here does."""
+    def unfinished(self) -> tuple[list[str], list[str]]:
+        """Ids of the cells that this code goes on with, and what is to be said of those that this run does not."""
         own, other = cell_state.unfinished(self.folder / WORK, code_identity())
-        said = (
-            f"Unfinished cells in {self.folder / WORK / cell_state.CELLS}, begun by other code, torch or triton: "
-            f"{len(other)}. This version cannot go on with them, and removes them when it measures a cell here. To "
-            "keep them, use the version that began them, or another -o."
-        )
-        return own, said if other else ""
+        place, said = self.folder / WORK / cell_state.CELLS, []
+        if other:
+            said.append(
+                f"Unfinished cells in {place}, begun by other code, torch or triton: {len(other)}. This version cannot "
+                "go on with them, and removes them when it measures a cell here. To keep them, use the version that "
+                "began them, or another -o."
+            )
+        left = set(own) - {planned.id for planned in self.matrix.planned}
+        if left:
+            said.append(
+                f"Unfinished cells in {place}, of other options or weights: {len(left)}. They stay as they are."
+            )
+        return own, said
 
     def check_disk(self) -> None:
         """Raises UsageError where the references would not fit the disk."""
@@ -145,8 +152,8 @@ class Runner:
             todo -= sum(p.work for p in self.matrix.planned if p.id in there)
             start, busy = time.monotonic(), set[Future[Outcome]]()
             begun, lost = self.unfinished()
-            if lost:
-                self.show.note(lost)
+            for text in lost:
+                self.show.note(text)
             with ThreadPoolExecutor(self.jobs) as pool, self._ended():
                 for number, planned in enumerate(self.matrix.planned, 1):
                     head = f"[{number}/{len(self.matrix.planned)}] {planned.label}, {planned.cell.clip}"

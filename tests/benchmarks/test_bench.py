@@ -217,15 +217,17 @@ def test_what_is_finished_is_passed_over(bed: Bed, monkeypatch: pytest.MonkeyPat
 
 def test_what_is_unfinished_is_told_before_it_is_lost(bed: Bed, monkeypatch: pytest.MonkeyPatch):
     cells = bed.folder / "cache" / "cells"
-    for name, code in ((bed.matrix.planned[1].id, runner.code_identity()), ("0" * 16, "of before")):
+    own = runner.code_identity()
+    for name, code in ((bed.matrix.planned[1].id, own), ("0" * 16, "of before"), ("1" * 16, own)):
         (cells / name).mkdir(parents=True)
         (cells / name / "code.txt").write_text(code)
     assert bed.run()[1].status == "done"
     assert "begun by other code, torch or triton: 1." in bed.said.notes[0]
+    assert "of other options or weights: 1. They stay" in bed.said.notes[1]
     assert [n for n in bed.said.notes if "goes on where it was" in n] == [n for n in bed.said.notes if "[2/3]" in n]
     shutil.rmtree(cells)
     bed.run(overwrite=True)
-    assert not any("begun" in note for note in bed.said.notes)
+    assert not any("begun" in note or "Unfinished" in note for note in bed.said.notes)
 
 
 def test_overwrite_measures_anew(bed: Bed):
