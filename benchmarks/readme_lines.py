@@ -14,10 +14,11 @@ from solostep.engine.units import parse_size
 
 RESULTS = Path("benchmarks/results")
 BLOCK, DECODING, WHOLE = (RESULTS / f"{name}-h200.jsonl" for name in ("block", "vae", "whole"))
-KERNELS = (RESULTS / "kernels-h200.jsonl", RESULTS / "kernels-h200-5007.jsonl")
+KERNELS = tuple(RESULTS / f"kernels-h200{tokens}.jsonl" for tokens in ("", "-18972", "-5007"))
 
+REPEATED = "\\* Memory ran out in a step of this run, which was repeated with fewer blocks on the card."
 CHANGED = "A commit with a +: there were changes on top of it that were not committed; what ran cannot be checked out."
-"""Below a table whose rows name such commits."""
+"""Below a table that has such rows."""
 
 
 def block_table(root: Path) -> list[str]:
@@ -70,7 +71,7 @@ def attention_table(root: Path) -> list[str]:
     rows: dict[str, list[str]] = {}
     errors: dict[str, dict[str, Any]] = {}
     lengths, commits = [], []
-    for name in KERNELS:
+    for n, name in enumerate(KERNELS):
         lines = list(_lines(root, name))
         found = {line["variant"]: line for line in lines if line.get("operator") == "attention"}
         # They are of the same data at each length: those beside the first are shown.
@@ -78,8 +79,8 @@ def attention_table(root: Path) -> list[str]:
         for variant, line in found.items():
             if not variant.endswith(" + passes"):
                 continue
-            plain = variant.removesuffix(" + passes")
-            rows.setdefault(plain, [""] * (2 * len(lengths))).extend([f"{line['ms']:.2f} ms", f"{line['ratio']:.2f}x"])
+            cells = rows.setdefault(variant.removesuffix(" + passes"), [""] * 2 * len(KERNELS))
+            cells[2 * n : 2 * n + 2] = f"{line['ms']:.2f} ms", f"{line['ratio']:.2f}x"
         lengths.append(f"{int(found['bf16, cudnn']['shape'].split(' x ')[0]):,} tokens")
         commits.append(found["bf16, cudnn"]["commit"])
     heads = ["mode, back end", *(text for length in lengths for text in (length, "against cuDNN")),
@@ -88,7 +89,7 @@ def attention_table(root: Path) -> list[str]:
     for plain, cells in rows.items():
         of = errors.get(plain, {})
         shown = " / ".join(f"{100 * of[kind]:.1f}" for kind in ("normal", "qknorm", "peaky") if kind in of)
-        made.append([plain, *cells, *[""] * (2 * len(lengths) - len(cells)), f"{shown} %" if shown else ""])
+        made.append([plain, *cells, f"{shown} %" if shown else ""])
     return [*_table(heads, made), "", f"Commit {', '.join(dict.fromkeys(commits))}; cuDNN without passes is 1.00x."]
 
 
@@ -104,18 +105,19 @@ def memory_table(root: Path) -> list[str]:
         latest.items(), key=lambda entry: (entry[0][0] != "fp8", -entry[0][1], -_gigabytes(entry[0][3]), entry[0][2])
     ):
         plan, took = line["plan"], next(stage for stage in line["stages"] if stage["stage"] == "denoise")
-        files = plan["blocks_from_disk"]
+        files, again = plan["blocks_from_disk"], any("is repeated" in event for event in line["events"])
         rows.append([
             f"{_gigabytes(vram):g} GB" + (f", {files} blocks from files at every step" if files else ""),
-            precision, str(frames), str(plan["resident_blocks"]), f"{line['step_seconds'][-1]:.2f} s",
+            precision, str(frames), str(plan["resident_blocks"]), f"{line['step_seconds'][-1]:.2f} s" + " *" * again,
             f"{plan['step_seconds']:.2f} s", f"{line['driver_peak_bytes'] / 1e9:.1f} GB",
             f"{plan['device_bytes'] / 1e9:.1f} / {took['gpu_peak_bytes'] / 1e9:.1f} GB",
             f"{took['host_peak_bytes'] / 1e9:.1f} GB", line["commit"],
         ])  # fmt: skip
     heads = ["`--vram`", "DiT", "frames", "blocks that stay, of 48", "the second step", "planned",
              "card, driver's count", "torch, denoising: planned / taken", "host", "commit"]  # fmt: skip
-    changed = any(row[-1].endswith("+") for row in rows)
-    return [*_table(heads, rows), *(["", CHANGED] if changed else [])]
+    told = {REPEATED: any(row[4].endswith("*") for row in rows), CHANGED: any(row[-1].endswith("+") for row in rows)}
+    notes = [note for note, stands in told.items() if stands]
+    return [*_table(heads, rows), *(part for note in notes for part in ("", note))]
 
 
 def _gigabytes(size: str) -> float:

@@ -50,10 +50,10 @@ class Card:
 
 
 H200 = Card(
-    "NVIDIA H200", ("a42e382", "990a69f", "098cb66"),
-    blocks={"bf16": ("bf16", 0.6461), "int8": ("int8", 0.4656), "fp8": ("int8", 0.481)},
-    official=0.8101,
-    attention={OFFICIAL: 0.249854, "bf16": 0.190702, "int8": 0.167813, "int8-fp8": 0.143517},
+    "NVIDIA H200", ("7c75b14", "7c75b14", "098cb66"),
+    blocks={"bf16": ("bf16", 0.627), "int8": ("int8", 0.4457), "fp8": ("int8", 0.4623)},
+    official=0.798,
+    attention={OFFICIAL: 0.25008, "bf16": 0.190075, "int8": 0.161479, "int8-fp8": 0.141512},
     decode=0.9076, bus=55.5e9, disk=2.06e9,
 )  # fmt: skip
 """Blocks: block-h200.jsonl; attention: kernels-h200.md (the official one: torch's); decoding: vae-h200.jsonl; bus and

@@ -14,10 +14,9 @@ multiprocessors walk over the keys of the same head together and find them in L2
 comes first: the loop needs no mask then.
 
 With 16-bit V the product q k^T of one tile runs while the softmax of the tile before it and its product with V do.
-Three warpgroups of 160 registers take 64 keys at a time; an exact maximum, which takes its time in every tile, is
-faster with two of 240 and 128 keys. In int8, three read K and V a third less from L2 and took 162.2 ms in place of
-167.7. With 8-bit V a warpgroup overlaps little itself; three of them hide one another, and P never lies beside the next
-scores in registers.
+Three warpgroups of 160 registers take 64 keys at a time and read K and V a third less from L2 than two of 240 with 128
+keys: in int8 162.2 ms in place of 167.7, with an exact maximum 186.5 in place of 197.9. With 8-bit V a warpgroup
+overlaps little itself; three of them hide one another, and P never lies beside the next scores in registers.
 
 A scale of k is that of the 16 keys of a window of 64 which one lane of a row holds (see qk_norm_rope.group_of()): a
 lane multiplies by one factor a window. Of 16 neighbouring keys each it would be four, which took 6 % longer; of 32, as
@@ -34,9 +33,9 @@ The fp8 product keeps 13 fractional bits: wgmma aligns the products of 32 keys a
 them and cuts off what lies below. A sum that has grown to thousands of its products loses a part of each, and V whose
 mean comes and goes along the sequence loses 14 % of the output at 75,888 keys (N(0,1) does not show it). So every
 `fold` tiles the accumulators are added to an fp32 sum in shared memory, 32 KiB a warpgroup, and begin at zero again;
-the error of such an output on an H200 is then 4e-3 with a fold of 4 tiles, 9e-3 with 8, 2e-2 with 16 (fp8_sums.py in
-benchmarks/ measures it, or emulates it without a card). A fold of 8 tiles costs 6 % of the kernel's time, mostly of
-shared memory's.
+the error of such an output on an H200 is then 4e-3 with a fold of 4 tiles, 9e-3 with 8, 1.4e-2 with 12, 2e-2 with 16
+(fp8_sums.py in benchmarks/ measures it, or emulates it without a card). A fold of 12 tiles costs 6 % of the kernel's
+time, mostly of shared memory's, one of 8 costs 8 %.
 
 Memory beside inputs and output: one int32 a tile of queries in the stale mode.
 """
@@ -650,7 +649,7 @@ class Schedule:
 SCHEDULES = {
     "bf16-exact": Schedule(2, 128, 2, 240, in_turn=True, q_in_registers=True),
     "bf16": Schedule(3, 64, 4, 160, refresh=32),
-    "int8-exact": Schedule(2, 128, 2, 240, in_turn=True),
+    "int8-exact": Schedule(3, 64, 4, 160, in_turn=True),
     "int8": Schedule(3, 64, 4, 160, in_turn=True, refresh=64),
     "int8-fp8-exact": Schedule(3, 128, 3, 160, fold=12),
     "int8-fp8": Schedule(3, 128, 3, 160, refresh=16, fold=12),

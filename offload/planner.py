@@ -236,8 +236,8 @@ def step_seconds(network: Network, clip: Clip, plan: BlockPlan, rates: Rates) ->
     products = 28.0 * clip.width  # qkv 3, wo, q, o, feed-forward 8, each 2 S d^2
     block = clip.rows * values * (4.0 * clip.tokens / rates.attention + products / rates.linears)
     block += clip.rows * (plan.savings.head_groups - 1) * GROUP_SECONDS
-    if plan.savings.park:  # there and back
-        block += clip.rows * 4.0 * values / rates.bus
+    if plan.savings.park:  # there and back, beside the feed-forward but for its last chunk of tokens
+        block += clip.rows * 4.0 * values * min(1.0, plan.savings.chunk / clip.tokens) / rates.bus
     if not plan.savings.keep_text:
         block += clip.rows * 4.0 * clip.text * clip.width**2 / rates.linears
     streamed = network.blocks - plan.resident if plan.streams else 0

@@ -180,18 +180,29 @@ def test_stored_rates_are_those_of_the_results() -> None:
     assert f"pinned copies: {card.bus / 1e9} GB/s" in readme and f"the disk: {card.disk / 1e9} GB/s" in readme
 
 
-@pytest.mark.parametrize("n", range(11))
+RUNS = lines("whole-h200.jsonl")
+
+
+def repeated(line: dict[str, Any]) -> bool:
+    """Whether memory ran out in a step: its peak is that of the larger plan before, its time that of both."""
+    return any("is repeated" in event for event in line["events"])
+
+
+@pytest.mark.parametrize("n", range(len(RUNS)))
 def test_plans_agree_with_runs(n: int) -> None:
     """Of runs on an H200: host memory while denoising, a step, and decoding; whose precisions have stored rates."""
-    line = lines("whole-h200.jsonl")[n]
+    line = RUNS[n]
     found = asked(line["precision"], line["attention"], line["precision"] == "fp8", True)
     found = replace(found, settings=replace(found.settings, num_frames=line["settings"]["num_frames"]))
-    # At that commit a budget of the host was beside the program.
-    host = None if line["host_ram"] is None else parse_size(line["host_ram"], "") + PROGRAM
+    host = None if line["host_ram"] is None else parse_size(line["host_ram"], "")
+    if host is not None and "text_precision" not in line:  # a budget of the host was beside the program then
+        host += PROGRAM
     plan = found.plan(parse_size(line["vram"], ""), host)
     took = {stage["stage"]: stage for stage in line["stages"]}
-    assert plan.stage("denoise").host == pytest.approx(took["denoise"]["host_peak_bytes"], rel=0.1, abs=0.55 * GB)
-    assert plan.step_seconds == pytest.approx(line["step_seconds"][1], rel=0.15)
+    # A process in which kernels were examined keeps 0.6 GB more.
+    assert plan.stage("denoise").host == pytest.approx(took["denoise"]["host_peak_bytes"], rel=0.1, abs=0.62 * GB)
+    if not repeated(line):
+        assert plan.step_seconds == pytest.approx(line["step_seconds"][-1], rel=0.1)
     way = line["plan"]["decode_frames"], line["plan"]["decode_strips"]
     if "decode and write" in took:  # to nowhere: frames were counted
         assert found.rated is not None
@@ -214,15 +225,15 @@ def peak(found: Asked, said: dict[str, Any], tokens: int) -> int:
     return placed + activation_bytes(network, clip, found.attention, savings)
 
 
-@pytest.mark.parametrize("n", range(11))
+@pytest.mark.parametrize("n", range(len(RUNS)))
 def test_the_card_s_peak_is_that_of_runs(n: int) -> None:
     """Of those runs: denoising with their own prompts, and decoding, takes what is planned, or up to a tenth less."""
-    line = lines("whole-h200.jsonl")[n]
+    line = RUNS[n]
     found = asked(line["precision"], line["attention"], line["precision"] == "fp8")
     found = replace(found, settings=replace(found.settings, num_frames=line["settings"]["num_frames"]))
     took = {stage["stage"]: stage["gpu_peak_bytes"] for stage in line["stages"]}
     planned = peak(found, line["plan"], text_tokens(PROMPT))
-    assert 0.9 * planned <= took["denoise"] <= planned
+    assert 0.9 * planned <= took["denoise"] and (repeated(line) or took["denoise"] <= planned)
     if "decode and write" in took:
         way = line["plan"]["decode_frames"], line["plan"]["decode_strips"]
         decoding = found.sizes.vae + decode_bytes(found.sizes.vae_config, 544, 992, *way)
