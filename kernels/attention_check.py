@@ -5,7 +5,8 @@ the last tile's beginning, and random ones. Memory that it writes to holds NaN b
 inputs are qkv products that go through the same passes as in use:
 
     normal      N(0, 1), queries and keys normed and turned, at the length asked for and at 1,003 tokens
-    outliers    four channels with eight times the gain, means in keys and values: as activations are
+    outliers    four channels with eight times the gain, means in keys and values: as activations are; at the length
+                asked for, two heads
     growing     queries and keys that grow tenfold along the sequence: what a stale running maximum has to notice
     spikes      one key in 500 six times larger, and its query: a maximum that jumps between two refreshes
     surges      one key whose scores grow by 2^115 to 2^140, between two refreshes, and another a refresh sees that is
@@ -336,7 +337,7 @@ def examine(
     state = _Examination(device, mode, names)
     few = min(heads, 4)
     odd = 1003 if tokens > 1003 else tokens | 1
-    cases = [("normal", odd, few), ("outliers", min(tokens, 8192), min(few, 2)), ("growing", min(tokens, 5007), 1)]
+    cases = [("normal", odd, few), ("outliers", tokens, min(few, 2)), ("growing", min(tokens, 5007), 1)]
     cases += [("spikes", min(tokens, 5007), 1), ("surges", min(tokens, 9001), 1)]
     cases.append(("local means", min(tokens, 32_768), 1))
     with torch.inference_mode(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
