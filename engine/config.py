@@ -341,6 +341,11 @@ def from_environment(variable: str, absent: str | None = None) -> str | None:
     return os.environ.get(variable, absent) or None
 
 
+def allocator_is_configured() -> bool:
+    """Whether the environment says how torch takes a card's memory."""
+    return any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+
+
 def cache_dir() -> Path:
     """Where embeddings and unfinished runs are kept: ``$SOLOSTEP_CACHE``, else ``~/.cache/solostep``."""
     given = os.environ.get("SOLOSTEP_CACHE")

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import functools
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from .config import PRECISIONS
+from .config import PRECISIONS, allocator_is_configured
 from .errors import SolostepError, UsageError
 
 
@@ -50,12 +49,12 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 @functools.cache
 def use_growing_segments() -> None:
-    """Has torch's allocator map memory page by page, unless the environment configures it.
+    """Has torch's allocator map memory page by page, unless it is configured.
 
     By default it takes segments as large as what is asked for, and splits them: a small tensor that stays in one keeps
     a gigabyte from serving as one. Within 12 GB, a step that needed 10.7 failed for that.
     """
-    if any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+    if allocator_is_configured():
         return
     configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     with contextlib.suppress(RuntimeError, AttributeError):  # a torch that has no such setting

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import shutil
@@ -61,6 +62,7 @@ def _python_files(root: Path) -> list[Path]:
     return sorted(path for path in _walk(root) if path.suffix == ".py")
 
 
+@functools.cache
 def _parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 

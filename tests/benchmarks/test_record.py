@@ -115,11 +115,12 @@ def test_whole_runs_are_of_budgets_that_have_a_plan(monkeypatch: pytest.MonkeyPa
             whole_pipeline.main()
     at_once = Counter((s["num_frames"], s["height"]) for _, s, _ in asked)
     assert at_once == {(17, 544): 2, (51, 544): 4, (204, 544): 8, (17, 272): 2}
+    assert {(options["precision"], options["text_precision"]) for _, _, options in asked} == {("fp8", "int8")}
+    found = ask("t2v", "fp8", "int8", like="h200", converted=True)
     for vram, settings, options in asked:
         host = options["host_ram"]
-        plan = ask(
-            "t2v", options["precision"], options["text_precision"], like="h200", converted=True, **settings
-        ).plan(parse_size(vram, ""), host and parse_size(host, ""))
+        of_clip = replace(found, settings=replace(found.settings, **settings))
+        plan = of_clip.plan(parse_size(vram, ""), host and parse_size(host, ""))
         assert (plan.blocks.resident == 48) == (vram in ("80GB", "48GB")) and (plan.blocks.disk > 40) == bool(host)
     assert [options["host_ram"] for _, _, options in asked if options["host_ram"]] == ["4GB"]
 
