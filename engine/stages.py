@@ -115,9 +115,11 @@ class Stages:
                 if latents is None:
                     latents = saved.latents.to(self.device)
                 return euler_step(latents, velocity(latents, sigmas[step]), sigmas[step], sigmas[step + 1])
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not ran_out(error):
                     raise
+                why = " ".join(str(error).split()).partition(" If reserved")[0]  # without torch's advice
+                log.warning("Step %d: %s", step + 1, why or "out of memory")
             return None
 
         with measured("denoise", self.device, job.stages):

@@ -181,11 +181,11 @@ def fail_at(
 
 
 @pytest.mark.parametrize(
-    "error", [OUT_OF_MEMORY, RuntimeError("CUDA error: out of memory"),
+    "error", [OUT_OF_MEMORY, MemoryError("no 8 bytes. If reserved, not"), RuntimeError("CUDA error: out of memory"),
               RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")]
 )  # fmt: skip
 def test_a_step_that_ran_out_of_memory_is_repeated_with_less(
-    error: Exception, unlimited: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    error: Exception, unlimited: torch.Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = budgets()[1] + 1
     fail_at(monkeypatch, {2}, error)
@@ -193,6 +193,7 @@ def test_a_step_that_ran_out_of_memory_is_repeated_with_less(
     assert torch.equal(found, unlimited) and len(record["events"]) == 1
     assert "Out of memory at step 2" in record["events"][0] and "the step is repeated" in record["events"][0]
     assert "blocks stay in memory, where 6 did" in record["events"][0]
+    assert f"Step 2: {str(error).partition(' If')[0]}" in caplog.messages
     assert record["plan"]["streamed_blocks"] > 0 and record["plan"]["budget_bytes"] <= 0.9 * whole
 
 
