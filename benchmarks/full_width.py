@@ -34,7 +34,8 @@ from solostep.engine.checkpoint import load, open_component
 from solostep.engine.config import GenerationSettings, TransformerConfig, VAEConfig
 from solostep.engine.models.fused import FusedBlocks
 from solostep.engine.models.transformer import StepVideoTransformer, TransformerBlock, rope_table
-from solostep.engine.models.vae import Decoder, Encoder, HostFrames, decode_bytes
+from solostep.engine.models.vae import Decoder, Encoder, HostFrames
+from solostep.engine.models.vae_bytes import decode_bytes
 from solostep.engine.quantization import linears
 from solostep.engine.rates import TEXT_TOKENS, quantized_block, random_weights, read_rate
 from solostep.engine.runtime import Stage, measured, numerics, pick_device

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from .config import GenerationSettings, VAEConfig
-from .models.vae import decode_bytes, host_bytes
+from .models.vae_bytes import decode_bytes, host_bytes
 from .precision import OFFICIAL
 
 Decoding = tuple[int | None, int]

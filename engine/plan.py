@@ -26,7 +26,7 @@ from ..offload.planner import (
 from .config import CLIP_TOKENS, HOST_RAM, LLM_TOKENS, GenerationSettings
 from .decoding import Decoding, by_speed, choose_decoding, decode_seconds
 from .errors import SolostepError, UsageError
-from .models.vae import host_bytes
+from .models.vae_bytes import host_bytes
 from .precision import OFFICIAL
 from .sizes import Sizes
 from .units import as_option, rounded_up

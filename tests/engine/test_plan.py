@@ -24,7 +24,7 @@ from solostep.engine.decoding import decode_seconds
 from solostep.engine.errors import SolostepError, UsageError
 from solostep.engine.forecast import plan_line
 from solostep.engine.memory import report
-from solostep.engine.models.vae import decode_bytes
+from solostep.engine.models.vae_bytes import decode_bytes
 from solostep.engine.pipeline import StepVideoPipeline
 from solostep.engine.plan import CONTEXT, PROGRAM, Plan, clip_of
 from solostep.engine.precision import choose_mode

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from solostep.engine.config import VAEConfig
-from solostep.engine.models import vae
+from solostep.engine.models import vae, vae_bytes
 from solostep.engine.plan import FRAME_BYTES
 
 # Widths change between the widest levels, as in the release.
@@ -106,8 +106,12 @@ def test_the_past_of_one_chunk_is_not_that_of_the_next(decoder: vae.Decoder) -> 
     first, second = (torch.cat(list(decoder.slices(z, 1, 4, host)), dim=2) for _ in range(2))
     assert torch.equal(first, second)
     held = sum(t.nbytes for t in host.kept.values())
-    assert held == vae.host_bytes(CONFIG, 32, 16, 4, itemsize=4) > vae.host_bytes(CONFIG, 32, 16, 2, itemsize=4)
-    assert vae.host_bytes(CONFIG, 32, 16, 1) == 0
+    assert (
+        held
+        == vae_bytes.host_bytes(CONFIG, 32, 16, 4, itemsize=4)
+        > vae_bytes.host_bytes(CONFIG, 32, 16, 2, itemsize=4)
+    )
+    assert vae_bytes.host_bytes(CONFIG, 32, 16, 1) == 0
     host.close()
     assert not host.kept
 
@@ -308,20 +312,20 @@ def test_the_count_is_what_it_takes(
     config: VAEConfig, height: int, width: int, dtype: torch.dtype, settings: list[tuple[int | None, int]]
 ) -> None:
     for frames, strips in settings:
-        counted = vae.decode_bytes(config, height, width, frames, strips, dtype.itemsize)
-        beside = vae.workspace_bytes(config, height, width, frames, strips, dtype.itemsize)
+        counted = vae_bytes.decode_bytes(config, height, width, frames, strips, dtype.itemsize)
+        beside = vae_bytes.workspace_bytes(config, height, width, frames, strips, dtype.itemsize)
         found = peak(config, height, width, frames, strips, dtype)
         assert counted - beside == pytest.approx(found, rel=0.1), (frames, strips)
 
 
 def test_the_release_decodes_in_3_gb() -> None:
     """At 544x992 in bf16, workspace and copies to and from the host counted."""
-    assert vae.decode_bytes(VAEConfig(), 544, 992, 4, 8) < 3e9
-    assert vae.decode_bytes(VAEConfig(), 544, 992, 2, 8) < 2e9
-    assert vae.decode_bytes(VAEConfig(), 544, 992, 1, 16) < 1.5e9
-    assert vae.decode_bytes(VAEConfig(), 544, 992, 1, 1) > 3e9
+    assert vae_bytes.decode_bytes(VAEConfig(), 544, 992, 4, 8) < 3e9
+    assert vae_bytes.decode_bytes(VAEConfig(), 544, 992, 2, 8) < 2e9
+    assert vae_bytes.decode_bytes(VAEConfig(), 544, 992, 1, 16) < 1.5e9
+    assert vae_bytes.decode_bytes(VAEConfig(), 544, 992, 1, 1) > 3e9
     with pytest.raises(ValueError, match="0 strips"):
-        vae.decode_bytes(VAEConfig(), 544, 992, 1, 0)
+        vae_bytes.decode_bytes(VAEConfig(), 544, 992, 1, 0)
 
 
 @pytest.mark.usefixtures("like_a_card")
