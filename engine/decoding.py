@@ -1,4 +1,5 @@
-"""The ways to decode a clip: in whole chunks, or in fewer frames and strips of them, for less memory.
+"""The ways to decode a clip: in whole chunks, or in fewer frames and strips of them, for less memory. And those to
+encode a first frame: whole, or in strips.
 
 Which of those that fit is taken is by what they took on a card; see models/vae.py for what they do.
 """
@@ -8,7 +9,8 @@ from __future__ import annotations
 import math
 
 from .config import GenerationSettings, VAEConfig
-from .models.vae_bytes import decode_bytes, host_bytes
+from .models.vae import ENCODING
+from .models.vae_bytes import decode_bytes, encode_bytes, host_bytes
 from .precision import OFFICIAL
 
 Decoding = tuple[int | None, int]
@@ -42,6 +44,13 @@ def choose_decoding(
         return fitting[0]
     # min() takes the first of equals: ways that were not timed keep their order.
     return min(fitting, key=lambda one: (PLACES[one[0]], one[1]) if one[0] in PLACES else (math.inf, 0))
+
+
+def choose_encoding(config: VAEConfig, height: int, width: int, room: int, itemsize: int) -> tuple[int, int]:
+    """The fewest strips that a first frame is encoded in within so many bytes beside the weights, or else the most; and
+    what it takes so. Whole is best: it keeps every bit, and strips save nothing but memory."""
+    counted = [(strips, encode_bytes(config, height, width, strips, itemsize)) for strips in ENCODING]
+    return next((one for one in counted if one[1] <= room), counted[-1])
 
 
 def by_speed(on_card: bool, attention: str) -> bool:

@@ -43,6 +43,8 @@ def described(values: dict[str, Any], stay: str = "on the card") -> str:
         tier = f", {values['blocks_from_disk']} of them from disk" if values["blocks_from_disk"] else ""
         parts.append(f"{streamed} are streamed through {slots}{tier}")
     parts += spared(values)
+    if values.get("frame_strips", 1) > 1:  # records of earlier versions do not say it
+        parts.append(f"the first frame encoded in {values['frame_strips']} strips")
     if values["decode_frames"] is not None:
         parts.append(f"decoding {how_decoded(values['decode_frames'], values['decode_strips'])}")
     return "; ".join(parts)

@@ -24,7 +24,7 @@ from ..offload.planner import (
     step_seconds,
 )
 from .config import CLIP_TOKENS, HOST_RAM, LLM_TOKENS, GenerationSettings
-from .decoding import Decoding, by_speed, choose_decoding, decode_seconds
+from .decoding import Decoding, by_speed, choose_decoding, choose_encoding, decode_seconds
 from .errors import SolostepError, UsageError
 from .models.vae_bytes import host_bytes
 from .precision import OFFICIAL
@@ -39,9 +39,6 @@ PROGRAM = 1_700 << 20
 On the machine of an H200 1.6 to 1.7 GB."""
 LONGEST_TEXT = LLM_TOKENS + CLIP_TOKENS
 """Tokens of the longest text that the encoders give."""
-FRAME_BYTES = 3800
-"""A pixel, of the encoder's tensors at their peak, counted at 544x992: 950 numbers, in fp32 also where weights are
-bf16 (models/vae.py, _rounds_once)."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +85,8 @@ class Plan:
     """What the seconds come from."""
     text_tokens: int = LONGEST_TEXT
     """Of a row, by which the text's keys and values are counted."""
+    frame_strips: int = 1
+    """Strips that the first frame is encoded in, where there is one."""
 
     @property
     def on_card(self) -> bool:
@@ -130,6 +129,7 @@ class Plan:
             **asdict(self.blocks.savings),
             "decode_frames": self.decode[0],
             "decode_strips": self.decode[1],
+            "frame_strips": self.frame_strips,
             "text_tokens": self.text_tokens,
             "step_seconds": self.step_seconds,
             "seconds": self.seconds,
@@ -227,15 +227,17 @@ def _plan_within(
         stage("load vae", sizes.vae, 0, on_disk["decoder"]),
         StageForecast("decode and write", sizes.vae + needed, program + strips, 0, decoded),
     ]  # fmt: skip
+    frame_strips = 1
     if settings.image_to_video:
-        stages.insert(1, stage("first frame", first_frame_bytes(sizes, settings), 0, on_disk["encoder"]))
+        frame_strips, needed = first_frame(sizes, settings, device, itemsize)
+        stages.insert(1, stage("first frame", needed, 0, on_disk["encoder"]))
     for one in stages:
         if one.device > device:
             raise BudgetError(device, one.device)
         if host is not None and one.host - program > host:
             raise BudgetError(host, one.host - program, host=True)
     context, tokens = limits.context, use.text_tokens
-    return Plan(device, blocks, network, decode, tuple(stages), seconds, context, program, rated, tokens)
+    return Plan(device, blocks, network, decode, tuple(stages), seconds, context, program, rated, tokens, frame_strips)
 
 
 def _read_by_steps(network: Network, blocks: BlockPlan, steps: int) -> int:
@@ -271,9 +273,12 @@ def _all_there(network: Network, clip: Clip, budget: int, attention: str) -> Blo
     raise BudgetError(budget, device)
 
 
-def first_frame_bytes(sizes: Sizes, settings: GenerationSettings) -> int:
-    """What encoding one frame takes, weights included: 0.22 and 2.05 GB at 544x992."""
-    return sizes.encoder + FRAME_BYTES * settings.height * settings.width
+def first_frame(sizes: Sizes, settings: GenerationSettings, room: int, itemsize: int) -> tuple[int, int]:
+    """Strips that the first frame is encoded in, and what that takes, weights included: the fewest that fit in so much
+    room, or else the most. At 544x992 in bf16 0.22 GB and 3.1, in 4 strips 0.98, in 16 strips 0.49."""
+    size = settings.height, settings.width
+    strips, needed = choose_encoding(sizes.vae_config, *size, room - sizes.encoder, itemsize)
+    return strips, sizes.encoder + needed
 
 
 def check_host(count: int | None) -> None:

@@ -32,16 +32,18 @@ def initial_noise(settings: GenerationSettings, channels: int, seed: int) -> tup
 
 
 def first_frame_condition(
-    encoder: nn.Module, image: Tensor, settings: GenerationSettings, eps: Tensor | torch.Generator
-) -> Tensor:
+    encoder: nn.Module, image: Tensor, settings: GenerationSettings, eps: Tensor | torch.Generator, strips: int = 1,
+    on_retry: Callable[[str], None] | None = None,
+) -> Tensor:  # fmt: skip
     """Condition latents ``[1, f, c, h, w]`` in the encoder's type: the encoded image as frame 0, zeros after it.
 
     The image ``[3, H, W]`` is coded as a video of one frame and sampled from the posterior. The official code draws
-    ``eps`` unseeded; here it comes from the run's generator, so that a seed repeats the whole video.
+    ``eps`` unseeded; here it comes from the run's generator, so that a seed repeats the whole video. ``strips`` and
+    ``on_retry`` are those of :func:`encode_video`.
     """
     weight = next(encoder.parameters())
     frame = fit_image(image, settings.height, settings.width)[None, None]
-    mean, logvar = encode_video(encoder, frame.to(weight.device, weight.dtype))
+    mean, logvar = encode_video(encoder, frame.to(weight.device, weight.dtype), strips, on_retry)
     if isinstance(eps, torch.Generator):
         eps = torch.randn(mean.shape, generator=eps)
     condition = mean.new_zeros(1, settings.latent_frames, *mean.shape[2:])

@@ -22,7 +22,7 @@ from .errors import OutputError
 from .failures import steps_are_kept
 from .memory import Memory
 from .models.vae import decode_chunks
-from .plan import first_frame_bytes
+from .plan import first_frame
 from .precision import Mode
 from .progress import Progress, stage_of
 from .request import FrameSink, Job
@@ -69,19 +69,30 @@ class Stages:
         if image is None:
             return
         if self.memory.is_planned:
-            self.memory.make_room(first_frame_bytes(self.memory.sizes, settings))
+            self.memory.make_room(self._frame_in_strips(job)[1])
+
+        def smaller(how: str) -> None:
+            job.event(f"Out of memory while the first frame was encoded; going on {how}.")
 
         def encode() -> Tensor:
             with measured("first frame", self.device, job.stages):
                 say("first frame", 0, 1)
+                strips = self._frame_in_strips(job)[0] if self.memory.is_planned else 1
+                if strips > 1:
+                    said = f"The first frame is encoded in {strips} strips, for want of memory."
+                    job.event(said, quiet=self.memory.vram is not None)
                 encoder = load(self.model.components["vae"], self.device, self.dtype, part="encoder")
                 _, generator = initial_noise(settings, self.model.transformer_config.in_channels, job.saved.seed)
-                return first_frame_condition(encoder, image, settings, generator).cpu()
+                return first_frame_condition(encoder, image, settings, generator, strips, smaller).cpu()
 
-        said = "Out of memory while the first frame was encoded; it is encoded again alone."
-        job.condition = self._twice(encode, lambda: job.event(said))
+        alone = "Out of memory while the first frame was encoded; it is encoded again alone."
+        job.condition = self._twice(encode, lambda: job.event(alone))
         release_memory(self.device)
         say("first frame", 1, 1)
+
+    def _frame_in_strips(self, job: Job) -> tuple[int, int]:
+        """Strips for the first frame, and the bytes that it takes so."""
+        return first_frame(self.memory.sizes, job.request.settings, self.memory.room(), self.dtype.itemsize)
 
     def _twice(self, work: Callable[[], T], failed: Callable[[], None]) -> T:
         """Where other programs took memory: once more, with nothing else of ours on the device."""

@@ -41,6 +41,8 @@ RING = 2
 """Buffers on the device for each direction: one is copied while the other is worked on."""
 SMALLER = ((1, 1), (1, 4), (1, 16))
 """Frames at a time and strips that a chunk is decoded in when there was not enough memory for more."""
+ENCODING = (1, 4, 16)
+"""Strips that frames are encoded in: with the next where there was not enough memory for fewer."""
 
 
 class HostFrames:
@@ -157,7 +159,7 @@ class Past:
     """What a decoding in slices of time goes on from: of each causal convolution the last input frames.
 
     Frames higher than ``rows`` are worked on in strips of so many rows, and their past frames are in ``host``; those of
-    lower ones, which are small, stay on the device.
+    lower ones, which are small, stay on the device. Without ``host`` what is divided has no past: zeros are in front.
     """
 
     def __init__(self, rows: int | None = None, host: HostFrames | None = None) -> None:
@@ -262,7 +264,7 @@ class GroupNorm(nn.GroupNorm):
 
     def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Of each frame, the groups' means and reciprocal deviations ``[B, GROUPS, T]``, rounded as torch's own norm on
-        CUDA rounds them.
+        CUDA rounds them; in fp32 for what is to be rounded once.
 
         That kernel runs one block of threads for each group, which leaves most of a card idle. Those of a batch norm
         take one for each channel of each frame, reading once; channels of one size add up to groups exactly.
@@ -280,7 +282,8 @@ class GroupNorm(nn.GroupNorm):
             mean, variance = (v.view(batch, frames, GROUPS, -1).permute(0, 2, 3, 1) for v in (mean, variance))
         center = mean.mean(2)
         variance = variance.mean(2) + (mean - center[:, :, None]).square().mean(2)
-        return center.to(x.dtype), torch.rsqrt(variance + self.eps).to(x.dtype)
+        dtype = torch.float32 if _rounds_once(self, x) else x.dtype
+        return center.to(dtype), torch.rsqrt(variance + self.eps).to(dtype)
 
     def _native_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # In fp32, as a CPU's whole norm uses them; on CUDA they are rounded already.
@@ -359,15 +362,21 @@ class CausalConv3d(nn.Module):
     ) -> Tensor:
         """The same by strips of rows; of silu(norm(x)), if there is a norm. With ``onto`` the result is added to that,
         in place; with ``over`` it is written there, which may be part of ``x`` if the kernel is a single element. Not
-        for training."""
+        for training; past frames only for stride 1."""
         assert past.rows is not None
+        stride = self.stride
         out = over if onto is None else onto
         if out is None:
-            out = x.new_empty(x.shape[0], self.conv.out_channels, *x.shape[2:])
-        for i, (top, bottom) in enumerate(_strips(x.shape[3], past.rows)):
-            lines = _with_halo(x, top, bottom, self.front // 2, self.front, norm)
+            frames, height, width = x.shape[2:]
+            # Kernels are odd and padded by half: of each stride's rows and columns, and of the last part, one is left.
+            size = (frames - 1) // stride + 1, (height - 1) // stride + 1, (width - 1) // stride + 1
+            out = x.new_empty(x.shape[0], self.conv.out_channels, *size)
+        for i, (top, bottom) in enumerate(_strips(out.shape[3], -(-past.rows // stride))):
+            lines = _with_halo(x, stride * top, stride * bottom, self.front // 2, self.front, norm)
             if self.front and past.host is not None:
                 past.host.exchange((id(self), i), lines, self.front)
+            elif self.front:
+                lines[:, :, : self.front] = 0
             y = _convolve(self.conv, lines, (0, 0, self.front // 2))
             if onto is None:
                 out[:, :, :, top:bottom] = y
@@ -469,8 +478,21 @@ class Downsample2d(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        if past is not None and past.divides(x.shape[3]):
+            return self._in_strips(x, past)
         return _by_frames(lambda part: _frame_conv(self.conv, F.pad(part, (0, 1, 0, 1))), x, x.shape[1])
+
+    def _in_strips(self, x: Tensor, past: Past) -> Tensor:
+        assert past.rows is not None
+        height, width = x.shape[3:]
+        out = x.new_empty(*x.shape[:3], height // 2, width // 2)
+        for top, bottom in _strips(height // 2, -(-past.rows // 2)):
+            # The kernel begins at every second row: it needs none above a strip, and one below it.
+            lines = F.pad(_with_halo(x, 2 * top, 2 * bottom, 1)[:, :, :, 1:], (0, 1))
+            out[:, :, :, top:bottom] = _frame_conv(self.conv, lines)
+            del lines
+        return out
 
 
 class Downsample3d(nn.Module):
@@ -480,7 +502,9 @@ class Downsample3d(nn.Module):
         super().__init__()
         self.conv = CausalConv3d(channels, channels, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        if past is not None and past.divides(x.shape[3]):
+            return self.conv.in_strips(x, past)
         return self.conv(x)
 
 
@@ -646,6 +670,30 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
+        return self.finish(x)
+
+    def in_strips(self, x: Tensor, strips: int) -> Tensor:
+        """The same in far less memory: layers take a frame in so many strips of rows (fewer at lower levels, which are
+        as high as the strips of the widest), with the statistics of whole frames; what follows the levels, an eighth as
+        high and wide, stays whole. ``encode_bytes`` (vae_bytes.py) counts the peak.
+
+        Raises:
+            ValueError: ``strips`` below 1, or more while gradients are recorded.
+        """
+        if strips < 1:
+            raise ValueError(f"strips have to be at least 1, not {strips}")
+        if strips == 1:
+            return self(x)
+        if torch.is_grad_enabled():
+            raise ValueError("strips write over intermediate results: encode under torch.no_grad() or inference_mode()")
+        past = Past(strip_rows(x.shape[3], strips))
+        x = self.conv_in.in_strips(x, past)
+        for level in self.down:
+            x = level(x, past if past.divides(x.shape[3]) else None)
+        return self.finish(x)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What follows the levels."""
         x = F.silu(self.norm_out(self.mid(x)))
         x = space_time_to_channels(self.conv_patchify(x)) + average_channels(space_time_to_channels(x), self.z32)
         return self.conv_out(x) + average_channels(x, self.moments)
@@ -776,11 +824,44 @@ class VideoAutoencoder(nn.Module):
         return torch.cat(list(decode_chunks(self.decoder, latents)), dim=1)
 
 
-def encode_video(encoder: nn.Module, video: Tensor) -> tuple[Tensor, Tensor]:
-    """``[B, F, 3, H, W]`` -> mean and log variance (clamped to [-30, 20]), 17 frames at a time."""
-    moments = [encoder(chunk.transpose(1, 2)).transpose(1, 2) for chunk in video.split(CHUNK_FRAMES, dim=1)]
+def encode_video(
+    encoder: nn.Module, video: Tensor, strips: int = 1, on_retry: Callable[[str], None] | None = None
+) -> tuple[Tensor, Tensor]:
+    """``[B, F, 3, H, W]`` -> mean and log variance (clamped to [-30, 20]), 17 frames at a time in so many ``strips``
+    (see :meth:`Encoder.in_strips`).
+
+    Where the memory is not enough, the chunk is encoded again in the next more of :data:`ENCODING`, and so are those
+    after it; not while gradients are recorded. ``on_retry`` is told in words.
+
+    Raises:
+        torch.OutOfMemoryError: also the most strips take too much.
+        ValueError: as of :meth:`Encoder.in_strips`.
+    """
+    moments = []
+    for chunk in video.split(CHUNK_FRAMES, dim=1):
+        found, strips = _encode_chunk(encoder, chunk.transpose(1, 2), strips, on_retry)
+        moments.append(found.transpose(1, 2))
     mean, logvar = torch.cat(moments, dim=1).chunk(2, dim=2)
     return mean, logvar.clamp(-30.0, 20.0)
+
+
+def _encode_chunk(
+    encoder: nn.Module, x: Tensor, strips: int, on_retry: Callable[[str], None] | None
+) -> tuple[Tensor, int]:
+    """What the encoder makes of a chunk, and the strips that it took."""
+    while True:
+        # The error's traceback holds the tensors of all that was under way: nothing is freed before `except` ends.
+        try:
+            return (encoder(x) if strips == 1 else cast(Encoder, encoder).in_strips(x, strips)), strips
+        except (RuntimeError, MemoryError) as error:
+            more = [n for n in ENCODING if n > strips]
+            if not more or torch.is_grad_enabled() or not ran_out(error):
+                raise
+        strips = more[0]
+        if x.is_cuda:
+            torch.cuda.empty_cache()
+        if on_retry is not None:
+            on_retry(f"in {strips} strips")
 
 
 def decode_chunks(

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config import CHUNK_LATENTS, VAEConfig
 from .vae import MAX_ELEMENTS, NORM_PARTS, RING, SCALE, strip_rows
+
+FP32 = 4
+"""Bytes of a number."""
 
 
 @dataclass(frozen=True)
@@ -241,3 +244,196 @@ def _count(config: VAEConfig, height: int, width: int, frames: int | None, strip
     if min(height, width) < SCALE or strips < 1 or (frames is not None and frames < 1):
         raise ValueError(f"no frames of {height}x{width}, {frames} at a time in {strips} strips")
     return _Count(config, height, width, 1 if strips > 1 and frames is None else frames, strips, itemsize)
+
+
+# --- the encoder --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _EncoderCount:
+    """Counts the bytes alive while one frame is encoded, along the lines of ``Encoder``. See :func:`encode_bytes`."""
+
+    config: VAEConfig
+    height: int
+    width: int
+    strips: int
+    itemsize: int
+
+    @property
+    def rows(self) -> int:
+        return strip_rows(self.height, self.strips)
+
+    def divided(self, level: int) -> bool:
+        return self.strips > 1 and self.rows < self.height >> level
+
+    def numbers(self, level: int, channels: int) -> int:
+        """Of a frame at the resolution of a level."""
+        return channels * (self.height >> level) * (self.width >> level)
+
+    def tensor(self, level: int, channels: int) -> int:
+        return self.numbers(level, channels) * self.itemsize
+
+    def walk(self) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+        """Of each level, highest resolution first: its index, the channels that come, and those in and out of its
+        blocks."""
+        last = self.config.encoder_ch
+        for level, factor in enumerate(self.config.encoder_ch_mult):
+            width = self.config.encoder_ch * factor
+            blocks = [(last if i == 0 else width, width) for i in range(self.config.num_res_blocks)]
+            yield level, last, blocks
+            last = width if blocks else last
+
+    @property
+    def low(self) -> int:
+        """The lowest level."""
+        return len(self.config.encoder_ch_mult) - 1
+
+    @property
+    def last(self) -> int:
+        """Channels behind the levels."""
+        config = self.config
+        return config.encoder_ch * (config.encoder_ch_mult[-1] if config.num_res_blocks else 1)
+
+    def call(self, level: int, wide: int, out: int, kernel: int = 3, stride: int = 1) -> tuple[int, int, int]:
+        """Numbers that a convolution takes, with frames and rows of zeros, and makes, of a strip where the level is
+        divided; and those of its weights."""
+        high, across = self.height >> level, self.width >> level
+        halo = stride - 1  # in whole frames, the convolution itself puts zeros on both sides
+        if self.divided(level):
+            high, halo = min(high, stride * -(-self.rows // stride)), kernel - 1
+        taken = wide * kernel * (high + halo) * (across + stride - 1)
+        return taken, out * -(-high // stride) * -(-across // stride), wide * out * kernel**3
+
+    def convolution(self, taken: int, made: int, weights: int) -> int:
+        """What a call needs: its input with zeros, and its output; where it is rounded once, copies in fp32 of these
+        and of its weights, which are gone before the output is rounded."""
+        if self.itemsize == FP32:
+            return (taken + made) * FP32
+        copied = taken * (self.itemsize + FP32) + (made + weights) * FP32
+        return max(copied, taken * self.itemsize + made * (FP32 + self.itemsize))
+
+    def norm(self, level: int, channels: int) -> int:
+        """Beside its input: of whole frames the output, in fp32 copies of both where it is rounded once; by groups,
+        which a card does without, a part's result and that of the one before."""
+        if self.divided(level):
+            return 2 * self.tensor(level, channels) // NORM_PARTS
+        return self.numbers(level, channels) * (FP32 if self.itemsize == FP32 else 2 * FP32)
+
+    def calls(self) -> Iterator[tuple[int, int, int]]:
+        """All convolutions but the shortcuts, which take and make no more than those beside them."""
+        config = self.config
+        yield self.call(0, config.in_channels, config.encoder_ch)
+        for level, come, blocks in self.walk():
+            for wide, out in blocks:
+                yield self.call(level, wide, out)
+                yield self.call(level, out, out)
+            if level < self.low:
+                width = blocks[-1][1] if blocks else come
+                yield self.call(level, width, width, stride=2)
+        yield from self.calls_behind()
+
+    def calls_behind(self) -> Iterator[tuple[int, int, int]]:
+        """Those of the middle block, ``conv_patchify`` and ``conv_out``, of whole frames."""
+        whole, z = replace(self, strips=1), self.config.z_channels
+        yield whole.call(self.low, self.last, self.last)
+        yield whole.call(self.low, self.last, 4 * z)
+        yield whole.call(self.low + 1, 32 * z, 2 * z)
+
+    def peak(self) -> int:
+        """The largest of the moments of all parts, with the frame itself, which waits."""
+        config = self.config
+        first = self.tensor(0, config.encoder_ch) if self.divided(0) else 0
+        peaks = [first + self.convolution(*self.call(0, config.in_channels, config.encoder_ch))]
+        for level, come, blocks in self.walk():
+            peaks += self._divided(level, come, blocks) if self.divided(level) else self._whole(level, come, blocks)
+        return self.tensor(0, config.in_channels) + max([*peaks, *self._finish()])
+
+    def _divided(self, level: int, come: int, blocks: list[tuple[int, int]]) -> Iterator[int]:
+        """The moments of a level in strips, with its input, over which blocks write unless their results are wider."""
+        held = entry = self.tensor(level, come)
+        for wide, out in blocks:
+            h = self.tensor(level, out)
+            added = h if out > wide else 0
+            yield held + self.norm(level, wide)
+            yield held + h + self.convolution(*self.call(level, wide, out))
+            if wide != out:
+                yield held + added + h + self.convolution(*self.call(level, wide, out, kernel=1))
+            yield held + added + h + self.norm(level, out)
+            yield held + added + h + self.convolution(*self.call(level, out, out))
+            held = entry + added if added else held
+        if level < self.low:
+            width = blocks[-1][1] if blocks else come
+            yield held + self._down(level, width)
+
+    def _whole(self, level: int, come: int, blocks: list[tuple[int, int]]) -> Iterator[int]:
+        """The same of a level that is not divided. Its input stays, as an argument of the call."""
+        entry = self.tensor(level, come)
+        for i, (wide, out) in enumerate(blocks):
+            yield (entry if i else 0) + self._block(level, wide, out)
+        if level < self.low:
+            width = blocks[-1][1] if blocks else come
+            yield (entry if blocks else 0) + self.tensor(level, width) + self._down(level, width)
+
+    def _block(self, level: int, wide: int, out: int) -> int:
+        """A residual block of whole frames, its input among what it takes."""
+        x, h = self.tensor(level, wide), self.tensor(level, out)
+        return max(
+            x + self.norm(level, wide),
+            2 * x + self.convolution(*self.call(level, wide, out)),
+            x + h + self.norm(level, out),
+            x + 2 * h + self.convolution(*self.call(level, out, out)),
+            x + h + self.convolution(*self.call(level, wide, out, kernel=1)),
+        )
+
+    def _down(self, level: int, width: int) -> int:
+        """The change to the next resolution, beside what is changed."""
+        taken, made, weights = self.call(level, width, width, stride=2)
+        if level not in self.config.down_sampling_layer:  # of single frames, without any in front
+            taken, weights = taken // 3, weights // 3
+        if not self.divided(level):
+            return self.convolution(taken, made, weights)
+        # Zeros at the right take a copy of the strip.
+        return self.tensor(level + 1, width) + max(2 * taken * self.itemsize, self.convolution(taken, made, weights))
+
+    def _finish(self) -> Iterator[int]:
+        """The moments behind the levels, with their result, which stays as an argument of the call."""
+        whole, z = replace(self, strips=1), self.config.z_channels
+        _, patchify, out = self.calls_behind()
+        x, narrow = self.tensor(self.low, self.last), self.tensor(self.low, 4 * z)
+        yield x + whole._block(self.low, self.last, self.last)
+        # The middle's attention: x, its norm, q, k, v and their rearranged copies, result and projection.
+        yield x + 9 * x + self.convolution(*whole.call(self.low, self.last, self.last, kernel=1))
+        yield 3 * x + whole.norm(self.low, self.last)
+        yield 2 * x + self.convolution(*patchify)
+        # Space and time become channels, with a frame of zeros in front: a padded copy and a rearranged one.
+        yield 2 * x + narrow + 2 * 2 * narrow
+        yield 2 * x + 2 * narrow + 2 * 2 * x
+        yield 2 * x + 2 * 2 * narrow + self.convolution(*out)
+
+    def workspace(self) -> int:
+        """Input and output of the largest call once more."""
+        return max(taken + made for taken, made, _ in self.calls()) * FP32
+
+
+@functools.lru_cache(maxsize=256)
+def encode_bytes(config: VAEConfig, height: int, width: int, strips: int = 1, itemsize: int = 2) -> int:
+    """Peak bytes on the device, beside the weights, while one frame is encoded in so many strips (``encode_video``).
+
+    Counted from shapes: the frame, and of each layer the tensors at its largest moment, whole or of the largest strip.
+    In 16 bits, convolutions and whole norms are counted with the fp32 copies that they take to be rounded once. An
+    allowance for a convolution's workspace is added: its input and output once more. ``height`` and ``width`` are
+    pixels.
+    """
+    count = _encoder_count(config, height, width, strips, itemsize)
+    return count.peak() + count.workspace()
+
+
+def encode_workspace_bytes(config: VAEConfig, height: int, width: int, strips: int = 1, itemsize: int = 2) -> int:
+    """The part of :func:`encode_bytes` that is no tensor of the encoder."""
+    return _encoder_count(config, height, width, strips, itemsize).workspace()
+
+
+def _encoder_count(config: VAEConfig, height: int, width: int, strips: int, itemsize: int) -> _EncoderCount:
+    if min(height, width) < SCALE or strips < 1:
+        raise ValueError(f"no frame of {height}x{width} in {strips} strips")
+    return _EncoderCount(config, height, width, strips, itemsize)

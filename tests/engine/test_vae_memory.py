@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from live_memory import Live, on_shapes_as_a_card
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 from solostep.engine.config import VAEConfig
 from solostep.engine.models import vae, vae_bytes
-from solostep.engine.plan import FRAME_BYTES
 
 # Widths change between the widest levels, as in the release.
 CONFIG = VAEConfig(
@@ -231,53 +228,9 @@ def test_a_failed_attempt_frees_its_tensors(
 # --- The count ----------------------------------------------------------------------------------------------------
 
 
-class Live(TorchDispatchMode):
-    """Bytes of the tensors that are alive, and the largest number of them, without inputs and weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        made = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
-        made = [t for t in made if t.untyped_storage()._cdata not in self.sizes]
-        if not made:
-            return out
-        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for t in made:
-            if t.untyped_storage()._cdata not in known:
-                self._add(t.untyped_storage())
-        return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        self.sizes[key] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, key)
-
-    def _remove(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)
-
-
 @pytest.fixture
 def like_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Frames in host memory do not count, and attention takes no memory beside its result. Norms make what theirs make
-    on shapes alone, where torch takes half of these tests' time to find that out."""
-
-    def host(like: Tensor) -> Tensor:
-        with _disable_current_modes():
-            return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-
-    def norm(x: Tensor, weight: Tensor, bias: Tensor, n: int, c: int, hw: int, groups: int, eps: float) -> Any:
-        return torch.empty_like(x), x.new_empty(n, groups), x.new_empty(n, groups)
-
-    monkeypatch.setattr(vae, "_host_frames", host)
-    monkeypatch.setattr(torch, "native_group_norm", norm)
-    monkeypatch.setattr(vae, "has_wide_kernel", lambda *_: True)
-    monkeypatch.setattr(vae, "frame_causal_attention", lambda q, k, v: torch.empty_like(q))
+    on_shapes_as_a_card(monkeypatch)
 
 
 def peak(config: VAEConfig, height: int, width: int, frames: int | None, strips: int, dtype: torch.dtype) -> int:
@@ -326,18 +279,6 @@ def test_the_release_decodes_in_3_gb() -> None:
     assert vae_bytes.decode_bytes(VAEConfig(), 544, 992, 1, 1) > 3e9
     with pytest.raises(ValueError, match="0 strips"):
         vae_bytes.decode_bytes(VAEConfig(), 544, 992, 1, 0)
-
-
-@pytest.mark.usefixtures("like_a_card")
-def test_the_encoder_codes_a_frame_in_2_gb(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where its layers are computed in fp32, as on CUDA."""
-    monkeypatch.setattr(vae, "_rounds_once", lambda *_: True)
-    with torch.device("meta"):
-        encoder = vae.Encoder(VAEConfig()).bfloat16()
-        image = torch.empty(1, 3, 1, 544, 992, dtype=torch.bfloat16)
-    with Live() as live:
-        encoder(image)
-    assert 0.9 * FRAME_BYTES * 544 * 992 < live.peak <= FRAME_BYTES * 544 * 992 < 2.1e9
 
 
 def some_frames(dtype: torch.dtype) -> tuple[vae.GroupNorm, Tensor]:
