@@ -228,6 +228,31 @@ def test_stages_before_the_transformer_are_tried_twice(name: str, monkeypatch: p
         call()
 
 
+def test_a_first_frame_is_encoded_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that runs out of memory over the whole frame, and in a budget that has no room for it."""
+
+    def with_image(vram: int | None) -> tuple[torch.Tensor, dict[str, Any]]:
+        pipe = StepVideoPipeline.from_pretrained(TI2V, device="cpu", vram=vram, precision="fp32", cache=False)
+        image = torch.linspace(-1, 1, 3 * 64 * 96).view(3, 64, 96)
+        request = pipe.request("a red panda", image=image, seed=7, **{**SETTINGS, "num_inference_steps": 1})
+        ((record, latents),) = pipe.generate([request], None)
+        return latents, record
+
+    want, record = with_image(None)
+    assert record["events"] == []
+    fail_once(monkeypatch, vae.Encoder, "forward")
+    found, record = with_image(None)
+    assert record["events"] == ["Out of memory while the first frame was encoded; going on in 4 strips."]
+    assert float((found - want).abs().max()) <= 1e-4
+    real = decoding.encode_bytes
+    monkeypatch.setattr(decoding, "encode_bytes", lambda *of: 9 * GB if of[3] == 1 else real(*of))
+    found, record = with_image(8 * GB)
+    assert record["events"] == ["The first frame is encoded in 4 strips, for want of memory."]
+    assert record["plan"]["frame_strips"] == 4 and float((found - want).abs().max()) <= 1e-4
+    found, record = with_image(10 * GB)
+    assert record["events"] == [] and record["plan"]["frame_strips"] == 1 and torch.equal(found, want)
+
+
 def test_what_cannot_be_pinned_comes_from_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model whose files hold what is computed with: half of what was refused is tried."""
     want, record = make(budgets()[2])

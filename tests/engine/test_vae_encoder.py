@@ -13,13 +13,11 @@ import torch
 from live_memory import Live, on_shapes_as_a_card
 from torch import Tensor
 
-from solostep import StepVideoPipeline
 from solostep.engine import decoding, golden, golden_cases
 from solostep.engine.config import VAEConfig
 from solostep.engine.models import vae
 from solostep.engine.models.vae_bytes import encode_bytes, encode_workspace_bytes
 from solostep.engine.runtime import numerics
-from solostep.offload import planner
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 # Widths change at some levels and stay at others, as in the release.
@@ -120,9 +118,11 @@ def test_strips_are_the_official_encoder(dtype: str, monkeypatch: pytest.MonkeyP
 
 def test_cards_take_moments_of_the_encoder_in_fp32(encoder: vae.Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounded to bf16, as the decoder's, they would move the log variance."""
-    half, x = in_bf16(encoder), frames(1, 16, 16).repeat(1, 11, 1, 1, 1)[:, :32].bfloat16()
-    norm = half.down[0].block[0].norm1
-    assert norm._moments(x)[0].dtype == torch.bfloat16
+    real = torch.batch_norm_update_stats
+    # On CUDA, statistics of bf16 are fp32.
+    monkeypatch.setattr(torch, "batch_norm_update_stats", lambda x, *more: real(x.float(), *more))
+    norm, x = in_bf16(encoder).down[0].block[0].norm1, frames(11, 16, 16).reshape(1, 33, 1, 16, 16)[:, :32].bfloat16()
+    assert {moment.dtype for moment in norm._moments(x)} == {torch.bfloat16}
     monkeypatch.setattr(vae, "_rounds_once", lambda m, x: hasattr(m, "round_once"))
     for found, want in zip(norm._moments(x), norm._native_moments(x.float()), strict=True):
         assert found.dtype == torch.float32 and float((found - want).abs().max()) <= 1e-5
@@ -208,8 +208,8 @@ def test_a_failed_attempt_frees_its_tensors(encoder: vae.Encoder, monkeypatch: p
 @pytest.mark.parametrize(
     ("config", "height", "width", "dtype"),
     [
-        (RELEASE, 544, 992, torch.bfloat16), (RELEASE, 544, 992, torch.float32), (RELEASE, 64, 64, torch.bfloat16),
-        (CONFIG, 400, 304, torch.bfloat16),
+        (RELEASE, 544, 992, torch.bfloat16), (RELEASE, 544, 992, torch.float32), (CONFIG, 400, 304, torch.bfloat16),
+        pytest.param(RELEASE, 64, 64, torch.bfloat16, marks=pytest.mark.more),
         pytest.param(RELEASE, 256, 272, torch.float32, marks=pytest.mark.more),
         pytest.param(CONFIG, 48, 64, torch.float32, marks=pytest.mark.more),
         pytest.param(replace(RELEASE, encoder_ch_mult=(4, 2, 2, 16)), 256, 272, torch.bfloat16, marks=pytest.mark.more),
@@ -224,9 +224,9 @@ def test_the_count_is_what_it_takes(
     """Where bf16 is computed in fp32, as on CUDA. Never less than what is alive."""
     on_shapes_as_a_card(monkeypatch)
     monkeypatch.setattr(vae, "_rounds_once", lambda m, x: x.dtype == torch.bfloat16)
+    with torch.device("meta"):
+        network, x = vae.Encoder(config).to(dtype), torch.empty(1, 3, 1, height, width, dtype=dtype)
     for strips in vae.ENCODING:
-        with torch.device("meta"):
-            network, x = vae.Encoder(config).to(dtype), torch.empty(1, 3, 1, height, width, dtype=dtype)
         with Live() as live:
             network.in_strips(x, strips)
         beside = encode_workspace_bytes(config, height, width, strips, dtype.itemsize)
@@ -267,45 +267,3 @@ def test_the_count_on_a_card(dtype: torch.dtype) -> None:
         assert peak <= encode_bytes(RELEASE, 544, 992, strips, dtype.itemsize)
     for found in means[1:]:
         assert float((found - means[0]).norm() / means[0].norm()) <= (1e-2 if dtype == torch.bfloat16 else 1e-3)
-
-
-# --- A run --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("fast")
-def test_a_run_goes_on_in_strips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A budget that has no room for the whole frame, and a device that runs out of memory over it."""
-    monkeypatch.setenv("SOLOSTEP_CACHE", str(tmp_path))
-    monkeypatch.setattr(planner, "MARGIN", 40_000_000)
-
-    def make(vram: int | None) -> tuple[Tensor, dict[str, Any]]:
-        pipe = StepVideoPipeline.from_pretrained(
-            GOLDEN / "tiny-stepvideo-ti2v", device="cpu", vram=vram, precision="fp32", cache=False
-        )
-        picture = frames(1, 32, 48)[0, :, 0].clamp(-1, 1)
-        sizes: dict[str, Any] = {"num_frames": 17, "height": 32, "width": 48, "num_inference_steps": 1}
-        request = pipe.request("a red panda", image=picture, seed=7, **sizes)
-        ((record, latents),) = pipe.generate([request], None)
-        return latents, record
-
-    want, record = make(None)
-    assert record["events"] == []
-    real = vae.Encoder.forward
-
-    def forward(self: vae.Encoder, x: Tensor) -> Tensor:
-        monkeypatch.setattr(vae.Encoder, "forward", real)
-        raise torch.OutOfMemoryError(OOM)
-
-    monkeypatch.setattr(vae.Encoder, "forward", forward)
-    found, record = make(None)
-    assert record["events"] == ["Out of memory while the first frame was encoded; going on in 4 strips."]
-    assert float((found - want).abs().max()) <= 1e-4
-
-    def larger(config: VAEConfig, height: int, width: int, strips: int, itemsize: int) -> int:
-        return 9 * GB if strips == 1 else encode_bytes(config, height, width, strips, itemsize)
-
-    monkeypatch.setattr(decoding, "encode_bytes", larger)
-    found, record = make(8 * GB)
-    assert record["events"] == ["The first frame is encoded in 4 strips, for want of memory."]
-    assert record["plan"]["frame_strips"] == 4 and float((found - want).abs().max()) <= 1e-4
-    assert make(10 * GB)[1]["events"] == []
