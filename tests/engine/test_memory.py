@@ -24,6 +24,7 @@ from solostep.engine.asked import ask
 from solostep.engine.checkpoint import open_model
 from solostep.engine.config import VAEConfig
 from solostep.engine.errors import SolostepError, UsageError
+from solostep.engine.forecast import described
 from solostep.engine.interfaces import cli
 from solostep.engine.latents import SavedLatents
 from solostep.engine.models import vae
@@ -249,6 +250,7 @@ def test_a_first_frame_is_encoded_in_strips(monkeypatch: pytest.MonkeyPatch) -> 
     found, record = with_image(8 * GB)
     assert record["events"] == ["The first frame is encoded in 4 strips, for want of memory."]
     assert record["plan"]["frame_strips"] == 4 and float((found - want).abs().max()) <= 1e-4
+    assert "the first frame encoded in 4 strips" in described(record["plan"])
     found, record = with_image(10 * GB)
     assert record["events"] == [] and record["plan"]["frame_strips"] == 1 and torch.equal(found, want)
 
