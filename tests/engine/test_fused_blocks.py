@@ -128,12 +128,12 @@ def check(precision: str | None, savings: dict[str, object], found: list[Tensor]
     ("precision", "mode", "tried"),
     [
         (None, "bf16", SAVINGS), ("int8", "int8", SAVINGS), (None, "int8-fp8", SAVINGS[-1:]),
-        ("fp8", "int8", SAVINGS[-2:]), ("int8-weight", "bf16", SAVINGS[-1:]), ("nf4", "int8-fp8", SAVINGS[-1:]),
+        ("fp8", "int8", SAVINGS[-1:]), ("int8-weight", "bf16", SAVINGS[-1:]),
         *(pytest.param(*case, SAVINGS, marks=pytest.mark.more) for case in (
             (None, "int8"), (None, "int8-fp8"), ("int8", "bf16"), ("int8", "int8-fp8"),
         )),
-        *(pytest.param(*case, SAVINGS[-2:-1], marks=pytest.mark.more) for case in (
-            ("int8-weight", "bf16"), ("nf4", "int8-fp8"),
+        *(pytest.param(*case, SAVINGS[-2:], marks=pytest.mark.more) for case in (
+            ("fp8", "int8"), ("int8-weight", "bf16"), ("nf4", "int8-fp8"),
         )),
     ],
 )  # fmt: skip

@@ -261,7 +261,7 @@ COMPILED: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]] = 
     "qk int8": (("_k_mean_kernel", ROPE), (80, 89, 90, 120), CARDS),
     "qk mean": (("_k_mean_kernel",), (86, 100), ()),  # where the one above does not bring it
     "heads": (("_norm_heads_kernel",), CARDS, CARDS),
-    "v": ((*V_PASSES, "_added_kernel"), HAVE_E4M3, HAVE_E4M3),
+    "v": ((*V_PASSES, "_added_kernel"), (89, 100, 120), HAVE_E4M3),
     "v sampled": ((*V_PASSES, *V_PASSES, "_added_kernel"), (90,), HAVE_E4M3),
 }
 """By variant: its kernels, and the cards that it is compiled for, in every run and with --all. Every run compiles each

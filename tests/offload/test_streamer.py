@@ -113,7 +113,7 @@ def resident(precision: str | None, fused: bool) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("precision", "fused", "places"),
-    every(3, [None, "int8", "fp8", "int8-weight"], [False, True],
+    every(4, [None, "int8", "fp8", "int8-weight"], [False, True],
           [(0, 1), (0, 2), (2, 2), (1, 3), (4, 2), (5, 2), (0, 9)]),
 )  # fmt: skip
 def test_streamed_is_resident_bit_for_bit(precision: str | None, fused: bool, places: tuple[int, int]) -> None:
