@@ -248,7 +248,7 @@ HAVE_E4M3 = 89, 90, 100, 120
 ROPE = "_qk_norm_rope_kernel"
 V_PASSES = "_ranges_kernel", "_scales_kernel", "_quantize_v_kernel"
 COMPILED: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]] = {
-    "norm int8": (("_row_kernel",), (86, 90), CARDS),
+    "norm int8": (("_row_kernel",), (86,), CARDS),  # Hopper has the rotated one
     "norm odd": (("_row_kernel",), (90,), CARDS),
     "gelu e4m3": (("_row_kernel",), (89, 100, 120), CARDS),  # bf16 where there is no e4m3
     "gelu int8": (("_row_kernel",), (80, 90), CARDS),
