@@ -120,8 +120,9 @@ class GuidedVelocity:
         self.fused: FusedBlocks | None = None
         if attention != "official":
             self.fused = FusedBlocks(
-                self.context, attention, backend, savings.chunk, savings.head_groups, savings.keep_text
-            )
+                self.context, attention, backend, savings.chunk, savings.head_groups, savings.keep_text,
+                len(transformer.transformer_blocks),
+            )  # fmt: skip
         self.parking = Parking() if savings.park and self.rows > 1 else None
         tokens = settings.latent_frames * settings.latent_height * settings.latent_width
         wanted = tokens <= GRAPH_TOKENS if graph is None else graph

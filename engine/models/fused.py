@@ -109,6 +109,8 @@ class FusedBlocks:
         chunk: tokens that go through the feed-forward at a time.
         head_groups: attention runs in so many groups of heads, one after the other.
         keep_text: whether the text's keys and values are kept; else each visit of a block makes them anew.
+        blocks: how many there are: memory for what is kept of the text is taken for all of them at once. Bit by bit
+            between the large tensors of a pass, it would keep these from using each other's.
 
     Raises:
         ValueError: a number that is too small, an unknown mode; when called, groups that the heads do not divide into,
@@ -121,8 +123,11 @@ class FusedBlocks:
     chunk: int = CHUNK
     head_groups: int = 1
     keep_text: bool = True
+    blocks: int = 0
     text: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     """Keys and values of the text ``[1, L, H, D]``, by block and row."""
+    _stores: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    """Their memory ``[blocks, 2, 1, L, H, D]``, by row."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -219,8 +224,16 @@ class FusedBlocks:
             k, v = attn.wkv(self.context[row]).unflatten(-1, (-1, 2 * attn.head_dim)).chunk(2, dim=-1)
             found = attn.k_norm(k), v.contiguous()
             if self.keep_text:
-                self.text[index, row] = found
+                self.text[index, row] = found = self._kept(index, row, found)
         return found
+
+    def _kept(self, index: int, row: int, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        if index >= self.blocks:
+            return found
+        if row not in self._stores:
+            self._stores[row] = found[0].new_empty(self.blocks, 2, *found[0].shape)
+        k, v = self._stores[row][index]
+        return k.copy_(found[0]), v.copy_(found[1])
 
     def _cross_attention(self, attn: CrossAttention, x: Tensor, k: Tensor, v: Tensor) -> None:
         q = product(attn.wq, rows_for(attn.wq, x), x.dtype).view(len(x), -1, attn.head_dim)

@@ -97,7 +97,7 @@ def steps(
     given = {name: x.to(device, model.dtype) for name, x in inputs.items()}
     with torch.inference_mode():
         context = model.embed_text(given["llm"], given["clip"], TEXTS)
-        fused = FusedBlocks(context, mode, **more)  # type: ignore[arg-type]
+        fused = FusedBlocks(context, mode, blocks=len(model.transformer_blocks), **more)  # type: ignore[arg-type]
         parking = Parking() if park else None
         found = []
         for step in range(count):
@@ -106,6 +106,10 @@ def steps(
                 model(given["latents"], time, context, blocks=blocks, fused=fused, parking=parking)  # type: ignore[arg-type]
             )
     assert len(fused.text) == (4 if fused.keep_text else 0)
+    # What stays lies together, a row's text of all blocks: not between what each pass takes and gives back.
+    assert len({part.untyped_storage().data_ptr() for pair in fused.text.values() for part in pair}) == (
+        2 if fused.keep_text else 0
+    )
     return found
 
 
