@@ -43,22 +43,39 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         chosen = torch.device("cuda", chosen.index or 0)
         if chosen.index >= torch.cuda.device_count():
             raise UsageError(f"--device {device}: there are only {torch.cuda.device_count()} CUDA cards.")
-        use_growing_segments()
+        use_growing_segments(chosen.index)
     return chosen
 
 
 @functools.cache
-def use_growing_segments() -> None:
-    """Has torch's allocator map memory page by page, unless it is configured.
+def use_growing_segments(index: int) -> None:
+    """Has torch's allocator map memory of a card page by page, unless it is configured.
 
     By default it takes segments as large as what is asked for, and splits them: a small tensor that stays in one keeps
     a gigabyte from serving as one. Within 12 GB, a step that needed 10.7 failed for that.
     """
-    if allocator_is_configured():
+    if allocator_is_configured() or not _maps_memory(index):
         return
     configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     with contextlib.suppress(RuntimeError, AttributeError):  # a torch that has no such setting
         (configure or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
+
+
+def _maps_memory(index: int) -> bool:
+    """Whether the driver can map a card's memory page by page, which some virtual cards cannot; asked of it directly,
+    as torch takes half a gigabyte of the card before it answers anything."""
+    device, found = ctypes.c_int(), ctypes.c_int()
+    virtual_memory_management = 102  # CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        asked = (
+            driver.cuInit(0)
+            or driver.cuDeviceGet(ctypes.byref(device), index)
+            or driver.cuDeviceGetAttribute(ctypes.byref(found), virtual_memory_management, device)
+        )
+    except (OSError, AttributeError):
+        return False
+    return asked == 0 and found.value == 1
 
 
 def pick_dtype(precision: str) -> torch.dtype:

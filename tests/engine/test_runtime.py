@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -14,24 +15,59 @@ from solostep.engine import runtime
 NAMES = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 
 
-@pytest.mark.parametrize("configured", [None, *NAMES])
-def test_segments_grow_unless_the_environment_says_how(configured: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("configured", "maps"), [(None, True), (None, False), *((name, True) for name in NAMES)])
+def test_segments_grow_unless_the_environment_says_how(
+    configured: str | None, maps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str] = []
+    monkeypatch.setattr(runtime, "_maps_memory", lambda index: maps)
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", asked.append, raising=False)
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
     if configured is not None:
         monkeypatch.setenv(configured, "max_split_size_mb:64")
-    runtime.use_growing_segments.__wrapped__()
-    assert asked == ([] if configured else ["expandable_segments:True"])
+    runtime.use_growing_segments.__wrapped__(0)
+    assert asked == ([] if configured or not maps else ["expandable_segments:True"])
+
+
+class Driver:
+    """Stands in for libcuda: a card that maps memory, or not; and one that is not there."""
+
+    def __init__(self, maps: int) -> None:
+        self.maps = maps
+
+    def cuInit(self, flags: int) -> int:
+        return 0
+
+    def cuDeviceGet(self, device: Any, index: int) -> int:
+        device._obj.value = 7 + index
+        return 101 if index else 0  # CUDA_ERROR_INVALID_DEVICE
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:
+        assert (attribute, device.value) == (102, 7)
+        value._obj.value = self.maps
+        return 0
+
+
+def test_the_driver_is_asked_whether_it_maps_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Driver:
+        raise OSError(name)
+
+    for library, index, answer in (
+        (lambda name: Driver(1), 0, True), (lambda name: Driver(0), 0, False), (lambda name: Driver(1), 1, False),
+        (lambda name: SimpleNamespace(), 0, False), (missing, 0, False),
+    ):  # fmt: skip
+        monkeypatch.setattr(runtime.ctypes, "CDLL", library)
+        assert runtime._maps_memory(index) is answer
 
 
 def test_a_torch_without_growing_segments_works_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(runtime, "_maps_memory", lambda index: True)
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", None, raising=False)
     monkeypatch.setattr(torch.cuda, "memory", SimpleNamespace())
-    runtime.use_growing_segments.__wrapped__()
+    runtime.use_growing_segments.__wrapped__(0)
 
 
 @pytest.mark.gpu
