@@ -106,6 +106,8 @@ def notes(plan: Plan) -> list[str]:
             f"Counted in: of the card {size(plan.context)} outside of torch, of the host {size(plan.program)} of the "
             "program itself."
         )
+    else:
+        found.append("On a CPU the program itself is not counted: a process takes so much more than the table says.")
     if plan.text_tokens >= LONGEST_TEXT:
         found.append("Counted for the longest prompt; a run counts its own, and takes less while denoising.")
     if plan.rated is not None:

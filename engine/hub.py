@@ -78,6 +78,11 @@ def resolve_model(model: str | Path) -> tuple[Path, str]:
     return _download(name), name
 
 
+def image_model(root: Path) -> str:
+    """The image-to-video model to choose in place of a text-to-video one: of the demo model its sister."""
+    return str(demo_model(image_to_video=True)) if root == demo_model().resolve() else HUB_IDS["ti2v"]
+
+
 def _download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
 

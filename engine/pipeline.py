@@ -12,7 +12,7 @@ import json
 import logging
 import secrets
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .choices import attention_choice, settle
 from .config import GenerationSettings, cache_dir
 from .errors import UsageError
 from .failures import latents_are_kept, nothing_left_of, readable_errors
-from .hub import DEMO
+from .hub import DEMO, image_model
 from .latents import SavedLatents
 from .memory import Memory, read_budgets, report
 from .plan import Plan
@@ -50,6 +50,7 @@ from .request import (
     Request,
     Video,
     check_asked,
+    check_seed,
     filled_in,
     make_record,
     settings_dict,
@@ -162,6 +163,9 @@ class StepVideoPipeline:
             attention_backend=attention_backend, vram=vram, host_ram=host_ram,
         )  # fmt: skip
 
+    def __repr__(self) -> str:
+        return f"<StepVideoPipeline: {self.model.source}, {self.precision}, {self.device}>"
+
     # --- its precision --------------------------------------------------------------------------------------------
 
     @property
@@ -214,7 +218,9 @@ class StepVideoPipeline:
             SolostepError: nothing fits; it says the least that would do.
         """
         self._note_budgets()
-        check_asked("any", raw_prompt=True, **settings)
+        if "prompt" in settings:
+            raise UsageError("A plan counts the longest prompt; leave prompt out, and give settings of the clip alone.")
+        check_asked("any", **settings)
         made = filled_in(self.model.preset, settings, self.model.is_image_to_video)
         with self.memory.capped(), readable_errors(self.device):
             return self.memory.plan(made, rated=True, moves=True)
@@ -292,7 +298,7 @@ class StepVideoPipeline:
         if image is not None and not self.model.is_image_to_video:
             raise UsageError(
                 f"--image needs an image-to-video model, and {self.model.source} is text-to-video; "
-                "leave --image out or choose --model stepfun-ai/stepvideo-ti2v."
+                f"leave --image out or choose --model {image_model(self.model.root)}."
             )
         made = filled_in(preset, settings, self.model.is_image_to_video)
         if latents is not None:
@@ -356,7 +362,8 @@ class StepVideoPipeline:
             raise UsageError(f"output_type {output_type!r} is unknown; choose video, np or latent.")
         if not isinstance(num_videos_per_prompt, int) or num_videos_per_prompt < 1:
             raise UsageError(f"num_videos_per_prompt has to be a whole number above 0, not {num_videos_per_prompt!r}.")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        check_seed(seed)  # before the n-th video's is counted from it
+        prompts = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, str) else [prompt]
         count = len(prompts) * num_videos_per_prompt
         if not prompts:
             raise UsageError("The list of prompts is empty.")

@@ -36,6 +36,16 @@ SETTINGS = (
 """What a preset fills in where it is not given."""
 
 
+def check_seed(seed: Any) -> None:
+    """Refuses what is no seed; None has one drawn.
+
+    Raises:
+        UsageError: not a whole number, or out of range.
+    """
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
+        raise UsageError(f"seed (--seed) has to be a whole number from 0 to 2^63 - 1, not {seed!r}.")
+
+
 def check_asked(
     prompt: Any,
     negative_prompt: Any = None,
@@ -49,7 +59,9 @@ def check_asked(
     Raises:
         UsageError: an empty prompt, a wrong value, an unreadable image.
     """
-    if not isinstance(prompt, str) or (not prompt.strip() and not raw_prompt):
+    if prompt is not None and not isinstance(prompt, str):
+        raise UsageError(f"The prompt has to be text, not {prompt!r}.")
+    if prompt is None or (not prompt.strip() and not raw_prompt):
         raise UsageError("The prompt is empty; say what the video shows.")
     if negative_prompt is not None and not isinstance(negative_prompt, str):
         raise UsageError(f"negative_prompt (--negative) has to be text, not {negative_prompt!r}.")
@@ -58,8 +70,7 @@ def check_asked(
             text.encode()
         except UnicodeEncodeError:  # half a character, or bytes of another encoding from a terminal
             raise UsageError(f"{name} holds something that is not UTF-8 text; write it anew.") from None
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
-        raise UsageError(f"seed (--seed) has to be a whole number from 0 to 2^63 - 1, not {seed!r}.")
+    check_seed(seed)
     unknown = sorted(set(settings) - set(SETTINGS))
     if unknown:
         if unknown[0] in ("vram", "host_ram"):
@@ -110,6 +121,10 @@ class Video:
     record: dict[str, Any]
     latents: Tensor
     fps: float = FPS
+
+    def __repr__(self) -> str:
+        count, height, width = self.frames.shape[:3]
+        return f"<Video: {count} frames of {height}x{width}, seed {self.record.get('seed')}>"
 
     def save(
         self, path: str | Path, codec: str = "h264", quality: float | None = None, metadata: bool = True,

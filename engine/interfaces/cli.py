@@ -185,9 +185,10 @@ def generate(
         for values in wanted:
             _check_output(_numbered(output, values["behind"]), codec)
     from ..demo import demo_model
+    from ..hub import DEMO
     from ..pipeline import StepVideoPipeline
 
-    if model is None:
+    if model is None or model == DEMO:
         model = str(demo_model(image_to_video=any(values["settings"]["image"] is not None for values in wanted)))
     pipe = StepVideoPipeline.from_pretrained(
         model, precision, device, text_precision=text_precision, recipe=recipe, attention=attention,

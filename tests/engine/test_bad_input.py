@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 import solostep.engine.stages as stages_module
 from solostep.engine import latents as storage
 from solostep.engine import runtime, streaming, text
+from solostep.engine.demo import demo_model
 from solostep.engine.interfaces import cli
 from solostep.engine.latents import SavedLatents, read_latents, save_latents
 from solostep.engine.video import read_frames
@@ -814,6 +815,8 @@ def test_image_and_model_have_to_fit(solostep: Run) -> None:
         2, "--image", T2V, "stepfun-ai/stepvideo-ti2v"
     )
     solostep("generate", "a cat", "-m", TI2V, *SMALL).refused(2, TI2V, "--image FILE")
+    demo = demo_model()  # its sister takes images, and needs no download
+    solostep("generate", "a cat", "-m", demo, "--image", "first.png").refused(2, "--model", demo_model(True))
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, I am text", b"\x89PNG\r\n\x1a\n", "cut", "folder"])

@@ -638,6 +638,7 @@ def test_a_run_plans_with_its_own_prompts() -> None:
     width, blocks = pipe.model.transformer_config.inner_dim, longest.network.blocks
     assert saved == 2 * 2 * (longest.text_tokens - tokens) * width * blocks * 2
     assert "Counted for the longest prompt" in str(longest)
+    assert "the program itself is not counted" in str(longest), "on a CPU"
     assert "longest" not in str(pipe.memory.plan(pipe.request("a", **SETTINGS).settings, texts=["a", "b"]))
 
 

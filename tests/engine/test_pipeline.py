@@ -20,6 +20,7 @@ from solostep.engine import memory, streaming, text
 from solostep.engine.config import PRESETS, GenerationSettings, Preset
 from solostep.engine.errors import CheckpointError, UsageError
 from solostep.engine.image import load_image
+from solostep.engine.request import Video
 from solostep.engine.sampling import initial_noise
 from solostep.engine.video import read_frames, read_metadata
 
@@ -171,6 +172,30 @@ def test_warnings() -> None:
 def test_wrong_settings(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         GenerationSettings(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wrong", "said"),
+    [
+        ("a", {"seed": "7"}, "seed"), ("a", {"seed": 1.5}, "seed"), (None, {}, "prompt is empty"),
+        (7, {}, "prompt has to be text"), (["a", 7], {}, "prompt has to be text"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_of_a_call(pipe: StepVideoPipeline, prompt: Any, wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        pipe(prompt, **SMALL, **wrong)
+
+
+def test_a_plan_takes_what_a_call_takes_but_the_prompt(pipe: StepVideoPipeline) -> None:
+    assert pipe.plan(num_frames=17, seed=1, raw_prompt=True).as_dict() == pipe.plan(num_frames=17).as_dict()
+    with pytest.raises(UsageError, match="leave prompt out"):
+        pipe.plan(prompt="a cat")
+
+
+def test_a_pipeline_and_a_video_are_shown_in_a_line(pipe: StepVideoPipeline) -> None:
+    video = Video(np.zeros((17, 32, 48, 3), np.uint8), {"seed": 7}, torch.zeros(1))
+    assert repr(video) == "<Video: 17 frames of 32x48, seed 7>"
+    assert repr(pipe) == f"<StepVideoPipeline: {T2V}, bf16, cpu>"
 
 
 def test_presets_and_their_texts(pipe: StepVideoPipeline) -> None:
