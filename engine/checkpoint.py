@@ -204,6 +204,8 @@ def _check_folders(root: Path, source: str) -> None:
             f"{root} is a conversion that is not finished; run the command that began it again, and it goes on."
         )
     if not (root / "transformer").is_dir() and not (root / "model_index.json").exists():
+        if inside := sorted(str(index.parent) for index in root.glob("*/model_index.json")):
+            raise CheckpointError(f"{root} is not a Step-Video model but holds some; give one: {', '.join(inside)}.")
         raise CheckpointError(
             f"{root} is not a Step-Video model: it has no model_index.json and no transformer folder; "
             f"download one with `{by_hand('t2v')}`."

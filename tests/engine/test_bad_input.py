@@ -678,6 +678,9 @@ def test_nan_in_the_vae_keeps_the_latents(model: Path, solostep: Run) -> None:
 def test_not_a_checkpoint(tmp_path: Path, solostep: Run) -> None:
     (tmp_path / "empty").mkdir()
     solostep("generate", "a cat", "-m", tmp_path / "empty").refused(1, tmp_path / "empty", "not a Step-Video model")
+    demo, other = demo_model().resolve(), demo_model(True).resolve()  # in a folder that is no model itself
+    said = solostep("generate", "a cat", "-m", demo.parent).refused(1, "holds some; give one", demo, other)
+    assert "download" not in said
     (tmp_path / "file.safetensors").write_bytes(b"123")
     solostep("generate", "a cat", "-m", tmp_path / "file.safetensors").refused(
         2, tmp_path / "file.safetensors", "is a file", "folder"
