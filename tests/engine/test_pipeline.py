@@ -187,7 +187,9 @@ def test_wrong_arguments_of_a_call(pipe: StepVideoPipeline, prompt: Any, wrong: 
 
 
 def test_a_plan_takes_what_a_call_takes_but_the_prompt(pipe: StepVideoPipeline) -> None:
-    assert pipe.plan(num_frames=17, seed=1, raw_prompt=True).as_dict() == pipe.plan(num_frames=17).as_dict()
+    # Not the budget: what memory is free differs from call to call.
+    asked, plain = pipe.plan(num_frames=17, seed=1, raw_prompt=True), pipe.plan(num_frames=17)
+    assert asked.stages == plain.stages and asked.blocks == plain.blocks
     with pytest.raises(UsageError, match="leave prompt out"):
         pipe.plan(prompt="a cat")
 
