@@ -52,7 +52,7 @@ def use_growing_segments(index: int) -> None:
     """Has torch's allocator map memory of a card page by page, unless it is configured.
 
     By default it takes segments as large as what is asked for, and splits them: a small tensor that stays in one keeps
-    a gigabyte from serving as one. Within 12 GB, a step that needed 10.7 failed for that.
+    a gigabyte from serving as one. On an H200, within 12 GB, a step that takes 10.7 failed, most likely for that.
     """
     if allocator_is_configured() or not _maps_memory(index):
         return
