@@ -152,7 +152,8 @@ AT: list[tuple[int, list[int]]] = [(1, [0, 1]), (3, [3]), (4, [1, 24]), (4, [0, 
 @pytest.mark.parametrize(
     ("frames", "latent_frames", "at"),
     [
-        *((None, *case) for case in AT), (2, *AT[1]), (1, *AT[2]),
+        (None, *AT[0]), (None, *AT[3]), (2, *AT[1]), (1, *AT[2]),
+        *(pytest.param(None, *AT[i], marks=pytest.mark.more) for i in (1, 2, 4)),
         *(pytest.param(f, *case, marks=pytest.mark.more) for f, kept in ((2, 1), (1, 2)) for i, case in enumerate(AT)
           if i != kept),
     ],
