@@ -17,8 +17,22 @@ FP32 = 4
 """Bytes of a number."""
 
 
+class _InStrips:
+    """A frame that the widest level takes in so many strips, and lower levels in fewer of the same rows."""
+
+    height: int
+    strips: int
+
+    @property
+    def rows(self) -> int:
+        return strip_rows(self.height, self.strips)
+
+    def divided(self, level: int) -> bool:
+        return self.strips > 1 and self.rows < self.height >> level
+
+
 @dataclass(frozen=True)
-class _Count:
+class _Count(_InStrips):
     """Counts the bytes alive while one chunk is decoded, level by level, along the lines of ``Decoder``.
 
     Each moment that may be the largest is one sum. See :func:`decode_bytes`.
@@ -30,13 +44,6 @@ class _Count:
     frames: int | None
     strips: int
     itemsize: int
-
-    @property
-    def rows(self) -> int:
-        return strip_rows(self.height, self.strips)
-
-    def divided(self, level: int) -> bool:
-        return self.strips > 1 and self.rows < self.height >> level
 
     def tensor(self, level: int, channels: int, frames: int) -> int:
         """Bytes of frames at the resolution of a level."""
@@ -250,7 +257,7 @@ def _count(config: VAEConfig, height: int, width: int, frames: int | None, strip
 
 
 @dataclass(frozen=True)
-class _EncoderCount:
+class _EncoderCount(_InStrips):
     """Counts the bytes alive while one frame is encoded, along the lines of ``Encoder``. See :func:`encode_bytes`."""
 
     config: VAEConfig
@@ -258,13 +265,6 @@ class _EncoderCount:
     width: int
     strips: int
     itemsize: int
-
-    @property
-    def rows(self) -> int:
-        return strip_rows(self.height, self.strips)
-
-    def divided(self, level: int) -> bool:
-        return self.strips > 1 and self.rows < self.height >> level
 
     def numbers(self, level: int, channels: int) -> int:
         """Of a frame at the resolution of a level."""
