@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, which is why the fixture imports it itself
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background by a shell, and so would be all
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # that tests start and interrupt
 
 
 LONG = (

@@ -354,6 +354,7 @@ def test_our_kernels_folder_does_not_shadow_the_package(tmp_path: Path):
     assert _found_kernels(tmp_path, ours) == "ours"  # so the lines above can fail
 
 
+@pytest.mark.more
 def test_transformers_imports_in_the_checkout():
     code = "import sys; sys.path.insert(0, ''); from transformers import BertConfig, BertModel; print('imported')"
     assert _python("-c", code, cwd=ROOT, timeout=300).split() == ["imported"]

@@ -180,6 +180,7 @@ def test_released_tensors_are_checked_strictly(name: str) -> None:
         check_tensors(with_tensors({**rest, key: whole}), module)
 
 
+@pytest.mark.more
 def test_rounding_once_in_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path that CUDA takes for bf16, made to run here: within the same limits, and really another path."""
     from solostep.engine.models import vae

@@ -315,8 +315,8 @@ def test_ctrl_c_in_a_terminal_is_pythons_alone(tmp_path, caught):
         "frames = numpy.zeros((5, 48, 64, 3), dtype=numpy.uint8)\n"
         "with VideoWriter(sys.argv[1], 64, 48) as writer:\n"
         "    writer.write(frames)\n"
-        "    print(writer._process.pid, flush=True)\n"
-        "    try:\n"
+        "    try:\n"  # the signal may come before print has returned
+        "        print(writer._process.pid, flush=True)\n"
         "        time.sleep(60)\n"
         "    except KeyboardInterrupt:\n"
         "        if sys.argv[2] == 'False':\n"

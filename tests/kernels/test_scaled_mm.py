@@ -255,8 +255,9 @@ def test_compiles_for_every_card(tmp_path: Path, request: pytest.FixtureRequest)
     whole = request.config.getoption("--all")
     jobs = ["fp8", "int8 gated"] + (["int8", "fp8 gated"] if whole else [])
     portable = [
-        (arch, *form) for i, arch in enumerate(CARDS) for j, form in enumerate(FORMS) if whole or (i + 1) % 4 == j
-    ]
+        (arch, *form) for i, arch in enumerate(CARDS) for j, form in enumerate(FORMS)
+        if whole or ((i + 1) % 4 == j and arch != 86)  # which has the instructions of sm_80
+    ]  # fmt: skip
     forms = " ".join(",".join(map(str, form)) for form in portable)
     told = run_separately(CARD, tmp_path, forms, *jobs, TRITON_DUMP_PTXAS_LOG="1")
     lines = [line.split() for line in told.splitlines()]
