@@ -26,8 +26,13 @@ The running maximum may be *stale*: taken in the first 8 tiles and then in every
 no accuracy, as P only has to stay within a range whose products with V do not overflow: a row whose sum has ever grown
 beyond 2^64 keeps an infinite one, and the program's tile is computed again with an exact maximum. (Whether the sum is
 finite at the end would not do: P of 2^127 is, its product with a V of 4 is not, and a later maximum makes the sum small
-again.) P in e4m3 saturates at 448: there a lane's sums say whether any value may have been clipped, and the tile is
-computed again likewise.
+again.)
+
+P in e4m3 ends at 448, four nats above where it begins: in sharp attention some row of most tiles outgrows that, and
+computing those tiles again took a step of the whole model from 20 to 28 s. So with 8-bit V no maximum is taken after
+the first tile. P is still fp32 when a lane adds up what it holds of a row; where such a sum exceeds 448, the row's P,
+sums and accumulators are multiplied by a power of two, exactly, and its maximum counts as so much larger. That costs a
+tile one vote of each warp. Only where a sum is infinite by then, beyond 2^128, is the tile computed again.
 
 The fp8 product keeps 13 fractional bits: wgmma aligns the products of 32 keys and the accumulator to the largest among
 them and cuts off what lies below. A sum that has grown to thousands of its products loses a part of each, and V whose
@@ -37,7 +42,7 @@ the error of such an output on an H200 is then 4e-3 with a fold of 4 tiles, 9e-3
 (fp8_sums.py in benchmarks/ measures it, or emulates it without a card). A fold of 12 tiles costs 6 % of the kernel's
 time, mostly of shared memory's, one of 8 costs 8 %.
 
-Memory beside inputs and output: one int32 a tile of queries in the stale mode.
+Memory beside inputs and output: one int32 a tile of queries, unless the maximum is exact.
 """
 
 from __future__ import annotations
@@ -94,9 +99,48 @@ def _rescale_asm(registers: int) -> tuple[str, str]:
     return "\n".join(lines), ",".join(constraints)
 
 
+def _raise_asm() -> tuple[str, str]:
+    """Inline assembly for a lane's two rows: their sums over its columns of a tile, and what each is the sum under.
+
+    Where the largest of a row's four lanes exceeds 448, the row goes down by the power of two that leaves 16 to 32 of
+    it. Returned are that power, 1 elsewhere, and the row's maximum in powers of two, so much larger. A warp without
+    such a row leaves after a vote.
+    """
+    rows = (("a", 0), ("b", 1))
+    lines = [
+        "{",
+        ".reg .pred p, q;",
+        ".reg .f32 a, b, t;",
+        ".reg .b32 e;",
+        *(f"mov.b32 ${i}, 0x3F800000;" for _, i in rows),
+        "setp.gt.f32 p, $4, 0f43E00000;",
+        "setp.gt.or.f32 p, $5, 0f43E00000, p;",
+        "vote.sync.any.pred q, p, 0xffffffff;",
+        "@!q bra.uni DONE;",
+    ]
+    for x, i in rows:
+        lines.append(f"mov.b32 {x}, ${4 + i};")
+        for lanes in (1, 2):
+            lines += [f"shfl.sync.bfly.b32 t, {x}, {lanes}, 0x1f, 0xffffffff;", f"max.f32 {x}, {x}, t;"]
+        lines += [
+            f"setp.gt.f32 p, {x}, 0f43E00000;",
+            f"mov.b32 e, {x};",
+            "shr.u32 e, e, 23;",
+            "sub.s32 e, e, 131;",  # 2^e: the exponent has a bias of 127, and 2^4 shall be left
+            "cvt.rn.f32.s32 t, e;",
+            f"@p add.f32 ${2 + i}, ${2 + i}, t;",
+            "sub.s32 e, 127, e;",
+            f"@p shl.b32 ${i}, e, 23;",
+        ]
+    return "\n".join([*lines, "DONE:", "}"]), "=&f,=&f,=&f,=&f,f,f,2,3"
+
+
 _ASM, _CONSTRAINTS = _rescale_asm(64)
 _RESCALE_ASM = gl.constexpr(_ASM)
 _RESCALE_CONSTRAINTS = gl.constexpr(_CONSTRAINTS)
+_ASM, _CONSTRAINTS = _raise_asm()
+_RAISE_ASM = gl.constexpr(_ASM)
+_RAISE_CONSTRAINTS = gl.constexpr(_CONSTRAINTS)
 
 
 _FAR = gl.constexpr(18446744073709551616.0)
@@ -109,10 +153,27 @@ def _exp2(x):
 
 
 @gluon.jit
-def _rescale(o, alpha):
-    spread = alpha[:, None] + gl.zeros_like(o)
+def _rescale(o, factors):
     return gl.inline_asm_elementwise(
-        _RESCALE_ASM, _RESCALE_CONSTRAINTS, [o, spread], dtype=gl.float32, is_pure=True, pack=64
+        _RESCALE_ASM, _RESCALE_CONSTRAINTS, [o, factors], dtype=gl.float32, is_pure=True, pack=64
+    )
+
+
+@gluon.jit
+def _over_columns(alpha, x, N: gl.constexpr):
+    """Factors of rows as each lane holds them, ``[64, 4]``, for the accumulators ``x [64, N]``."""
+    y = gl.reshape(x, [x.shape[0], N // 8, 4, 2])
+    layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, y.type.layout))
+    alpha = gl.convert_layout(alpha, layout, assert_trivial=True)
+    spread = gl.reshape(alpha[:, None, :, None] + gl.zeros_like(y), x.shape)
+    return gl.convert_layout(spread, x.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _raised(sums, m):
+    """What a tile's sums ask for: the factors of rows, and what they are sums under then; all ``[64, 4]``."""
+    return gl.inline_asm_elementwise(
+        _RAISE_ASM, _RAISE_CONSTRAINTS, [sums, m], dtype=(gl.float32, gl.float32), is_pure=True, pack=2
     )
 
 
@@ -196,10 +257,14 @@ def _row_max(x, f, MAGIC: gl.constexpr, W: gl.constexpr):
 
 @gluon.jit
 def _offsets(x, f, m, MAGIC: gl.constexpr, W: gl.constexpr):
-    """What is taken from score x f, so that m becomes zero: ``[BM, W, 4]``, as many as f has."""
+    """What is taken from score x f, so that m, of rows ``[BM]`` or of their lanes ``[BM, 4]``, becomes zero:
+    ``[BM, W, 4]``, as many as f has."""
     if W:
         layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, _grouped(x, W).type.layout))
-        off = gl.convert_layout(m, gl.SliceLayout(1, gl.SliceLayout(2, layout)), assert_trivial=True)[:, None, None]
+        if len(m.shape) == 2:
+            off = gl.convert_layout(m, gl.SliceLayout(1, layout), assert_trivial=True)[:, None, :]
+        else:
+            off = gl.convert_layout(m, gl.SliceLayout(1, gl.SliceLayout(2, layout)), assert_trivial=True)[:, None, None]
         f = gl.convert_layout(f, layout, assert_trivial=True)
         return off + _MAGIC * f if MAGIC else off + gl.zeros_like(f)
     else:
@@ -353,7 +418,7 @@ def _consumer_16(
         o, p = warpgroup_mma_wait(0, deps=(o_next, p))
         mbarrier.arrive(v_empty.index(vi), count=1)
         if fresh:
-            o = _rescale(o, gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)))
+            o = _rescale(o, gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None] + gl.zeros_like(o))
         pb = _probabilities_16(p, p_layout, v_type)
         vi += 1
         if vi == STAGES:
@@ -371,24 +436,30 @@ def _consumer_16(
 
 
 @gluon.jit
-def _tile_8(s, o, f, m_i, l_i, largest, t, BN: gl.constexpr, D: gl.constexpr, REFRESH: gl.constexpr, W: gl.constexpr):
-    """P of a tile's scores, and what changes with a new maximum."""
-    shift: gl.constexpr = 8.0 if REFRESH == 1 else 3.0
-    s_layout: gl.constexpr = s.type.layout
+def _lane_max(x, f, W: gl.constexpr, layout: gl.constexpr):
+    """The largest logit of each row, for each of its lanes: ``[BM, 4]``."""
+    most = gl.convert_layout(_row_max(x, f, False, W), gl.SliceLayout(1, layout), assert_trivial=True)
+    return most[:, None] + gl.zeros([x.shape[0], 4], gl.float32, layout=layout)
+
+
+@gluon.jit
+def _tile_8(s, o, f, m_i, l_i, BN: gl.constexpr, D: gl.constexpr, EXACT: gl.constexpr, SHIFT: gl.constexpr,
+            W: gl.constexpr):  # fmt: skip
+    """P of a tile's scores, and what changes where they are too large for it."""
     x = s.to(gl.float32)
-    m_new = m_i
-    if REFRESH == 1:
-        m_new = gl.maximum(m_i, gl.convert_layout(_row_max(x, f, False, W), m_i.type.layout))
-    elif (t < 8) | (t % REFRESH == 0):
-        m_new = gl.maximum(m_i, gl.convert_layout(_row_max(x, f, False, W), m_i.type.layout))
-    alpha = _exp2(m_i - m_new)
-    o = _rescale(o, gl.convert_layout(alpha, gl.SliceLayout(1, o.type.layout)))
-    p = gl.convert_layout(_row_exp(x, f, _offsets(x, f, m_new - shift, False, W), W), s_layout, assert_trivial=True)
-    sums = _lane_sums(p, BN)
-    if REFRESH > 1:
-        largest = gl.maximum(largest, sums)
-    l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None] + sums
-    return p, o, m_new, l_i, largest
+    if EXACT:
+        m_new = gl.maximum(m_i, _lane_max(x, f, W, m_i.type.layout) - SHIFT)
+        alpha = _exp2(m_i - m_new)
+        m_i = m_new
+        p = gl.convert_layout(_row_exp(x, f, _offsets(x, f, m_i, False, W), W), s.type.layout, assert_trivial=True)
+        l_i = l_i * alpha + _lane_sums(p, BN)
+    else:
+        p = gl.convert_layout(_row_exp(x, f, _offsets(x, f, m_i, False, W), W), s.type.layout, assert_trivial=True)
+        sums = _lane_sums(p, BN)
+        alpha, m_i = _raised(sums, m_i)
+        p = _rescale(p, _over_columns(alpha, p, BN))
+        l_i = (l_i + sums) * alpha
+    return p, _rescale(o, _over_columns(alpha, o, D)), m_i, l_i
 
 
 @gluon.jit
@@ -398,7 +469,7 @@ def _fold_into(total, old, o, m_fold, m_i, D: gl.constexpr):
     It lies in the accumulators' registers then: they hold what the next product does not read, and are not cleared.
     """
     layout: gl.constexpr = o.type.layout
-    beta = gl.convert_layout(_exp2(m_fold - m_i), gl.SliceLayout(1, layout))[:, None] + gl.zeros_like(o)
+    beta = _over_columns(_exp2(m_fold - m_i), o, D)
     words = old * _own_words(beta, D) + _own_words(o, D)
     total.store(words)
     return _own_rows(words, D, layout)
@@ -413,19 +484,20 @@ def _consumer_8(
 ):  # fmt: skip
     """64 queries against all keys, int8 q k^T, P and V in e4m3.
 
-    P is 2^8 too large, to use e4m3's range; with a stale maximum 2^3, which leaves room for growth by 56 and costs no
-    accuracy yet. If the sum of what a lane holds of a row of P stays below 448, no value of it is above, and none is
-    clipped; the 32 values of a lane stay below it as long as none is above the maximum known.
+    P is 2^8 too large with an exact maximum, to use e4m3's range. Else it begins 2^3 too large, under the maximum of
+    the first tile. If the sum of what a lane holds of a row of P stays below 448, no value of it is above, and none
+    would be clipped; where one does not, the row's P, sums and accumulators go down by a power of two (_raised), before
+    P is rounded. ``m_i`` is the maximum less what P is too large by.
 
     ``totals`` holds the sums of what was folded: those of the maximum at that time, rescaled only at the next fold,
     which is done while q k^T of the next tile runs, when neither scores nor P are in registers. The accumulators are
     not cleared: the first product after a fold does not read them.
     """
-    shift: gl.constexpr = 8.0 if REFRESH == 1 else 3.0
+    exact: gl.constexpr = REFRESH == 1
+    shift: gl.constexpr = 8.0 if exact else 3.0
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
-    r_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
 
     h = gl.program_id(1)
     row0 = gl.program_id(0) * (NC * BM) + wg * BM
@@ -446,10 +518,10 @@ def _consumer_8(
     # Numbers that the end does not need again: the compiler would keep them in registers all the while.
     keys = (n_tiles - 2) * BN + gl.arange(BN, 2 * BN, layout=gl.SliceLayout(0, s_layout))
     x = gl.where((keys < n_k)[None, :], x.to(gl.float32), float("-inf"))
-    m_i = gl.convert_layout(_row_max(x, f, False, W), r_layout)
-    x = gl.convert_layout(_row_exp(x, f, _offsets(x, f, m_i - shift, False, W), W), s_layout, assert_trivial=True)
+    l_layout: gl.constexpr = _lane_sums(gl.zeros([BM, BN], gl.float32, layout=s_layout), BN).type.layout
+    m_i = _lane_max(x, f, W, l_layout) - shift
+    x = gl.convert_layout(_row_exp(x, f, _offsets(x, f, m_i, False, W), W), s_layout, assert_trivial=True)
     l_i = _lane_sums(x, BN)
-    largest = l_i
     o = gl.zeros([BM, D], gl.float32, layout=o_layout)
     mbarrier.wait(v_full.index(0), 0)
     x = _probabilities_8(x, BN, p_layout)
@@ -475,7 +547,7 @@ def _consumer_8(
             f = _factors(q_scale, key_scales, t - 1, W)
             scores = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(k_empty.index(ki), count=1)
-            p, o, m_i, l_i, largest = _tile_8(scores, o, f, m_i, l_i, largest, t, BN, D, REFRESH, W)
+            p, o, m_i, l_i = _tile_8(scores, o, f, m_i, l_i, BN, D, exact, shift, W)
             vi = ki
             v_phase = k_phase
             ki += 1
@@ -497,13 +569,11 @@ def _consumer_8(
             o = _fold_into(total, total.load(words.type.layout), o, m_fold, m_i, D)
             m_fold = m_i
     s = warpgroup_mma_wait(0, deps=(s,))
-    if REFRESH > 1:
-        _flag(flag_ptr, largest > 448.0)
     sums = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, o_layout))
     if FOLD:
         o = _own_rows(total.load(words.type.layout), D, o_layout)
     _finish(o, sums, out_ptr, v_scale_ptr, v_mean_ptr, flag_ptr, n_q, out_stride, row0, h,
-            o_layout, BM, D, True, HAS_MEAN, REFRESH > 1)  # fmt: skip
+            o_layout, BM, D, True, HAS_MEAN, REFRESH != 1)  # fmt: skip
 
 
 @gluon.jit
@@ -629,8 +699,8 @@ def _attention_kernel(
 class Schedule:
     """How a mode is laid out on a multiprocessor; chosen by measurement on an H200 (700 W), Triton 3.6.
 
-    refresh: tiles between two looks for a new maximum (1: exact). fold: with 8-bit V, tiles between two additions of
-    the accumulators to the fp32 sum (0: never); it takes 32 KiB of shared memory a consumer.
+    refresh: tiles between two looks for a new maximum (1: exact; 0, with 8-bit V: P tells). fold: with 8-bit V, tiles
+    between two additions of the accumulators to the fp32 sum (0: never); it takes 32 KiB of shared memory a consumer.
     """
 
     def __init__(
@@ -652,7 +722,7 @@ SCHEDULES = {
     "int8-exact": Schedule(3, 64, 4, 160, in_turn=True),
     "int8": Schedule(3, 64, 4, 160, in_turn=True, refresh=64),
     "int8-fp8-exact": Schedule(3, 128, 3, 160, fold=12),
-    "int8-fp8": Schedule(3, 128, 3, 160, refresh=16, fold=12),
+    "int8-fp8": Schedule(3, 128, 3, 160, refresh=0, fold=12),
 }
 
 _TYPES = {
@@ -714,7 +784,7 @@ def attention_hopper(
     else:
         v_desc, v_head = _descriptor(v, plan.keys)
     grid = (triton.cdiv(n_q, 64 * plan.consumers), heads)
-    stale = plan.refresh > 1
+    stale = plan.refresh != 1
     flags = torch.zeros(grid[0] * heads if stale else 1, dtype=torch.int32, device=q.device)
     factor = (HEAD_DIM**-0.5 if scale is None else scale) * math.log2(math.e)
 

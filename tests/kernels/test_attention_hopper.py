@@ -6,7 +6,10 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import ptx
 import pytest
 import torch
 from separate import run_separately
@@ -77,6 +80,23 @@ def test_compiles_for_sm_90_in_its_registers(name: str, tmp_path: Path, request:
     assert "C75" not in log
     shared = [int(line.split()[1]) for line in log.splitlines() if line.startswith("shared")]
     assert len(shared) == passes and all(n <= 227 * 1024 for n in shared)
+
+
+def test_rows_that_outgrow_e4m3_go_down_by_a_power_of_two() -> None:
+    """The assembly itself, for the lanes of a warp: four neighbours hold a row."""
+    generator = np.random.default_rng(0)
+    sums = np.exp2(generator.uniform(-20, 8.7, (2, 8, 4))).astype(np.float32)
+    sums[0, 1, 2], sums[0, 3, 0], sums[1, 4] = 448.5, 1e30, 449.0
+    sums[1, 5, 3], sums[1, 6, 1], sums[0, 7] = np.inf, 2.0**127, 448.0
+    maxima = generator.normal(size=(2, 8, 1)).astype(np.float32) + np.zeros((1, 1, 4), np.float32)
+    operands = [x.reshape(32).view(np.uint32) for x in (*sums, *maxima)]
+    found = [x.view(np.float32).reshape(8, 4) for x in ptx.run(hopper._RAISE_ASM.value, operands, 4, tied={2: 6, 3: 7})]
+    most = sums.max(2, keepdims=True)
+    down = np.where(most > 448, np.minimum(np.floor(np.log2(most)), 128) - 4, 0).astype(np.float32)
+    assert (down > 0).sum() >= 5 and (np.stack(found[:2]) == np.exp2(-down)).all()
+    assert (np.stack(found[2:]) == maxima + down).all()
+    kept = (most * np.exp2(-down))[np.isfinite(most) & (down > 0)]
+    assert (kept >= 16).all() and (kept < 32).all()
 
 
 def test_permuted_keys_are_those_that_the_product_reads() -> None:
@@ -206,7 +226,7 @@ def test_many_queries_of_few_keys(name: str, keys: int) -> None:
 @pytest.mark.parametrize("name", ["bf16", "int8", "int8-fp8"])
 @pytest.mark.parametrize("kind", ["ramp", "spike", "explosion"])
 def test_a_stale_maximum_is_never_wrong(name: str, kind: str) -> None:
-    """Keys that grow along the sequence, single keys six times larger, and rows that overflow between two refreshes."""
+    """Keys that grow along the sequence, single keys six times larger, and rows that overflow between two looks."""
     generator = torch.Generator("cuda").manual_seed(1)
     q, k, v = (torch.randn(5007, 2, 128, device="cuda", generator=generator) for _ in range(3))
     if kind == "spike":
@@ -238,7 +258,7 @@ def test_keys_that_grow_in_fp16() -> None:
 
 @gpu
 @on_hopper
-@pytest.mark.parametrize("name", ["bf16", "int8"])
+@pytest.mark.parametrize("name", ["bf16", "int8", "int8-fp8"])
 @pytest.mark.parametrize("later", [False, True])
 def test_sums_near_the_end_of_fp32_are_noticed(name: str, later: bool) -> None:
     """P of 2^127 is a number, its product with V is none; and a larger logit in a tile of the maximum hides the sum."""
@@ -251,18 +271,51 @@ def test_sums_near_the_end_of_fp32_are_noticed(name: str, later: bool) -> None:
     if later:  # where one is: the 128th tile of 64 keys, the 64th of 128, with the last of all before the first
         k[8064:8192, 0, 0], v[8064:8192] = 16.5, -1.0
     q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
-    if name == "int8":  # as the rotation leaves them: the product is of the first channel alone
+    if name != "bf16":  # as the rotation leaves them: the product is of the first channel alone
         q8, k8 = q.new_zeros(q.shape, dtype=torch.int8), k.new_zeros(k.shape, dtype=torch.int8)
         q8[..., 0], k8[..., 0] = 127, (k[..., 0].float() * (127 / 16.5)).round().to(torch.int8)
         scales = torch.full((1, 71 * 8), 16.5 / 127, device="cuda")
         more = {"q_scale": (q[:, :, 0].float() / 127).t().contiguous(), "k_scale": scales}
-        out = hopper.attention_hopper(q8, k8, v, schedule=name, **more)
+        v8, v_scale, v_mean = quantize_v(v)
+        eight = {"v_scale": v_scale, "v_mean": v_mean} if "fp8" in name else {}
+        out = hopper.attention_hopper(q8, k8, v8 if eight else v, schedule=name, **more, **eight)
         k = (k8.double() * (16.5 / 127)).to(torch.float64)
     else:
         out = hopper.attention_hopper(q, k, v, schedule=name)
     truth = exact(q, k, v)
     assert bool(torch.isfinite(out).all())
-    assert float((out.double() - truth).norm() / truth.norm()) < 1e-2
+    assert float((out.double() - truth).norm() / truth.norm()) < (4e-2 if name == "int8-fp8" else 1e-2)
+
+
+@gpu
+@on_hopper
+@pytest.mark.parametrize(("deviation", "limit"), [(1.0, 4.2e-2), (5.0, 6e-2), (12.0, 1.2e-1)])
+def test_sharp_scores_are_computed_once(deviation: float, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose P outgrows e4m3 go on under a larger maximum: no tile is computed again but for an infinite sum."""
+    flags, kernel = [], hopper._attention_kernel
+
+    class Watched:
+        def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+            def start(*args: Any, **options: Any) -> None:
+                flags.append(args[8])
+                kernel[grid](*args, **options)
+
+            return start
+
+    monkeypatch.setattr(hopper, "_attention_kernel", Watched())
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(9001, 2, 128, device="cuda", generator=generator) for _ in range(3))
+    args, more = quantized("int8-fp8", (q * deviation).bfloat16(), k.bfloat16(), v.bfloat16())
+    out = hopper.attention_hopper(*args, schedule="int8-fp8", **more)
+    truth = exact((q * deviation).bfloat16(), k.bfloat16(), v.bfloat16())
+    assert float((out.double() - truth).norm() / truth.norm()) < limit
+    assert len(flags) == 2 and not bool(flags[0].any())
+    exactly = hopper.attention_hopper(*args, schedule="int8-fp8-exact", **more).double()
+    assert float((out.double() - exactly).norm() / exactly.norm()) < 3e-2
+    args[1].view(-1)[: 2 * 128] = 127  # the first keys surge beyond any power of two that fp32 has
+    more["k_scale"][:, 0] *= 1e6
+    hopper.attention_hopper(*args, schedule="int8-fp8", **more)
+    assert bool(flags[-1].any())
 
 
 def local_means(keys: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -296,7 +349,7 @@ def test_long_sums_shrink_without_folds() -> None:
     truth = exact(q, k, v)
     errors = {}
     for fold in (0, 16, 4, 1):
-        plan = hopper.Schedule(3, 128, 3, 160, refresh=16, fold=fold)
+        plan = hopper.Schedule(3, 128, 3, 160, refresh=0, fold=fold)
         out = hopper.attention_hopper(*args, schedule=plan, **more)
         errors[fold] = float((out.double() - truth).norm() / truth.norm())
     assert errors[0] > 5e-2 > errors[16] > errors[4] >= errors[1], errors

@@ -7,7 +7,7 @@ Registers are 32 bits, those of 16 their low half. Arrays are of elements, or, f
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,11 @@ def _mma(left: list[Bits], right: list[Bits], begin: list[Bits]) -> list[Bits]:
     return [_word(*np.moveaxis(half.reshape(32, 2), 1, 0)) for half in np.split(c, 2)]
 
 
+def _of_quads(x: Bits, lanes: Bits, *_: Bits) -> Bits:
+    """shfl.bfly: what the lane has whose number differs in these bits."""
+    return x[np.arange(len(x)) ^ int(lanes[0])]
+
+
 INSTRUCTIONS: dict[str, Callable[..., Bits]] = {
     "and.b32": lambda a, b: a & b,
     "xor.b32": lambda a, b: a ^ b,
@@ -98,13 +103,24 @@ INSTRUCTIONS: dict[str, Callable[..., Bits]] = {
     "rcp.approx.ftz.f32": lambda x: _bits(1 / _float(x)),
     "add.ftz.f32": lambda a, b: _bits(_float(a) + _float(b)),
     "prmt.b32": _permute,
+    "add.f32": lambda a, b: _bits(_float(a) + _float(b)),
+    "max.f32": lambda a, b: _bits(np.fmax(_float(a), _float(b))),
+    "sub.s32": lambda a, b: a - b,
+    "shr.u32": lambda a, b: a >> b,
+    "cvt.rn.f32.s32": lambda a: _bits(a.view(np.int32)),
+    "setp.gt.f32": lambda a, b: _float(a) > _float(b),
+    "setp.gt.or.f32": lambda a, b, c: (_float(a) > _float(b)) | c,
+    "vote.sync.any.pred": lambda a, _: np.full_like(a, a.any()),
+    "shfl.sync.bfly.b32": _of_quads,
     "mov.b32": lambda x: x,
 }
 
 
-def run(assembly: str, operands: list[Bits], outputs: int = 1) -> list[Bits]:
-    """What $0 and the next ``outputs`` hold in the end; ``operands`` follow them."""
+def run(assembly: str, operands: list[Bits], outputs: int = 1, tied: Mapping[int, int] | None = None) -> list[Bits]:
+    """What $0 and the next ``outputs`` hold in the end; ``operands`` follow them. ``tied``: outputs that begin as an
+    operand. A branch, which a vote decides, leaves."""
     registers = {f"${outputs + i}": x for i, x in enumerate(operands)}
+    registers |= {f"${to}": registers[f"${of}"] for to, of in (tied or {}).items()}
 
     def value(name: str) -> Bits:
         if not name[0].isdigit():
@@ -113,8 +129,16 @@ def run(assembly: str, operands: list[Bits], outputs: int = 1) -> list[Bits]:
         return np.full_like(operands[0], number)
 
     for line in assembly.strip().strip("{}").split(";"):
-        name, _, rest = line.strip().partition(" ")
-        if not name or name == ".reg":
+        name, _, rest = re.sub(r"^\w+:\s*", "", line.strip()).partition(" ")
+        if not name or name in (".reg", "}"):
+            continue
+        guard = None
+        if name[0] == "@":
+            guard = registers[name.lstrip("@!")] != (name[1] == "!")
+            name, _, rest = rest.partition(" ")
+        if name == "bra.uni":
+            if guard is None or guard.all():
+                break
             continue
         parts = re.findall(r"\{[^}]*\}|[^,\s]+", rest)
         if name.startswith("mma"):
@@ -126,7 +150,8 @@ def run(assembly: str, operands: list[Bits], outputs: int = 1) -> list[Bits]:
             registers[low], registers[high] = word & np.uint32(0xFFFF), word >> np.uint32(16)
         else:
             with np.errstate(all="ignore"):
-                registers[parts[0]] = INSTRUCTIONS[name](*map(value, parts[1:]))
+                found = INSTRUCTIONS[name](*map(value, parts[1:]))
+            registers[parts[0]] = found if guard is None else np.where(guard, found, registers[parts[0]])
     return [registers[f"${i}"] for i in range(outputs)]
 
 
