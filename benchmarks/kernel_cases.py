@@ -14,7 +14,7 @@ from torch import Tensor
 
 from solostep.benchmarks.linear_speed import DIM, LINEARS, ROTATED
 from solostep.kernels import adaln, attention
-from solostep.kernels.attention import BACKENDS, HEAD_DIM, MODES
+from solostep.kernels.attention import BACKENDS, HEAD_DIM, MODES, default_backend
 from solostep.kernels.attention_check import exact, make_inputs, relative_error, sampled_rows
 from solostep.kernels.qk_norm_rope import (
     key_groups,
@@ -233,9 +233,13 @@ def _quantize_v(v: Tensor, shape: str) -> Iterator[Group]:
 # ---------------------------------------------------------------- attention and products
 
 
-def attention_group(tokens: int, heads: int, device: torch.device) -> tuple[Group, list[str]]:
-    """Every mode and back end that is here, with and without its passes; and the others, with the reason."""
-    x = make_inputs("normal", tokens, heads, device)
+def attention_group(
+    tokens: int, heads: int, device: torch.device, kind: str = "normal"
+) -> tuple[Group, list[str]]:  # fmt: skip
+    """Every mode and back end that is here, with and without its passes; and the others, with the reason. On other
+    than normal inputs, what is compared with and the usual back end of each mode."""
+    x = make_inputs(kind, tokens, heads, device)
+    usual = {default_backend(device, mode, tokens) for mode in MODES} | {"cudnn"}
     some, sample = sampled_rows(tokens, device), sorted({0, heads // 2, heads - 1})
     plain = x.operands("bf16")
     true = exact(plain.q, plain.k, plain.v, some, sample)
@@ -244,7 +248,7 @@ def attention_group(tokens: int, heads: int, device: torch.device) -> tuple[Grou
     work, cases, notes = 4.0 * tokens * tokens * heads * HEAD_DIM, [], []
     for mode in MODES:
         for name, backend in BACKENDS.items():
-            if mode not in backend.modes or backend.quadratic:
+            if mode not in backend.modes or backend.quadratic or (kind != "normal" and name not in usual):
                 continue
             reason = backend.available(device, mode)
             if reason is not None:
@@ -271,7 +275,8 @@ def attention_group(tokens: int, heads: int, device: torch.device) -> tuple[Grou
             cases += [Case(f"{mode}, {name}", kernel, work, error), Case(f"{mode}, {name} + passes", whole, work)]
     there = [case.name for case in cases]
     baseline = "bf16, cudnn" if "bf16, cudnn" in there else "bf16, sdpa"
-    return Group("attention", f"{tokens} x {heads} x {HEAD_DIM}", "TFLOP/s", baseline, cases), notes
+    name = "attention" if kind == "normal" else f"attention, {kind} scores"
+    return Group(name, f"{tokens} x {heads} x {HEAD_DIM}", "TFLOP/s", baseline, cases), notes
 
 
 def _products(name: str, x: Tensor, weight: Tensor, some: Tensor, work: float) -> tuple[list[Case], list[str]]:

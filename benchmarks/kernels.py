@@ -26,6 +26,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
@@ -307,6 +308,7 @@ PARTS: dict[str, Groups] = {
     "norm-heads": alone(norm_heads_group),
     "passes": each(attention_passes),
     "attention": alone(attention_group),
+    "sharp": alone(partial(attention_group, kind="sharp")),
     "cross": alone(cross_group),
     "text": alone(lambda tokens, heads, device: text_group(tokens, device)),
     "vae": alone(lambda tokens, heads, device: vae_group(tokens, device)),
