@@ -448,7 +448,8 @@ def _tile_8(s, o, f, m_i, l_i, BN: gl.constexpr, D: gl.constexpr, EXACT: gl.cons
     """P of a tile's scores, and what changes where they are too large for it."""
     x = s.to(gl.float32)
     if EXACT:
-        m_new = gl.maximum(m_i, _lane_max(x, f, W, m_i.type.layout) - SHIFT)
+        layout: gl.constexpr = m_i.type.layout
+        m_new = gl.maximum(m_i, _lane_max(x, f, W, layout) - SHIFT)
         alpha = _exp2(m_i - m_new)
         m_i = m_new
         p = gl.convert_layout(_row_exp(x, f, _offsets(x, f, m_i, False, W), W), s.type.layout, assert_trivial=True)
