@@ -36,6 +36,7 @@ from ..kernels.refused import refuse
 from ..kernels.scaled_mm import KINDS, PRODUCTS
 from ..kernels.scaled_mm_check import Shape, examine_products, rank
 from ..quant.linear import product_kinds, use_products
+from .apart import measured_apart, verdicts_of
 from .config import cache_dir
 from .errors import SolostepError, UsageError
 from .files import one_at_a_time, replacing
@@ -241,7 +242,10 @@ def _measure_quickly(device: torch.device, mode: str, tokens: int) -> list[Verdi
     heads, length = fitting(device, tokens, QUICK_HEADS)
     log.warning("measuring attention back ends for %s at %d tokens, once for this card ...", mode, length)
     start = time.perf_counter()
-    verdicts = examine(device, mode, tokens=length, heads=heads, budget_ms=QUICK_MS, seed=fresh_seed())
+    how = {"tokens": length, "heads": heads, "budget_ms": QUICK_MS, "seed": fresh_seed()}
+    verdicts = verdicts_of(measured_apart("attention", device, mode=mode, **how))
+    if verdicts is None:
+        verdicts = examine(device, mode, **how)
     release_memory(device)
     seconds = time.perf_counter() - start
     log.info("attention back ends for %s: %.1f s", mode, seconds)
@@ -364,10 +368,12 @@ def _measure_products(device: torch.device, kind: str) -> list[Verdict]:
     log.warning("measuring matrix products of %s, once for this card ...", kind)
     start = time.perf_counter()
     rows = fitting_rows(device, GEMMS[0], QUICK_ROWS)
-    found = examine_products(device, kind, shapes=GEMMS[:1], rows=rows, budget_ms=QUICK_MS, seed=fresh_seed())
+    how = {"shapes": GEMMS[:1], "rows": rows, "budget_ms": QUICK_MS, "seed": fresh_seed()}
+    verdicts = verdicts_of(measured_apart("products", device, kind=kind, **how))
+    if verdicts is None:
+        verdicts = list(examine_products(device, kind, **how).verdicts.values())
     release_memory(device)
     log.info("matrix products of %s: %.1f s", kind, time.perf_counter() - start)
-    verdicts = list(found.verdicts.values())
     warn_of_wrong(f"matrix product {kind}", verdicts, "failed")
     return verdicts
 
@@ -376,7 +382,10 @@ def _examine_operators(device: torch.device) -> list[Verdict]:
     log.warning("examining the other kernels, once for this card ...")
     start = time.perf_counter()
     refuse(device, ())
-    verdicts = examine_operators(device, fresh_seed())
+    seed = fresh_seed()
+    verdicts = verdicts_of(measured_apart("operators", device, seed=seed))
+    if verdicts is None:
+        verdicts = examine_operators(device, seed)
     release_memory(device)
     log.info("the other kernels: %.1f s", time.perf_counter() - start)
     warn_of_wrong("the kernel of", verdicts, "failed")

@@ -28,6 +28,7 @@ from ..quant import foreign
 from ..quant.formats import install, quantize
 from ..quant.linear import assign
 from ..quant.recipe import Recipe
+from .apart import measured_apart
 from .choices import attention_choice, choices_key, use_right_products
 from .config import CHUNK_FRAMES, CHUNK_LATENTS, CLIP_TOKENS, LLM_TOKENS, TransformerConfig, VAEConfig, cache_dir
 from .files import one_at_a_time, replacing
@@ -40,6 +41,8 @@ from .precision import OFFICIAL, Mode
 from .runtime import free_memory, numerics, release_memory
 
 log = logging.getLogger("solostep")
+BLOCKS = ("attention", "linears", "bus", "disk")
+"""Rates of blocks, as files name them."""
 LENGTHS = (8, 24)
 """Latent frames of 32 x 32, 8,192 and 24,576 tokens."""
 TEXT_TOKENS = LLM_TOKENS + CLIP_TOKENS
@@ -92,7 +95,7 @@ def known_rates(device: torch.device, mode: Mode, attention: str) -> Rated | Non
     """The kept rates of a card; None where none were measured."""
     try:
         values = json.loads(rates_file(device, mode, attention).read_text(encoding="utf-8"))
-        numbers = [float(values[name]) for name in ("attention", "linears", "bus", "disk", "decode")]
+        numbers = [float(values[name]) for name in (*BLOCKS, "decode")]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if not all(0 < n < float("inf") for n in numbers):
@@ -122,7 +125,8 @@ _UNMEASURED: set[Path] = set()
 def _measure_and_keep(device: torch.device, mode: Mode, attention: str, file: Path) -> Rated | None:
     found = None
     try:
-        found = measure(device, mode, attention)
+        log.warning("measuring this card's speed for plans, once for this card and precision ...")
+        found = _measured(device, mode.recipe, attention)
     except Exception as error:  # whatever a driver or a compiler raises: a plan without times is better than no run
         log.warning("This card's speed could not be measured (%s); plans are without times.", reason_of(error))
     if found is None:
@@ -136,11 +140,24 @@ def _measure_and_keep(device: torch.device, mode: Mode, attention: str, file: Pa
     return found
 
 
-def measure(device: torch.device, mode: Mode, attention: str) -> Rated:
-    """Measures a card's rates; it has to have 4 GB free."""
+def _measured(device: torch.device, recipe: Recipe | None, attention: str) -> Rated:
+    """By a process of its own, else by this one."""
     start = time.perf_counter()
+    values = measured_apart(
+        "rates", device, recipe=None if recipe is None else recipe.as_dict(), attention=attention
+    )  # fmt: skip
+    if values is None:
+        found = measure(device, recipe, attention)
+    else:
+        found = Rated(Rates(*(float(values[name]) for name in BLOCKS)), float(values["decode"]))
+    log.info("this card's speed: %.1f s", time.perf_counter() - start)
+    return found
+
+
+def measure(device: torch.device, recipe: Recipe | None, attention: str) -> Rated:
+    """Measures a card's rates; it has to have 4 GB free."""
     with numerics():
-        seconds = [block_seconds(device, mode.recipe, attention, frames) for frames in LENGTHS]
+        seconds = [block_seconds(device, recipe, attention, frames) for frames in LENGTHS]
         short, long = (1024 * frames for frames in LENGTHS)
         dim = TransformerConfig().inner_dim
         square = (seconds[1] / long - seconds[0] / short) / (long - short)
@@ -148,7 +165,6 @@ def measure(device: torch.device, mode: Mode, attention: str) -> Rated:
         decode = decode_rate(device)
         bus = transfer_rates(device, quick=True)["host_to_device_pinned"]
     release_memory(device)
-    log.warning("measuring this card's speed for plans, %.1f s, once", time.perf_counter() - start)
     return Rated(Rates(4 * dim / max(square, 1e-18), 28 * dim**2 / max(linear, 1e-15), bus, GUESS[3]), decode)
 
 

@@ -76,6 +76,7 @@ class FakeCard:
             monkeypatch.setitem(BACKENDS, name, backend)
         monkeypatch.setattr(choices, "gpu_facts", lambda device: self.facts)
         monkeypatch.setattr(choices, "free_memory", lambda device: 10**11)
+        monkeypatch.setattr(choices, "measured_apart", lambda *args, **more: None)
         monkeypatch.setattr(choices, "examine", self.examine)
         self.examined: list[str] = []
         self.faulty = {"gelu int8": Verdict("", "gelu int8", "wrong", "rows: relative error 1.0", {"rows": 1.0})}

@@ -36,6 +36,7 @@ from solostep.engine.units import parse_size
 from solostep.offload import pinned as host_side
 from solostep.offload import planner
 from solostep.offload.planner import BlockPlan, Rates
+from solostep.quant.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("fast")
 
@@ -699,6 +700,7 @@ def test_rates_are_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> No
     device, mode = torch.device("cpu"), ask("t2v", "int8").mode
     made = Rated(Rates(800e12, 1200e12, 55e9, 2e9), 1.1e7)
     calls: list[str] = []
+    monkeypatch.setattr(rates, "measured_apart", lambda *_, **more: None)
     monkeypatch.setattr(rates, "measure", lambda *_: calls.append("measured") or made)
     assert rates.known_rates(device, mode, "int8") is None
     assert rates.measured_rates(device, mode, "int8") == rates.measured_rates(device, mode, "int8") == made
@@ -707,6 +709,23 @@ def test_rates_are_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> No
     for damaged in ("", "{}", '{"attention": 0, "linears": 1, "bus": 1, "disk": 1, "decode": 1}'):
         file.write_text(damaged)
         assert rates.known_rates(device, mode, "int8") is None
+
+
+def test_rates_of_another_process_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Rated(Rates(800e12, 1200e12, 55e9, 2e9), 1.1e7)
+    asked: list[object] = []
+
+    def apart(what: str, device: torch.device, **arguments: object) -> dict[str, float]:
+        asked.append((what, json.loads(json.dumps(arguments))))
+        return {**vars(made.blocks), "decode": made.decode}
+
+    monkeypatch.setattr(rates, "measured_apart", apart)
+    monkeypatch.setattr(rates, "measure", lambda *_: pytest.fail("measured here too"))
+    mode = ask("t2v", "int8").mode
+    assert mode.recipe is not None
+    assert rates.measured_rates(torch.device("cpu"), mode, "int8") == made
+    assert asked == [("rates", {"recipe": mode.recipe.as_dict(), "attention": "int8"})]
+    assert Recipe.from_dict(mode.recipe.as_dict(), "it") == mode.recipe
 
 
 def test_rates_make_times(monkeypatch: pytest.MonkeyPatch) -> None:
