@@ -237,7 +237,7 @@ def test_the_count_is_what_it_takes(
 def test_the_release_encodes_in_half_a_gb() -> None:
     """At 544x992 in bf16, workspace counted; and the fewest strips that fit are taken."""
     needed = [encode_bytes(RELEASE, 544, 992, strips) for strips in vae.ENCODING]
-    assert needed[0] > 2e9 > 1e9 > needed[1] > 0.5e9 > needed[2]
+    assert needed[0] > 3e9 > 1.1e9 > needed[1] > 1e9 > 0.55e9 > needed[2]
     for room, n in ((24 * GB, 0), (needed[0], 0), (needed[0] - 1, 1), (needed[1] - 1, 2), (0, 2)):
         assert decoding.choose_encoding(RELEASE, 544, 992, room, 2) == (vae.ENCODING[n], needed[n])
     with pytest.raises(ValueError, match="0 strips"):
