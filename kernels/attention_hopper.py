@@ -29,11 +29,11 @@ finite at the end would not do: P of 2^127 is, its product with a V of 4 is not,
 again.)
 
 P in e4m3 ends at 448, four nats above where it begins, and in sharp attention some row of most tiles outgrows that: of
-queries and keys with gains of 8 in four channels 40 % of the rows did. With those tiles computed again a step of the whole
-model took 28 s on an H200, where its blocks, on normal inputs, make 19.4. So with 8-bit V no maximum is taken after the
-first tile. P is still fp32 when a lane adds up what it holds of a row; where such a sum exceeds 448, the row's P, sums
-and accumulators are multiplied by what makes it 32, and its maximum counts as so much larger. That costs a tile one vote
-of each warp. Only where a sum is infinite by then, beyond 2^128, is the tile computed again.
+queries and keys with gains of 8 in four channels 40 % of the rows did. With those tiles computed again a step of the
+whole model took 28 s on an H200, where its blocks, on normal inputs, make 19.4. So with 8-bit V no maximum is taken
+after the first tile. P is still fp32 when a lane adds up what it holds of a row; where such a sum exceeds 448, the
+row's P, sums and accumulators are multiplied by what makes it 32, and its maximum counts as so much larger. That costs
+a tile one vote of each warp. Only where a sum is infinite by then, beyond 2^128, is the tile computed again.
 
 The fp8 product keeps 13 fractional bits: wgmma aligns the products of 32 keys and the accumulator to the largest among
 them and cuts off what lies below. A sum that has grown to thousands of its products loses a part of each, and V whose
