@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_weights import randomized
 from torch import Tensor
 
 from solostep.engine.config import StepLLMConfig, TransformerConfig, VAEConfig
@@ -22,13 +23,6 @@ OFFICIAL = Path(__file__).parents[3] / "shared" / "official"
 def no_gradients() -> object:
     with torch.inference_mode():
         yield
-
-
-def randomized(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    for p in module.parameters():
-        p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if p.ndim < 2 else p[0].numel() ** -0.5))
-    return module.eval()
 
 
 @pytest.fixture(scope="module")

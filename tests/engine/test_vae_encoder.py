@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from live_memory import Live, on_shapes_as_a_card
+from random_weights import randomized
 from torch import Tensor
 
 from solostep.engine import decoding, golden, golden_cases
@@ -38,13 +39,8 @@ def no_gradients() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def encoder() -> vae.Encoder:
-    generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
-        made = vae.Encoder(CONFIG)
-        for p in made.parameters():
-            scale = 0.3 if p.ndim < 2 else p[0].numel() ** -0.5
-            p.copy_(torch.randn(p.shape, generator=generator) * scale)
-    return made.eval()
+        return randomized(vae.Encoder(CONFIG))
 
 
 def frames(count: int, height: int, width: int, batch: int = 1) -> Tensor:
@@ -251,10 +247,7 @@ def test_the_count_on_a_card(dtype: torch.dtype) -> None:
     """The allocator's peak, and the same moments in strips."""
     generator = torch.Generator("cuda").manual_seed(0)
     with torch.device("cuda"):
-        network = vae.Encoder(RELEASE).to(dtype)
-    for p in network.parameters():
-        scale = 0.3 if p.ndim < 2 else p[0].numel() ** -0.5
-        p.copy_(torch.randn(p.shape, generator=generator, device="cuda") * scale)
+        network = randomized(vae.Encoder(RELEASE).to(dtype))
     video = torch.rand(1, 1, 3, 544, 992, generator=generator, device="cuda").to(dtype) * 2 - 1
     means = []
     for strips in vae.ENCODING:

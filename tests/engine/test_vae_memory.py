@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from live_memory import Live, on_shapes_as_a_card
+from random_weights import randomized
 from torch import Tensor
 
 from solostep.engine.config import VAEConfig
@@ -30,13 +31,8 @@ def no_gradients() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def decoder() -> vae.Decoder:
-    generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
-        made = vae.Decoder(CONFIG)
-        for p in made.parameters():
-            scale = 0.3 if p.ndim < 2 else p[0].numel() ** -0.5
-            p.copy_(torch.randn(p.shape, generator=generator) * scale)
-    return made.eval()
+        return randomized(vae.Decoder(CONFIG))
 
 
 def latents(frames: int, height: int, width: int, seed: int = 1) -> Tensor:
