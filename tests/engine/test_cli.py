@@ -363,10 +363,13 @@ def test_a_killed_run_goes_on_bit_by_bit(solostep: Run, monkeypatch: pytest.Monk
     assert stopped.err.splitlines()[-1] == "note: Stopped. Finished steps are kept: the same command goes on from them."
     assert (names(), read_latents(latents).step) == ([latents.name], 5)
 
-    record = solostep(*command, "--json").record
+    resumed = solostep(*command, "--json")
+    assert [n for n in resumed.notes if "step" in n] == [f"note: Going on from step 5 of 7 in {latents}."]
+    record = resumed.record
     assert (record["resumed_from_step"], record["steps_done"]) == (5, 7)
     whole = solostep("generate", "a cat", "-m", T2V, "-o", "whole.mp4", "--seed", record["seed"], "--json", *options)
     assert (whole.record["resumed_from_step"], whole.record["seed"]) == (None, record["seed"])
+    assert not any("step" in n for n in whole.notes)
     one, two = (read_latents(Path(name)) for name in ("out.latents.safetensors", "whole.latents.safetensors"))
     assert torch.equal(one.latents, two.latents)
     assert Path("out.mp4").read_bytes() == Path("whole.mp4").read_bytes()
@@ -390,6 +393,7 @@ def test_interrupted_while_decoding(solostep: Run, monkeypatch: pytest.MonkeyPat
     done = solostep(*command, "--json")
     assert done.loaded == ["vae"]
     assert done.record["resumed_from_step"] == done.record["steps_done"] == 2
+    assert "note: All steps are done already: 2 of 2 in out.latents.safetensors." in done.notes
     assert len(read_frames("out.mp4")) == 34
 
 
