@@ -11,7 +11,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from solostep.benchmarks.drift import block_pairs, spread_steps
 from solostep.benchmarks.results import LEVELS, ROLES, Cell
 from solostep.engine.activations import PROMPTS
 from solostep.engine.checkpoint import ModelFolder, open_model
-from solostep.engine.config import GenerationSettings
 from solostep.engine.demo.captions import held_out_prompts
 from solostep.engine.errors import UsageError
 from solostep.engine.hub import DEMO
@@ -121,16 +120,26 @@ class Matrix:
 
     @property
     def reference_bytes(self) -> int:
-        """Of disk that the references take: latents after every step in fp32, and the frames."""
-        channels, total = self.folder.transformer_config.in_channels, 0
-        cells = [p.cell for p in self.planned if set(p.cell.levels) - {"speed"}]
-        for cell in {c.clip: c for c in cells}.values():
-            pairs = {pair for c in cells if c.clip == cell.clip for pair in c.pairs}
-            s = GenerationSettings(cell.num_frames, cell.height, cell.width, cell.num_inference_steps)
+        """Of disk that the references take, where none is there."""
+        return sum(self.references(self.planned).values())
+
+    def references(self, planned: Sequence[Planned]) -> dict[str, int]:
+        """Of the references that cells need: the :func:`reference_key` of each, and its bytes: latents after every step
+        in fp32, and the frames."""
+        preset, channels, found = self.folder.preset, self.folder.transformer_config.in_channels, dict[str, int]()
+        for cell in (p.cell for p in planned if set(p.cell.levels) - {"speed"}):
+            s = filled_in(preset, cell.as_dict(), self.folder.is_image_to_video)
             latents = 4 * channels * s.latent_frames * s.latent_height * s.latent_width
             frames = 3 * s.num_frames * s.height * s.width
-            total += len(pairs) * (latents * (s.num_inference_steps + 1) + frames)
-        return total
+            for prompt, seed in cell.pairs:
+                texts = [prompt + preset.positive] + [preset.negative] * s.use_guidance
+                found[reference_key(texts, s.identity(), seed)] = latents * (s.num_inference_steps + 1) + frames
+        return found
+
+
+def reference_key(texts: Sequence[str], settings: Mapping[str, Any], seed: int) -> str:
+    """What tells the references of one model apart."""
+    return json.dumps([list(texts), {k: float(v) for k, v in settings.items()}, seed], sort_keys=True)
 
 
 # --- identity -----------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 from solostep.benchmarks import cell_state
 from solostep.benchmarks.cell_state import terminated_like_interrupted
+from solostep.benchmarks.disk import bytes_to_come
 from solostep.benchmarks.environment import clocks_of, environment
 from solostep.benchmarks.matrix import Matrix, Planned, code_identity
 from solostep.benchmarks.results import (
@@ -130,12 +131,13 @@ class Runner:
     def check_disk(self) -> None:
         """Raises UsageError where the references would not fit the disk."""
         place = next(p for p in (self.folder, *self.folder.resolve().parents) if p.is_dir())
-        free, needed = shutil.disk_usage(place).free, self.matrix.reference_bytes
-        kept = sum(p.stat().st_size for p in (self.folder / WORK).rglob("*") if p.is_file())  # of an earlier run
-        if needed - kept > 0.95 * free:
+        there, free = self.there(), shutil.disk_usage(place).free
+        left = [planned for planned in self.matrix.planned if planned.id not in there]
+        needed = bytes_to_come(self.matrix, left, self.folder / WORK)
+        if needed > 0.95 * free:
             raise UsageError(
-                f"The reference runs take {needed / 1e9:.1f} GB at {self.folder}, and {free / 1e9:.1f} GB are free; "
-                "choose another -o, or fewer prompts, seeds or --steps."
+                f"The reference runs take {needed / 1e9:.1f} GB more at {self.folder}, and {free / 1e9:.1f} GB are "
+                "free; choose another -o, or fewer prompts, seeds or --steps."
             )
 
     # --- running --------------------------------------------------------------------------------------------------

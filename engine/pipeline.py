@@ -449,8 +449,8 @@ class StepVideoPipeline:
         waiting = [job for job in jobs if not job.done]
         for job in jobs:
             if job.resumed_from:
-                said = "All steps are done already: %d of %d in %s." if job.done else "Going on from step %d of %d in %s."
-                log.warning(said, job.resumed_from, job.saved.steps, job.path)
+                said = "All steps are done already:" if job.done else "Going on from step"
+                log.warning(f"{said} %d of %d in %s.", job.resumed_from, job.saved.steps, job.path)
         if self.memory.placed is None:  # the largest network: refuse now, not after the texts
             for job in waiting:
                 with readable_errors(self.device):
