@@ -109,11 +109,21 @@ def big_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peaks from /proc")
-def test_a_model_is_never_held_twice(big_model: tuple[Path, float]) -> None:
+@pytest.mark.parametrize("precision", ["fp8", pytest.param("int8", marks=pytest.mark.more)])  # six times as long
+def test_a_model_is_never_held_twice(precision: str, big_model: tuple[Path, float]) -> None:
     """Peaks in a process of its own: the model and a little that is read ahead, but no shard and no second model. Each
     load takes more than the one before, so all three peaks are seen."""
     root, total = big_model
-    command = [sys.executable, "-c", PEAK, str(T2V), str(root), "bfloat16:int8", "bfloat16:bf16", "float32:bf16"]
+    command = [
+        sys.executable,
+        "-c",
+        PEAK,
+        str(T2V),
+        str(root),
+        f"bfloat16:{precision}",
+        "bfloat16:bf16",
+        "float32:bf16",
+    ]
     # glibc keeps freed memory for itself, more or less of it from run to run, unless its threshold is set.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "250000"}
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)

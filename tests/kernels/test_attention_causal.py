@@ -1,5 +1,5 @@
 """Causal attention of Step-LLM and of the VAE: the references against what the networks compute, the kernels against
-the references (interpreted here, real on a card). test_attention_triton.py compiles the kernels for every card."""
+the references (interpreted here, real on a card). test_attention_triton.py compiles the kernels for cards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention for every card: the interpreted kernel against the reference, compiled for each card, and on a card fp64.
+"""Attention for all cards: the interpreted kernel against the reference, compiled for cards, and on a card fp64.
 
 The compile test also covers the kernels of attention_causal.py, whose numbers test_attention_causal.py looks at.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cards import CARDS, MATRICES, compiled, is_whole
 from separate import run_separately
 from torch import Tensor
 
@@ -57,17 +58,10 @@ for mode in ("fp16", "int8-fp16", "int8-fp8"):
 COMPILE = """
 import sys
 import torch
-from triton.backends.compiler import GPUTarget
+from compiling import Card
 from triton.runtime import driver
 from solostep.kernels import attention_causal as causal
 from solostep.kernels import attention_triton as portable
-
-class Card:  # compiling needs its name only
-    def __init__(self, arch): self.arch = arch
-    def get_current_target(self): return GPUTarget("cuda", self.arch, 32)
-    def get_current_device(self): return self.arch  # kernels are kept by device
-    def get_current_stream(self, device=None): return 0
-    def get_active_torch_device(self): return torch.device("cpu")
 
 class Compile:
     def __init__(self, kernel): self.kernel = kernel
@@ -107,11 +101,10 @@ for job in sys.argv[1:]:
         causal.launch_wide(wide, wide, wide, 1, 0.1, wide, portable.tile_for(causal.WIDE_TILES, arch, ""))
 """
 
-CARDS = 80, 86, 89, 90, 100, 120
-SOME = 80, 89, 90, 100, 120
-JOBS = {"16": (90, 100), "int8": (80, 120), "fp8": (89, 90), "biased": SOME, "wide": SOME}
-"""What every run compiles: each kernel for each card, the modes of attention in turn; --all: each mode for each, and
-sm_86, which has the instructions of sm_80 in the memory of sm_89."""
+JOBS = {"16": (90, 100), "int8": (80, 120), "fp8": (89, 90), "biased": (80, 90, 100), "wide": (89, 90, 100)}
+"""What every run compiles: attention for each of its cards, in modes in turn, and the causal kernels once for each kind
+of matrix instruction: that of sm_80, which sm_89 and sm_120 have, too, that of sm_90 and that of sm_100; --all: each
+for each card."""
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB that a block may have."""
@@ -227,18 +220,16 @@ def test_the_interpreted_kernel_is_close_to_the_reference(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("cards", [CARDS[:3], CARDS[3:]], ids=["before-hopper", "from-hopper-on"])
-def test_compiles_for_every_card_in_registers_and_shared_memory(
+def test_compiles_for_cards_in_registers_and_shared_memory(
     cards: tuple[int, ...], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     pytest.importorskip("triton")
-    chosen, cards = JOBS, tuple(arch for arch in cards if arch in SOME or request.config.getoption("--all"))
-    if request.config.getoption("--all"):
+    chosen, cards = JOBS, compiled(request.config, cards, MATRICES)
+    if is_whole(request.config):
         chosen = {name: CARDS[2:] if name == "fp8" else CARDS for name in JOBS}  # e4m3 is from sm_89 on
     jobs = [f"{name}:{arch}" for name, archs in chosen.items() for arch in archs if arch in cards]
-    kernels = {
-        (name if name in ("biased", "wide") else "attention", arch) for name, arch in (x.split(":") for x in jobs)
-    }
-    assert len(kernels) == 3 * len(cards)  # each for each card
+    attention = {arch for name, arch in (job.split(":") for job in jobs) if name not in ("biased", "wide")}
+    assert attention == {str(arch) for arch in cards}
     log = run_separately(COMPILE, tmp_path, *jobs, TRITON_DUMP_PTXAS_LOG="1")
     parts = log.split("made ")
     assert len(parts) == len(jobs) + 1

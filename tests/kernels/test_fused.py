@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cards import CARDS, SOME, compiled, is_whole
 from separate import run_separately
 
 from solostep.engine.models.transformer import RMSNorm, apply_rope, rope_table
@@ -243,10 +244,6 @@ def test_values_from_a_sample_on_a_card(tmp_path: Path) -> None:
     _check_sampled(tmp_path, "cuda")
 
 
-CARDS = 80, 86, 89, 90, 100, 120
-SOME = 80, 89, 90, 120
-"""What every run compiles for: the other two have the instructions of the one before and the memory of the one behind
-them; --all: each."""
 HAVE_E4M3 = 89, 90, 100, 120
 ROPE = "_qk_norm_rope_kernel"
 V_PASSES = "_ranges_kernel", "_scales_kernel", "_quantize_v_kernel"
@@ -254,20 +251,20 @@ COMPILED: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]] = 
     "norm int8": (("_row_kernel",), (80,), CARDS),  # Hopper has the rotated one
     "norm odd": (("_row_kernel",), (90,), CARDS),
     "gelu e4m3": (("_row_kernel",), (89, 120), CARDS),  # bf16 where there is no e4m3
-    "gelu int8": (("_row_kernel",), (90,), CARDS),
+    "gelu int8": (("_row_kernel",), (), CARDS),
     "norm rotated": (("_rows_kernel",), (90,), (90,)),
     "gelu rotated": (("_rows_kernel",), (), (90,)),
     "rows rotated": (("_quantize_rows_kernel",), (80, 90), CARDS),
     "rows plain": (("_quantize_rows_kernel",), (89, 120), CARDS),
     "gate": (("_gate_residual_kernel",), SOME, CARDS),
-    "qk": ((ROPE,), (90,), CARDS),
-    "qk int8": (("_k_mean_kernel", ROPE), (80, 89, 90, 120), CARDS),
+    "qk": ((ROPE,), (89, 120), CARDS),
+    "qk int8": (("_k_mean_kernel", ROPE), (80, 90), CARDS),
     "heads": (("_norm_heads_kernel",), SOME, CARDS),
-    "v": ((*V_PASSES, "_added_kernel"), (89, 120), HAVE_E4M3),
+    "v": ((*V_PASSES, "_added_kernel"), (120,), HAVE_E4M3),
     "v sampled": ((*V_PASSES, *V_PASSES, "_added_kernel"), (90,), HAVE_E4M3),
 }
-"""By variant: its kernels, and the cards that it is compiled for, in every run and with --all. Every run compiles each
-kernel for each card, and variants that take long for sm_90, where registers are limited, and one or two others."""
+"""By variant: its kernels, and the cards that it is compiled for, in every run and with --all. What takes long is
+compiled in every run for a card or two, most of it for sm_90, where registers are limited."""
 
 COMPILE = """
 import json
@@ -327,11 +324,10 @@ for name, only, arch in json.loads(sys.argv[1]):
 
 
 @pytest.mark.parametrize("cards", [CARDS[:3], CARDS[3:]], ids=["before-hopper", "from-hopper-on"])
-def test_compiles_for_every_card(cards: tuple[int, ...], tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Nothing is spilled, and shared memory is within what every card has, 99 KiB; on sm_90, 227."""
+def test_compiles_for_cards(cards: tuple[int, ...], tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Nothing is spilled, and shared memory is within what all cards have, 99 KiB; on sm_90, 227."""
     pytest.importorskip("triton")
-    whole = request.config.getoption("--all")
-    cards = tuple(arch for arch in cards if whole or arch in SOME)
+    whole, cards = is_whole(request.config), compiled(request.config, cards, SOME)
     chosen = [(name, only, every if whole else some) for name, (only, some, every) in COMPILED.items()]
     jobs = [(name, only, arch) for name, only, archs in chosen for arch in archs if arch in cards]
     lines = run_separately(COMPILE, tmp_path, json.dumps(jobs)).splitlines()
@@ -344,7 +340,14 @@ def test_compiles_for_every_card(cards: tuple[int, ...], tmp_path: Path, request
         assert int(shared) <= (227 if arch == "90" else 99) * 1024, line
         seen.append((name, int(arch)))
     assert seen == [(name, arch) for _, only, arch in jobs for name in only]
-    assert len(set(seen)) == 6 * len(cards) + 4 * sum(arch >= 89 for arch in cards) + (90 in cards)
+    if whole:  # each kernel for each card that can run it
+        assert len(set(seen)) == 6 * len(cards) + 4 * sum(arch >= 89 for arch in cards) + (90 in cards)
+    assert {arch for _, arch in seen} == set(cards)
+
+
+def test_every_run_compiles_each_kernel() -> None:
+    for place in (1, 2):
+        assert len({kernel for case in COMPILED.values() if case[place] for kernel in case[0]}) == 11
 
 
 # --- the references are the network's own numbers -----------------------------------------------------------------

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cards import CARDS, is_whole
 from separate import run_separately
 from torch import Tensor
 
@@ -243,20 +244,20 @@ def test_the_interpreted_kernel_gives_the_reference_bits(tmp_path: Path) -> None
     assert run_separately(INTERPRETED, tmp_path, TRITON_INTERPRET="1").split() == ["equal"]
 
 
-CARDS = 80, 86, 89, 90, 100, 120
 FORMS = (192, 256, 0), (192, 200, 1), (48, 256, 1), (48, 200, 0)
-"""Of the portable kernel: rows, K, and whether bias and residual follow; one after the other, --all: each."""
+"""Of the portable kernel: rows, K, and whether bias and residual follow. Every run compiles each, for one card; --all:
+each for each."""
+FOR = 90, 100, 120, 80
 
 
-def test_compiles_for_every_card(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """The portable kernel spills nothing, in the shared memory that every card has, 99 KiB; Hopper has 227, and its own
+def test_compiles_for_cards(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The portable kernel spills nothing, in the shared memory that all cards have, 99 KiB; Hopper has 227, and its own
     kernel is compiled for both types and with both ends, with --all for each of both."""
     pytest.importorskip("triton")
-    whole = request.config.getoption("--all")
+    whole = is_whole(request.config)
     jobs = ["fp8", "int8 gated"] + (["int8", "fp8 gated"] if whole else [])
     portable = [
-        (arch, *form) for i, arch in enumerate(CARDS) for j, form in enumerate(FORMS)
-        if whole or ((i + 1) % 4 == j and arch != 86)  # which has the instructions of sm_80
+        (arch, *form) for arch in CARDS for own, form in zip(FOR, FORMS, strict=True) if whole or arch == own
     ]  # fmt: skip
     forms = " ".join(",".join(map(str, form)) for form in portable)
     told = run_separately(CARD, tmp_path, forms, *jobs, TRITON_DUMP_PTXAS_LOG="1")
