@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,21 @@ from solostep.engine.errors import UsageError
 from solostep.quant.linear import QuantizedLinear
 
 pytestmark = pytest.mark.usefixtures("fast")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def reference(fast: None) -> Iterator[None]:
+    """Texts and the fp32 run are made once for all tests, as they are for all rows of a measurement."""
+    real, made = gate.Gate.ready, dict[int, gate.Gate]()
+
+    def ready(moved: int, alter: gate.Alter) -> gate.Gate:
+        if moved not in made:
+            made[moved] = real(moved)
+        return replace(made[moved], alter=alter)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate.Gate, "ready", ready)
+        yield
 
 
 @pytest.fixture(scope="module")
