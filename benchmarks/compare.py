@@ -3,8 +3,8 @@
 A drift counts as changed where the interval of its change, taken pair by pair (the same prompt and noise before and
 after), leaves out no change; prompt following, where a sign test over the prompts that changed says so. A time counts
 as changed where the median step differs by more than three times what single steps of both runs do. What too few
-prompts or steps were measured for is said to be that. Cost: reading the files and their bootstraps. Error: none is
-added.
+prompts or steps were measured for is said to be that, and so is what only one of the two has measured. Cost: reading
+the files and their bootstraps. Error: none is added.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Comparison:
     missing: list[str]
     new: list[str]
     environment: list[tuple[str, str, str]]
+    repeated: list[str] = field(default_factory=list)
 
     @property
     def title(self) -> str:
@@ -71,7 +72,8 @@ def compare(a: Path, b: Path) -> Comparison:
     Raises:
         UsageError: one of them holds no result, or they have no cell in common.
     """
-    before, after = _by_cell(read_results([a])), _by_cell(read_results([b]))
+    left, right = _by_cell(read_results([a])), _by_cell(read_results([b]))
+    before, after = ({key: own[0] for key, own in side.items()} for side in (left, right))
     common = sorted((key for key in before if key in after), key=lambda key: _order(after[key]))
     if not common:
         raise UsageError(
@@ -82,8 +84,8 @@ def compare(a: Path, b: Path) -> Comparison:
         Change(
             before[key].label,
             f"{model_name(before[key].cell)}, {before[key].cell.clip}",
-            row_of([before[key]]),
-            row_of([after[key]]),
+            row_of(left[key]),
+            row_of(right[key]),
         )
         for key in common
     ]
@@ -93,7 +95,14 @@ def compare(a: Path, b: Path) -> Comparison:
         changes,
         [_named(before[k]) for k in before if k not in after],
         [_named(after[k]) for k in after if k not in before],
-        _differing(list(before.values()), list(after.values())),
+        _differing(*([r for own in side.values() for r in own] for side in (left, right))),
+        [
+            f"{_named(own[0])}: {len(own)} results {when}; what the newest, {own[0].id}, has not measured comes from "
+            "the others"
+            for side, when in ((left, "before"), (right, "after"))
+            for key, own in side.items()
+            if len(own) > 1 and key in common
+        ],
     )
 
 
@@ -103,13 +112,13 @@ def _order(result: Result) -> tuple[Any, ...]:
     return -math.prod(size_of(cell)), model_name(cell), cell.role == "mode", result.label, cell.num_inference_steps
 
 
-def _by_cell(results: Sequence[Result]) -> dict[str, Result]:
-    """Results by what they measured; of several of one cell, the newest."""
-    found: dict[str, Result] = {}
-    for result in sorted(results, key=lambda r: str(r.environment.get("date") or "")):
+def _by_cell(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Results by what they measured; of several of one cell, the newest first."""
+    found: dict[str, list[Result]] = {}
+    for result in sorted(results, key=lambda r: str(r.environment.get("date") or ""), reverse=True):
         cell = result.cell.as_dict() | {"model": model_name(result.cell)}
         del cell["levels"]
-        found[json.dumps([cell, result.synthetic], sort_keys=True)] = result
+        found.setdefault(json.dumps([cell, result.synthetic], sort_keys=True), []).append(result)
     return found
 
 
@@ -133,6 +142,8 @@ def _facts(results: Sequence[Result]) -> dict[str, str]:
         for name, text in flat({k: v for k, v in result.environment.items() if k not in ("date", "command")}):
             if not name.startswith("clocks ") or name.endswith("limit w"):  # clocks are never the same twice
                 found.setdefault(name, []).append(text)
+        if result.weights and not result.synthetic:
+            found.setdefault(f"weights of {model_name(result.cell)}", []).append(result.weights)
     return {name: " / ".join(dict.fromkeys(texts)) for name, texts in found.items()}
 
 
@@ -151,8 +162,9 @@ def table(found: Comparison) -> Table:
     for change in found.changes:
         a, b = change.before, change.after
         flags, few = outside(change), untold(change)
-        told = "; ".join(flags) or ("too few to tell" if few else "nothing")
-        row = [Cell(change.label), Cell(told, "; ".join(few), _mark(flags)), Cell(change.clip)]
+        lacking = one_sided(change)
+        told = "; ".join(flags) or ("too few to tell" if few else "not all measured" if lacking else "nothing")
+        row = [Cell(change.label), Cell(told, "; ".join([*few, *lacking]), _mark(flags)), Cell(change.clip)]
         row += [Cell(number(a.step)), Cell(number(b.step)), Cell(f"{change.speed:.2f}×" if change.speed else MISSING)]
         row += [Cell(gigabytes(v)) for v in (a.gpu, b.gpu, a.host, b.host)]
         for m in measures:
@@ -200,8 +212,13 @@ def outside(change: Change) -> list[str]:
 def untold(change: Change) -> list[str]:
     """What of a cell was measured on too few prompts or steps to tell noise from a change."""
     a, b = change.before, change.after
-    measured = [*((a.drift[name].n, b.drift[name].n) for name in DRIFT if name in a.drift and name in b.drift)]
-    measured += [(a.score[name].prompts, b.score[name].prompts) for name in a.score if name in b.score]
+    both = [name for name in DRIFT if name in a.drift and name in b.drift and a.samples[name] != b.samples[name]]
+    measured = [(a.drift[name].n, b.drift[name].n) for name in both]  # equal numbers are no matter of prompts
+    measured += [
+        (a.score[name].prompts, b.score[name].prompts)
+        for name in a.score
+        if name in b.score and not (a.followed and a.followed == b.followed)
+    ]
     prompts = min((min(pair) for pair in measured), default=fewest())
     found = []
     if prompts < fewest():
@@ -209,6 +226,17 @@ def untold(change: Change) -> list[str]:
     steps = min(a.steps_timed, b.steps_timed)
     if change.speed is not None and steps < fewest():
         found.append(f"seconds a step: {steps} timed, held against {MARGIN * 100:g} %")
+    return found
+
+
+def one_sided(change: Change) -> list[str]:
+    """What only one of the two has measured, and so is not compared."""
+    found = []
+    for here, there, when in ((change.before, change.after, "before"), (change.after, change.before, "after")):
+        names = [DRIFT[name].label for name in DRIFT if name in here.drift and name not in there.drift]
+        names += ["prompt following"] if here.score and not there.score else []
+        names += ["seconds a step"] if here.step and not there.step else []
+        found += [f"measured {when} only: {', '.join(names)}"] if names else []
     return found
 
 
@@ -269,9 +297,9 @@ def environment_table(found: Comparison) -> Table | None:
 
 
 def only_in(found: Comparison) -> list[str]:
-    """Lines about cells that one of the sets does not have."""
+    """Lines about cells that one of the sets does not have, or has several times."""
     lines = [f"Missing after: {name}" for name in found.missing]
-    return lines + [f"New after: {name}" for name in found.new]
+    return lines + [f"New after: {name}" for name in found.new] + found.repeated
 
 
 def as_text(found: Comparison) -> str:
@@ -305,6 +333,9 @@ def as_page(found: Comparison) -> str:
     body += f"<h2>{flagged} of {len(found.changes)} cells changed by more than noise</h2>"
     if few:
         body += f'<p class="note">{few} have too few prompts or steps to tell all of it; the table says which.</p>'
+    apart = sum(bool(one_sided(change)) for change in found.changes)
+    if apart:
+        body += f'<p class="note">{apart} have something that was measured on one side only; the table says what.</p>'
     body += html.table(table(found), sortable=True)
     body += "".join(f'<p class="note">{escape(line)}</p>' for line in only_in(found)) + "</main>"
     return html.document(f"Results compared: {found.title}", body)

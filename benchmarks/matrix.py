@@ -168,6 +168,12 @@ def identity(cell: Cell, fingerprints: dict[str, str], code: str | None = None) 
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def weights_identity(folder: ModelFolder) -> str:
+    """12 hexadecimal digits of a model's weights, all components of them; not where they lie."""
+    text = json.dumps({name: c.fingerprint for name, c in folder.components.items()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def label(cell: Cell) -> str:
     """A mode in a few words."""
     fixed = {"reference": "reference", "floor-order": "floor: other order", "floor-backend": "floor: other back end",

@@ -14,13 +14,15 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from solostep.benchmarks.readme_lines import attention_table, block_table, decoding_table, memory_table
-from solostep.benchmarks.report_data import Group, Row, make_groups, model_name, row_of
+from solostep.benchmarks.report_data import Group, Row, make_groups, model_name, results_of, row_of
 from solostep.benchmarks.report_markdown import table
 from solostep.benchmarks.report_measures import MISSING, cell_text, gigabytes, number
+from solostep.benchmarks.report_origins import mixed
 from solostep.benchmarks.report_tables import (
     DAGGER,
     RESUMED,
@@ -29,6 +31,7 @@ from solostep.benchmarks.report_tables import (
     environment_line,
     gigabytes_of,
     mode_text,
+    run_title,
     summary,
     times_cell,
     whole_video,
@@ -165,7 +168,8 @@ def budgets_table(root: Path) -> list[str]:
     heads = ["mode", "frames", "`--vram`", "seconds a step", "50 steps", "GPU peak", "host peak"]
     made = table(Table("budgets", "", [("", h) for h in heads], rows))
     made[0] = made[0].replace("\\`", "`")
-    return [*made, "", f"{_about(results)}.", *_calculated(rows)]
+    told = [(run_title(r), [r.environment]) for r in results]
+    return [*made, "", f"{_about(results)}.", *_calculated(rows), *_apart(told)]
 
 
 TABLES: dict[str, Callable[[Path], list[str]]] = {
@@ -180,8 +184,14 @@ def _marks(group: Group) -> list[str]:
 
 def _titled(group: Group, found: Table) -> list[str]:
     synthetic = ", synthetic weights" if group.synthetic else ""
-    where = " and ".join(dict.fromkeys(environment_line(r.environment) for r in group.results))
-    return [*table(found), f"{group.title}{synthetic}: {where}.", ""]
+    told = [(row.name, [r.environment for r in results_of(group, row)]) for row in group.rows]
+    where = " and ".join(dict.fromkeys(environment_line(e) for _, environments in told for e in environments))
+    return [*table(found), f"{group.title}{synthetic}: {where}.", *_apart(told), ""]
+
+
+def _apart(told: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> list[str]:
+    note = mixed(told)
+    return ["", note] if note else []
 
 
 def _about(results: Sequence[Result]) -> str:

@@ -1,8 +1,9 @@
 """Results of `solostep bench` (one JSON file each) as what a report shows: groups of one model and clip, a row a mode.
 
-Rows of different models, sizes, cards or drift settings (steps, guidance, prompts, seeds) never stand in one table:
-what they were compared with is not the same. Times and memory do not depend on the prompts or the number of steps, so a
-result that measured only those joins the group of its model, size and card.
+Rows of different models, weights, sizes, cards or drift settings (steps, guidance, prompts, seeds) never stand in one
+table: what they were compared with is not the same. Times and memory do not depend on the prompts or the number of
+steps, so a result that measured only those joins the group of its model, size and card, if it computed as many guidance
+branches; and it is said.
 
 Cost: reading the files and a bootstrap a measure, mode and step. Error: none is added; medians come with a
 95 % interval over prompts.
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from solostep.benchmarks.report_measures import Share
+from solostep.benchmarks.report_origins import mixed
 from solostep.benchmarks.report_pairs import (
     Pair,
     Samples,
@@ -109,10 +111,15 @@ class Group:
     pairs: int
     notes: list[str] = field(default_factory=list)
 
+    weights: str | None = None
+    guided: bool = True
+
     @property
     def title(self) -> str:
+        """``weights`` are told only where others have the same name."""
         frames, height, width = self.size
-        return f"{self.model}, {frames} frames of {height}x{width}"
+        name = self.model if self.weights is None else f"{self.model} (weights {self.weights})"
+        return f"{name}, {frames} frames of {height}x{width}" + ("" if self.guided else ", one guidance branch")
 
     @property
     def reference(self) -> Row | None:
@@ -158,12 +165,18 @@ def card_of(environment: Mapping[str, Any]) -> str:
     return str(environment.get("card") or f"CPU ({environment.get('cpu') or 'unknown'})")
 
 
+def is_guided(cell: Cell) -> bool:
+    """Whether a step computes two branches; up to a scale of 1 it is one, in half the time."""
+    return cell.guidance_scale > 1
+
+
 def _place(result: Result) -> str:
-    """Model, weights, size and card, as a key."""
+    """Model, size, number of guidance branches and card, as a key."""
     cell = result.cell
     # Drawn weights are known by their generator: the folder that they lie in, if any, may have any name.
     name = "" if result.synthetic else model_name(cell)
-    return json.dumps([name, result.synthetic, size_of(cell), card_of(result.environment)], sort_keys=True)
+    place = [name, result.synthetic, size_of(cell), is_guided(cell), card_of(result.environment)]
+    return json.dumps(place, sort_keys=True)
 
 
 def size_of(cell: Cell) -> tuple[int, int, int]:
@@ -196,18 +209,28 @@ def make_groups(results: Sequence[Result]) -> list[Group]:
     for result in results:
         places.setdefault(_place(result), []).append(result)
     groups = []
-    for found in places.values():
+    for weights, found in (part for place in places.values() for part in _by_weights(place)):
         settings = list(dict.fromkeys(_settings(r) for r in found if r.drift and r.role != OTHER_SEED))
         settings = settings or list(dict.fromkeys(_settings(r) for r in found if r.drift))
         for own in settings or [None]:
             members = [r for r in found if own is None or _settings(r) == own or _yardstick_of(r, own)]
             # Times from other settings: of the same kernels on the same card, so they hold here as well.
             others = [r for r in found if r not in members and not r.drift]
-            groups.append(_group(members, others, own is not None))
+            groups.append(_group(members, others, own is not None, weights))
     return sorted(groups, key=lambda g: (not g.measured, -math.prod(g.size), g.synthetic is not None, g.title))
 
 
-def _group(members: list[Result], others: list[Result], with_drift: bool) -> Group:
+def _by_weights(found: list[Result]) -> list[tuple[str | None, list[Result]]]:
+    """Results of one model's name, apart where they tell of several models that have it. Older results do not tell
+    their weights; where there is no more than one model, they are taken to be of it. Drawn weights are known by their
+    generator."""
+    if found[0].synthetic or len({r.weights for r in found if r.weights}) < 2:
+        return [(None, found)]
+    names = dict.fromkeys(r.weights for r in found)
+    return [(name or "not recorded", [r for r in found if r.weights == name]) for name in names]
+
+
+def _group(members: list[Result], others: list[Result], with_drift: bool, weights: str | None = None) -> Group:
     first = next((r for r in members if r.drift), members[0])
     cell = first.cell
     rows: dict[tuple[Any, ...], list[Result]] = {}
@@ -222,11 +245,14 @@ def _group(members: list[Result], others: list[Result], with_drift: bool) -> Gro
         rows=_without_budgets([row_of(found) for found in rows.values()]),
         results=[*members, *others],
         pairs=max((len(r.pairs) for r in members), default=0),
+        weights=weights,
+        guided=is_guided(cell),
     )
     for found in rows.values():
         _say_repeats(group, found)
     _order(group)
     _name_apart(group)
+    _say_origins(group, others if with_drift else [])
     _judge(group)
     return group
 
@@ -253,6 +279,29 @@ def _say_repeats(group: Group, found: Sequence[Result]) -> None:
         if len(with_it) > 1:
             text = f"{with_it[0].label}: {len(with_it)} results have {part}; the newest, {with_it[0].id}, is shown"
             group.notes.append(text + (_run_before(with_it) if part == "speed" else "") + ".")
+
+
+def results_of(group: Group, row: Row) -> list[Result]:
+    """The results that a row was made of, in its order."""
+    by_id = {result.id: result for result in group.results}
+    return [by_id[i] for i in dict.fromkeys(row.ids) if i in by_id]
+
+
+def _say_origins(group: Group, others: Sequence[Result]) -> None:
+    """What rows were measured at other settings, and which of them in other environments than the rest."""
+    told = [(row.name, results_of(group, row)) for row in group.rows]
+    joined: dict[int, list[str]] = {}
+    for name, found in told:
+        timed = next((r for r in found if r.speed), None)
+        if timed is not None and any(timed is other for other in others):
+            joined.setdefault(timed.cell.num_inference_steps, []).append(name)
+    if joined:
+        runs = "; ".join(f"of {n} steps: {', '.join(names)}" for n, names in joined.items())
+        group.notes.append(
+            f"Seconds a step and memory from runs with other settings, on which they do not depend, {runs}."
+        )
+    note = mixed([(name, [r.environment for r in found]) for name, found in told])
+    group.notes += [note] if note else []
 
 
 def _run_before(found: Sequence[Result]) -> str:

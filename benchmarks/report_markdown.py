@@ -22,6 +22,7 @@ from solostep.benchmarks.report_tables import (
     Table,
     commands,
     environment_line,
+    environments,
     files,
 )
 from solostep.benchmarks.results import Result
@@ -95,7 +96,11 @@ def _method(results: Sequence[Result]) -> list[str]:
     lines = ["## What was measured", ""]
     lines += [f"- *{plain(m.label)}*: {plain(m.meaning)} {m.better.capitalize()} is better." for m in DRIFT.values()]
     lines += [f"- *{plain(name)}*: {plain(text)}" for name, text in OTHER.items()]
-    lines += ["", *(f"- {plain(text)}" for text in LIMITS), "", "## Commands and files", ""]
+    lines += ["", *(f"- {plain(text)}" for text in LIMITS), "", "## Environment, commands, files", ""]
+    for found, own in environments(results):
+        lines += [f"### {plain(environment_line(own[0].environment))}: {len(own)} result{'s' * (len(own) != 1)}", ""]
+        lines += [*(f"- {plain(name)}: {plain(text)}" for name, text in found), ""]
+    lines += ["### Commands", ""]
     lines += [f"    {command}" for command in commands(results)]
     return [*lines, "", *table(files(results)), ""]
 

@@ -95,8 +95,8 @@ DRIFT: dict[str, Measure] = {
 VIDEO = ("psnr", "psnr_video", "ssim", "vmaf", "xpsnr", "lpips", "flicker", "motion")
 
 OTHER: dict[str, str] = {
-    "seconds a step": "One denoising step with both guidance branches; the median of the steps that were timed, the "
-    "first apart.",
+    "seconds a step": "One denoising step with both guidance branches (up to a scale of 1 there is one, which the "
+    "title says); the median of the steps that were timed, the first apart.",
     "50 steps, 15 steps": "A whole video from prompt to file with as many steps (15: Turbo). Marked † where it is "
     "calculated: the stages as measured, and the denoising steps times their median.",
     "GPU peak": "What torch's allocator held at most, and, under it, what the driver reported for the card at most, "
@@ -112,11 +112,11 @@ OTHER: dict[str, str] = {
     "verdict": "A mode is indistinguishable from the floor where its interval overlaps the floor's (or lies on the "
     "better side of it) in the teacher-forced error, the latents at the end and PSNR, as far as they were measured. "
     "Few prompts make wide intervals, which overlap easily: read it beside the next column.",
-    "times the floor": "The mode's error over the larger floor's of the same prompt, noise and step, so that how hard "
-    "a prompt is cancels: the median over pairs and its interval (of PSNR, the ratio of root mean square differences). "
-    "Only where it holds 1, or lies under 1, can a mode not be told from rounding noise. A step counts as above the "
-    "floor where the interval of its own ratio lies above 1; of a mode that is none the worse, at most one step in "
-    "forty does so by chance.",
+    "times the floor": "The mode's error (the teacher-forced one, where it was measured) over the larger floor's of "
+    "the same prompt, noise and step, so that how hard a prompt is cancels: the median over pairs and its interval (of "
+    "PSNR, the ratio of root mean square differences). Only where it holds 1, or lies under 1, can a mode not be told "
+    "from rounding noise. A step counts as above the floor where the interval of its own ratio lies above 1; of a mode "
+    "that is none the worse, at most one step in forty does so by chance.",
     "intervals": "95 % of the median, over prompts: videos of one prompt with several seeds count as one. Fewer than "
     "six prompts make no interval, and then none is shown.",
 }

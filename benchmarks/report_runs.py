@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from solostep.benchmarks.report_data import MODE, Group, Row
+from solostep.benchmarks.report_data import MODE, Group, results_of
 from solostep.benchmarks.report_measures import DRIFT, MISSING, gigabytes, number, seconds
-from solostep.benchmarks.report_tables import Cell, Table, mode_text, without_empty
+from solostep.benchmarks.report_tables import Cell, Table, run_title, without_empty
 from solostep.benchmarks.results import Result
 from solostep.benchmarks.statistics import Interval, median_interval
 
@@ -32,12 +32,6 @@ class Run:
         return not (self.plan or self.stages or self.events or self.commands)
 
 
-def results_of(group: Group, row: Row) -> list[Result]:
-    """The results that a row was made of, in its order."""
-    by_id = {result.id: result for result in group.results}
-    return [by_id[i] for i in dict.fromkeys(row.ids) if i in by_id]
-
-
 def runs(group: Group) -> tuple[list[Run], list[str]]:
     """A run for each row of a group that has anything to tell, and sentences about what all of them share."""
     return _shared([run_of(row.name, results_of(group, row)) for row in group.rows])
@@ -45,13 +39,7 @@ def runs(group: Group) -> tuple[list[Run], list[str]]:
 
 def budget_runs(results: Sequence[Result]) -> tuple[list[Run], list[str]]:
     """A run for each result of a table of budgets."""
-    return _shared([run_of(_budget_title(result), [result]) for result in results])
-
-
-def _budget_title(result: Result) -> str:
-    cell = result.cell
-    budgets = [f"{kind} {value}" for kind, value in (("GPU", cell.vram), ("host", cell.host_ram)) if value]
-    return f"{mode_text(result)}, {cell.num_frames} frames, " + (", ".join(budgets) or "no budget")
+    return _shared([run_of(run_title(result), [result]) for result in results])
 
 
 def _shared(found: list[Run]) -> tuple[list[Run], list[str]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from solostep.benchmarks.report_data import Group, Row, card_of, mode_key, model_name
+from solostep.benchmarks.report_data import Group, Row, card_of, is_guided, mode_key, model_name, size_of
 from solostep.benchmarks.report_measures import (
     DRIFT,
     MISSING,
@@ -19,6 +19,7 @@ from solostep.benchmarks.report_measures import (
     span,
     times_span,
 )
+from solostep.benchmarks.report_origins import mixed
 from solostep.benchmarks.report_verdicts import Verdict
 from solostep.benchmarks.results import Result
 from solostep.benchmarks.statistics import Interval, fewest
@@ -87,6 +88,9 @@ def summary(group: Group) -> Table:
             + ("95 % intervals in brackets. " if group.prompts >= fewest() else "too few for intervals. ")
             + f"{MISSING} was not measured."
         )
+    if any(row.verdict and row.verdict.ratio is not None and len(row.verdict.parts) > 1 for row in group.modes):
+        measure = next(iter(next(r.verdict.parts for r in group.modes if r.verdict and r.verdict.parts)))
+        notes.append(f"Times the floor: of the {DRIFT[measure].label}. Other measures may lie further above theirs.")
     if any(row.score and "all" not in row.score for row in group.rows):
         notes.append("Prompt following: of what prompts ask for, that which is followed least, by name.")
     return without_empty(Table("summary", f"Modes: {group.title}", heads, rows, marks, notes))
@@ -269,13 +273,19 @@ def budgets(rows: Sequence[tuple[Result, Row]]) -> list[Budgets]:
     places: dict[tuple[Any, ...], list[tuple[Result, Row]]] = {}
     for result, row in rows:
         if row.step is not None and result.role == "mode":
-            place = (model_name(result.cell), card_of(result.environment), bool(result.synthetic))
+            place = (
+                model_name(result.cell),
+                card_of(result.environment),
+                bool(result.synthetic),
+                is_guided(result.cell),
+            )
             places.setdefault(place, []).append((result, row))
     found = []
-    for (model, card, synthetic), own in places.items():
-        if len({(r.cell.vram, r.cell.host_ram, r.cell.num_frames) for r, _ in own}) < 2:
+    for (model, card, synthetic, guided), own in places.items():
+        if len({(r.cell.vram, r.cell.host_ram, size_of(r.cell)) for r, _ in own}) < 2:
             continue
         title = f"{model} on {card}" + (", synthetic weights" if synthetic else "")
+        title += "" if guided else ", one guidance branch"
         found.append(_budgets(title, own))
     return found
 
@@ -296,6 +306,7 @@ def _budgets(title: str, rows: list[tuple[Result, Row]]) -> Budgets:
     cells, lines, unlimited = [], {}, {}
     rows = sorted(rows, key=_budget_order)
     several = len({mode_key(r.cell, False) for r, _ in rows}) > 1
+    sizes = len({(r.cell.height, r.cell.width) for r, _ in rows})
     for result, row in rows:
         cell = result.cell
         mode = mode_text(result)
@@ -313,7 +324,8 @@ def _budgets(title: str, rows: list[tuple[Result, Row]]) -> Budgets:
                 Cell("; ".join(row.events)),
             ]
         )
-        line = f"{mode}, {cell.num_frames} frames" if several else f"{cell.num_frames} frames"
+        line = f"{cell.num_frames} frames" + (f" of {cell.height}x{cell.width}" if sizes > 1 else "")
+        line = f"{mode}, {line}" if several else line
         if cell.vram is None:
             unlimited[line] = row.step or 0.0
         elif gigabytes_of(cell.vram) is not None and cell.host_ram is None:
@@ -321,6 +333,8 @@ def _budgets(title: str, rows: list[tuple[Result, Row]]) -> Budgets:
     lines = {name: points for name, points in lines.items() if len(points) > 1}
     unlimited = {name: value for name, value in unlimited.items() if name in lines}
     notes = [DAGGER, *([RESUMED] if any(row.resumed for _, row in rows) else [])]
+    told = mixed([(run_title(result), [result.environment]) for result, _ in rows])
+    notes += [told] if told else []
     return Budgets(
         title,
         without_empty(Table("budgets", f"Memory budgets and clip lengths: {title}", heads, cells, footnotes=notes)),
@@ -328,6 +342,13 @@ def _budgets(title: str, rows: list[tuple[Result, Row]]) -> Budgets:
         unlimited,
         [result for result, _ in rows],
     )
+
+
+def run_title(result: Result) -> str:
+    """A row of a table of budgets in words."""
+    cell = result.cell
+    limits = [f"{kind} {value}" for kind, value in (("GPU", cell.vram), ("host", cell.host_ram)) if value]
+    return f"{mode_text(result)}, {cell.num_frames} frames, " + (", ".join(limits) or "no budget")
 
 
 def mode_text(result: Result) -> str:
@@ -388,15 +409,26 @@ def flat(environment: Mapping[str, Any], prefix: str = "") -> list[tuple[str, st
 
 
 def environments(results: Sequence[Result]) -> list[tuple[list[tuple[str, str]], list[Result]]]:
-    """Each environment once, with the results from it; what differs from run to run (date, command) is left to
-    files."""
-    found: dict[str, tuple[list[tuple[str, str]], list[Result]]] = {}
+    """Each environment once, with the results from it; of clocks the least and the most of its runs. What else differs
+    from run to run (date, command) is left to files."""
+    found: dict[str, tuple[list[tuple[str, str]], list[Result], dict[str, list[str]]]] = {}
     for result in results:
         steady = flat({k: v for k, v in result.environment.items() if k not in ("date", "command", "clocks")})
-        clocks = flat({"clocks": result.environment.get("clocks")})
-        key = str(steady)
-        found.setdefault(key, (steady + clocks, []))[1].append(result)
-    return list(found.values())
+        told = result.environment.get("clocks") or {}
+        clocks = [(f"clocks {k.replace('_', ' ')}", f"{v:g}") for k, v in told.items() if isinstance(v, (int, float))]
+        own = found.setdefault(str(steady), (steady, [], {}))
+        own[1].append(result)
+        for name, text in clocks:
+            own[2].setdefault(name, []).append(text)
+    return [(steady + [(n, _range(t)) for n, t in clocks.items()], own) for steady, own, clocks in found.values()]
+
+
+def _range(texts: Sequence[str]) -> str:
+    """What several results say of one thing: all of it where it is the same, else the least and the most."""
+    if len(set(texts)) == 1:
+        return texts[0]
+    ordered = sorted(texts, key=float)
+    return f"{ordered[0]} to {ordered[-1]}"
 
 
 def files(results: Sequence[Result]) -> Table:

@@ -108,6 +108,7 @@ class Result:
             one, by aspect.
         frames: the file beside this one that holds a few frames, and which they are; the pair that is furthest off.
         synthetic: the generator of weights that nobody trained, or False.
+        weights: 12 hexadecimal digits of the model's weights, whatever its folder is called; None in older results.
         path: where it was read from.
     """
 
@@ -125,6 +126,7 @@ class Result:
     score: dict[str, Any] | None = None
     frames: dict[str, Any] | None = None
     synthetic: dict[str, Any] | bool = False
+    weights: str | None = None
     path: Path | None = field(default=None, compare=False)
 
     @classmethod
@@ -143,6 +145,8 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         """In JSON's types, as it is written."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "path"}
+        if self.weights is None:  # as older files have it
+            del own["weights"]
         return {MARK: VERSION} | own | {"cell": self.cell.as_dict()}
 
     @property
@@ -301,6 +305,7 @@ RESULT = _object(
     },
     {
         "synthetic": _plainly("false or an object", lambda v: v is False or isinstance(v, dict)),
+        "weights": _or_null(filled),
         "speed": _or_null(SPEED), "memory": _or_null(MEMORY), "plan": _or_null(_map(anything)), "events": _list(text),
         "pairs": _list(_object({"prompt": text, "seed": whole})), "drift": _or_null(DRIFT),
         "score": _or_null(_score),

@@ -29,7 +29,7 @@ from solostep.benchmarks import cell_state
 from solostep.benchmarks.cell_state import terminated_like_interrupted
 from solostep.benchmarks.disk import bytes_to_come
 from solostep.benchmarks.environment import clocks_of, environment
-from solostep.benchmarks.matrix import Matrix, Planned, code_identity
+from solostep.benchmarks.matrix import Matrix, Planned, code_identity, weights_identity
 from solostep.benchmarks.results import (
     FAILED,
     MARK,
@@ -297,7 +297,8 @@ class Runner:
         here = clocks_of(here, (measured.get("speed") or {}).get("clocks"))
         values = {
             MARK: VERSION, "id": planned.id, "label": planned.label, "cell": planned.cell.as_dict(),
-            "synthetic": marker(self.matrix.folder.root), "environment": here, "seconds": round(seconds, 3),
+            "synthetic": marker(self.matrix.folder.root), "weights": weights_identity(self.matrix.folder),
+            "environment": here, "seconds": round(seconds, 3),
             **{k: measured[k] for k in MEASURED if k in measured},
         }  # fmt: skip
         result = Result.from_dict(values, out)

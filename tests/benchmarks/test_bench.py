@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from solostep.benchmarks import bench, report_html, runner
 from solostep.benchmarks import cell as cell_module
-from solostep.benchmarks.matrix import Matrix, Options, build
+from solostep.benchmarks.matrix import Matrix, Options, build, weights_identity
 from solostep.benchmarks.results import FAILED, read_result, read_results
 from solostep.benchmarks.runner import Outcome, Runner, spec_of
 from solostep.engine.errors import UsageError
@@ -132,6 +132,7 @@ def test_every_cell_gets_its_file(bed: Bed):
         assert found.id == outcome.planned.id and found.cell == outcome.planned.cell
         assert found.label == outcome.planned.label and found.seconds > 0
         assert found.environment["command"] == "solostep bench" and found.environment["commit"]
+        assert found.weights == weights_identity(bed.matrix.folder)
         assert found.frames is not None
         assert (bed.folder / found.frames["file"]).read_bytes() == b"frames of " + found.cell.precision.encode()
     assert len(bed.names()) == 6 and len(read_results([bed.folder])) == 3

@@ -27,8 +27,8 @@ from solostep.benchmarks.report_markdown import markdown, plain
 from solostep.benchmarks.report_measures import Share, amount, end_to_end, gigabytes, number, seconds, share
 from solostep.benchmarks.report_pictures import amplification, read_frames
 from solostep.benchmarks.report_plots import budgets as budgets_plot
-from solostep.benchmarks.report_tables import RESUMED, Cell, budgets, gigabytes_of, summary, whole_video
-from solostep.benchmarks.results import read_results
+from solostep.benchmarks.report_tables import RESUMED, Cell, budgets, environments, gigabytes_of, summary, whole_video
+from solostep.benchmarks.results import Result, read_results
 from solostep.engine.errors import UsageError
 
 _spec = importlib.util.spec_from_file_location("report_fixtures", Path(__file__).with_name("report_fixtures.py"))
@@ -203,6 +203,56 @@ def test_sizes_models_cards_and_settings_are_not_mixed(tmp_path: Path):
     groups = make_groups(results)
     assert [len(g.rows) for g in groups] == [1] * 6
     assert {g.model for g in groups} == {"demo", "other"}
+
+
+def test_models_of_one_name_and_steps_of_one_branch_are_not_mixed(tmp_path: Path):
+    """What an older result does not tell is taken to be of the one model there is."""
+    mode = "int8 · int8 attention"
+    plain, first = made.make_result(mode), made.make_result("floor-order") | {"weights": "a" * 12}
+    second = made.make_result(mode, seed=1, model="else/where/demo") | {"weights": "b" * 12}
+    halved = made.make_result(mode, levels=("speed",), steps=3, guidance_scale=1.0, step=1.0)
+    made.write_results(tmp_path / "one", [plain, first, halved])
+    two, one = sorted(read(tmp_path / "one"), key=lambda group: group.guided, reverse=True)
+    assert len(two.rows) == 2 and two.modes[0].step == pytest.approx(1.2, rel=0.05) and "(" not in two.title
+    assert (
+        one.modes[0].step == pytest.approx(0.6, rel=0.05)
+        and one.title == "demo, 17 frames of 96x96, one guidance branch"
+    )
+    made.write_results(tmp_path / "two", [second])
+    groups = make_groups(read_results([tmp_path / "one", tmp_path / "two"]))
+    assert {g.title.partition(",")[0] for g in groups if g.guided} == {
+        f"demo (weights {name})" for name in ("not recorded", "a" * 12, "b" * 12)
+    }
+
+
+def test_rows_of_several_commits_are_said(tmp_path: Path):
+    """On the page and in its table of budgets, with what rows took from runs at other settings; never of equal ones."""
+    mode, other = "int8 · int8 attention", "fp8 · int8 attention"
+    later = made.environment(commit="def5678")
+    results = [made.make_result(mode, levels=("teacher",)), made.make_result(other, env=later)]
+    timed = made.make_result(mode, levels=("speed",), steps=3, pairs=1)
+    made.write_results(tmp_path, [*results, timed])
+    (group,) = read(tmp_path)
+    notes = " ".join(group.notes)
+    assert f"commit abc1234: {mode}; commit def5678: {other}." in notes and "driver" not in notes
+    assert (
+        f"Seconds a step and memory from runs with other settings, on which they do not depend, of 3 steps: {mode}."
+        in notes
+    )
+    limited = made.make_result(mode, levels=("speed",), steps=3, pairs=1, vram="8GB", env=later)
+    rows = [Result.from_dict(r) for r in (timed, limited)]
+    (found,) = budgets([(r, row_of([r])) for r in rows])
+    assert any(f"commit def5678: {mode}, 17 frames, GPU 8GB" in note for note in found.table.footnotes)
+    (found,) = budgets(
+        [(r, row_of([r])) for r in (rows[0], Result.from_dict(limited | {"environment": timed["environment"]}))]
+    )
+    assert not any("alike" in note for note in found.table.footnotes)
+
+
+def test_clocks_are_those_of_all_runs():
+    runs = [made.make_result("reference", env=made.environment(clocks={"sm_mhz": mhz})) for mhz in (1545.0, 1770.0)]
+    ((facts, own),) = environments([Result.from_dict(run) for run in runs])
+    assert len(own) == 2 and ("clocks sm mhz", "1545 to 1770") in facts
 
 
 def test_times_join_the_drift_of_the_same_mode(tmp_path: Path):

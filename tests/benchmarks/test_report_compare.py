@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from solostep.benchmarks import report as command
-from solostep.benchmarks.compare import as_page, compare, outside, speed_margin, table, untold
+from solostep.benchmarks.compare import as_page, compare, one_sided, outside, speed_margin, table, untold
 from solostep.engine.errors import UsageError
 
 _spec = importlib.util.spec_from_file_location("report_fixtures", Path(__file__).with_name("report_fixtures.py"))
@@ -114,6 +114,31 @@ def test_too_few_prompts_are_said(tmp_path: Path):
     (row,) = table(found).rows
     assert row[1].text == "too few to tell" and row[1].more == "drift: 3 prompts, 6 make an interval"
     assert "1 have too few prompts or steps" in as_page(found)
+
+
+def test_what_one_side_lacks_is_no_agreement(tmp_path: Path):
+    """A drift that is gone is said, and not that nothing changed; and equal numbers do not need six prompts."""
+    before, after = made.make_result(MODE, pairs=3), made.make_result(MODE, pairs=3) | {"drift": None}
+    found = compare(*two(tmp_path / "a", [before], [after]))
+    (row,) = table(found).rows
+    assert row[1].text == "not all measured" and "measured before only: teacher-forced error, latents" in row[1].more
+    assert "seconds a step" not in row[1].more and "one side only" in as_page(found)
+    same = compare(*two(tmp_path / "b", [before], [before]))
+    assert one_sided(same.changes[0]) == [] and table(same).rows[0][1].text == "nothing"
+
+
+def test_all_results_of_a_cell_count(tmp_path: Path):
+    """A newer result with times alone does not hide the drift of an older one; and it is said."""
+    before = made.make_result(MODE)
+    timed = made.make_result(MODE, levels=("speed",), env=made.environment(date="2026-02-02"), step=3.0) | {
+        "id": "f" * 16
+    }
+    before["weights"], after = "a" * 12, before | {"weights": "b" * 12}
+    found = compare(*two(tmp_path, [before, timed], [after]))
+    (change,) = found.changes
+    assert "teacher" in change.before.drift and outside(change) == ["1.50× faster"]
+    assert [line for line in found.repeated if "2 results before" in line and "f" * 16 in line]
+    assert ("weights of demo", "a" * 12, "b" * 12) in found.environment
 
 
 def test_cells_and_environments_that_differ_are_said(tmp_path: Path):

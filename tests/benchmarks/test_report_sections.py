@@ -23,7 +23,7 @@ from solostep.benchmarks.report_plots import by_step, group_plots
 from solostep.benchmarks.report_runs import missing_metrics, plan_text, runs, trajectory
 from solostep.benchmarks.report_sections import budget_sections, sections
 from solostep.benchmarks.report_style import SCRIPT
-from solostep.benchmarks.report_tables import Table
+from solostep.benchmarks.report_tables import Table, environments
 from solostep.benchmarks.results import Result, read_results
 
 _spec = importlib.util.spec_from_file_location("report_fixtures", Path(__file__).with_name("report_fixtures.py"))
@@ -79,6 +79,9 @@ def test_page_and_markdown_show_the_same_sections(tmp_path: Path, monkeypatch: p
         for run in section.runs:
             assert f"<summary>{report_html.escape(run.title)}</summary>" in page
             assert f"#### {report_markdown.plain(run.title)}" in lines
+    for name, text in environments(results)[0][0]:  # all that is known of it, not the first line alone
+        assert f"<dt>{report_html.escape(name)}</dt><dd>{report_html.escape(text)}</dd>" in page
+        assert f"- {report_markdown.plain(name)}: {report_markdown.plain(text)}" in lines
 
 
 def test_folded_parts_open_for_print_and_close_again():
