@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from solostep.benchmarks.report_data import Row, model_name, row_of, size_of
+from solostep.benchmarks.report_data import Row, card_of, model_name, row_of, size_of
 from solostep.benchmarks.report_measures import DRIFT, MISSING, amount, gigabytes, number, span
 from solostep.benchmarks.report_pairs import more, over, paired
 from solostep.benchmarks.report_tables import Cell, Table, flat, without_empty
@@ -113,13 +113,13 @@ def _order(result: Result) -> tuple[Any, ...]:
 
 
 def _by_cell(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Results by what they measured; of several of one cell, the newest first."""
+    """Results by what they measured; of several of one cell, the newest first, and none of another card than its."""
     found: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda r: str(r.environment.get("date") or ""), reverse=True):
         cell = result.cell.as_dict() | {"model": model_name(result.cell)}
         del cell["levels"]
         found.setdefault(json.dumps([cell, result.synthetic], sort_keys=True), []).append(result)
-    return found
+    return {k: [r for r in own if card_of(r.environment) == card_of(own[0].environment)] for k, own in found.items()}
 
 
 def _named(result: Result) -> str:

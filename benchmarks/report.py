@@ -82,20 +82,23 @@ def make(results: Sequence[Path], title: str, page: Path | None, text: Path | No
     """
     from solostep.benchmarks import report_html, report_markdown
     from solostep.benchmarks.report_data import make_groups
-    from solostep.benchmarks.results import read_results
+    from solostep.benchmarks.results import failed_in, read_results
 
     found = read_results(results)
+    failed = failed_in(results, found)
     groups = make_groups(found)
     for group in groups:
         for note in [] if report_html.only_budgets(group) else group.notes:
             say(console, "note", f"{group.title}: {note}")
+    for line in failed:
+        say(console, "note", line)
     files: dict[Path, bytes] = {}
     if text is not None:
-        lines, drawn = report_markdown.markdown(title, found, groups, plots)
+        lines, drawn = report_markdown.markdown(title, found, groups, plots, failed)
         files[text] = lines.encode()
         files |= {text.parent / name: plot.png() for name, plot in drawn.items()}
     if page is not None:
-        files[page] = report_html.page(title, found, groups).encode()
+        files[page] = report_html.page(title, found, groups, failed).encode()
     return files
 
 

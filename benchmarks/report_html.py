@@ -39,11 +39,12 @@ LIMITS = (
 )
 
 
-def page(title: str, results: Sequence[Result], groups: Sequence[Group]) -> str:
-    """The whole page."""
+def page(title: str, results: Sequence[Result], groups: Sequence[Group], failed: Sequence[str] = ()) -> str:
+    """The whole page; ``failed``: a line for each cell that has no result because it failed."""
     shown = [group for group in groups if not only_budgets(group)]
     own_budgets = budget_sections(results)
     body = [_header(title, results, shown, bool(own_budgets))]
+    body += [f'<p class="warn">Not on this page: {escape(line)}</p>' for line in failed]
     share = BUDGET // max(1, sum(any(r.frames for r in g.rows) for g in shown))
     for i, group in enumerate(shown):
         body += _group(group, f"group-{i + 1}", share)
@@ -80,7 +81,7 @@ def _header(title: str, results: Sequence[Result], groups: Sequence[Group], with
     if len(lines) > 1:
         made += (
             f'<p class="warn">These results come from {len(lines)} environments. Times of different cards never stand '
-            "in one table; other differences (driver, versions, commit) are listed at the end.</p>\n"
+            "in one table; where rows of one differ in driver, versions or commit, a note beside it says which.</p>\n"
         )
     links = [(f"group-{i + 1}", group.title) for i, group in enumerate(groups)]
     links += [("budgets", "Budgets and clip lengths")] if with_budgets else []

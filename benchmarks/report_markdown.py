@@ -29,11 +29,12 @@ from solostep.benchmarks.results import Result
 
 
 def markdown(
-    title: str, results: Sequence[Result], groups: Sequence[Group], plots: bool = False
+    title: str, results: Sequence[Result], groups: Sequence[Group], plots: bool = False, failed: Sequence[str] = ()
 ) -> tuple[str, dict[str, Plot]]:
     """The text, and the plots that it shows by file name; none without ``plots``."""
     lines = [f"# {plain(title)}", ""]
     lines += [f"{plain(line)}  " for line in dict.fromkeys(environment_line(r.environment) for r in results)] + [""]
+    lines += [f"> Not on this page: {plain(line)}\n" for line in failed]
     drawn: dict[str, Plot] = {}
     shown = [group for group in groups if not only_budgets(group)]
     for i, group in enumerate(shown):

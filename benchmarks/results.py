@@ -446,6 +446,17 @@ def read_results(places: Iterable[str | Path]) -> list[Result]:
     return [read_result(path) for path in result_files(places)]
 
 
+def failed_in(places: Iterable[str | Path], results: Sequence[Result] = ()) -> list[str]:
+    """A line for each cell of these folders that failed, and that is not among the results: which, and why."""
+    lines, there = [], [result.cell.as_dict() for result in results]
+    for path in (p for place in map(Path, places) if place.is_dir() for p in sorted(place.glob(f"*{FAILED}"))):
+        with contextlib.suppress(UsageError):
+            told = read_json(path)
+            if isinstance(told, dict) and {"label", "error"} <= set(told) and told.get("cell") not in there:
+                lines.append(f"{told['label']} failed: {told['error']} ({path.name})")
+    return lines
+
+
 def write_json(path: Path, values: Any) -> None:
     """Writes to a temporary name first.
 

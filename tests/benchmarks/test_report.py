@@ -249,6 +249,23 @@ def test_rows_of_several_commits_are_said(tmp_path: Path):
     assert not any("alike" in note for note in found.table.footnotes)
 
 
+def test_what_failed_is_said(tmp_path: Path):
+    """A mode that was asked for and has no result is not passed over in silence."""
+    result = made.make_result("int8 · int8 attention", levels=("teacher",))
+    made.write_results(tmp_path, [result])
+    since = {"label": "int8", "error": "of an older version", "cell": Result.from_dict(result).cell.as_dict()}
+    (tmp_path / "int8.failed.json").write_text(json.dumps(since), encoding="utf-8")
+    told = {"label": "nf4 · <bf16>", "error": "no room"}
+    (tmp_path / "nf4.failed.json").write_text(json.dumps(told), encoding="utf-8")
+    (tmp_path / "cut.failed.json").write_text('{"label"', encoding="utf-8")
+    output = tmp_path / "r.html"
+    done = run(str(tmp_path), "-o", str(output), "--markdown", str(tmp_path / "r.md"))
+    assert done.exit_code == 0, done.output
+    line = "Not on this page: nf4 · &lt;bf16&gt; failed: no room (nf4.failed.json)"
+    assert line in output.read_text(encoding="utf-8") and line in (tmp_path / "r.md").read_text(encoding="utf-8")
+    assert output.read_text(encoding="utf-8").count("Not on this page") == 1  # neither what is there by now
+
+
 def test_clocks_are_those_of_all_runs():
     runs = [made.make_result("reference", env=made.environment(clocks={"sm_mhz": mhz})) for mhz in (1545.0, 1770.0)]
     ((facts, own),) = environments([Result.from_dict(run) for run in runs])

@@ -139,6 +139,9 @@ def test_all_results_of_a_cell_count(tmp_path: Path):
     assert "teacher" in change.before.drift and outside(change) == ["1.50× faster"]
     assert [line for line in found.repeated if "2 results before" in line and "f" * 16 in line]
     assert ("weights of demo", "a" * 12, "b" * 12) in found.environment
+    timed["environment"] = made.environment("Another card", date="2026-02-02")
+    (change,) = compare(*two(tmp_path / "cards", [before, timed], [after])).changes
+    assert change.before.step == pytest.approx(1.8, rel=0.05) and not change.before.drift  # not one of two cards
 
 
 def test_cells_and_environments_that_differ_are_said(tmp_path: Path):
