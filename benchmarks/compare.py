@@ -224,7 +224,7 @@ def untold(change: Change) -> list[str]:
     if prompts < fewest():
         found.append(f"drift: {prompts} prompt{'s' * (prompts != 1)}, {fewest()} make an interval")
     steps = min(a.steps_timed, b.steps_timed)
-    if change.speed is not None and steps < fewest():
+    if change.speed is not None and steps < fewest() and a.step_times != b.step_times:
         found.append(f"seconds a step: {steps} timed, held against {MARGIN * 100:g} %")
     return found
 

@@ -35,8 +35,6 @@ def mixed(rows: Sequence[tuple[str, Iterable[Mapping[str, Any]]]]) -> str | None
             where = ", ".join(f"{key} {each.get(key, 'unknown')}" for key in known)
             if name not in found.setdefault(where, []):
                 found[where].append(name)
-    return (
-        "These rows were not all measured alike, and differences between them may come from that. "
-        + "; ".join(f"{where}: {', '.join(names)}" for where, names in found.items())
-        + "."
+    return "These rows were not all measured alike, and differences between them may come from that. " + " ".join(
+        f"With {where}: {'; '.join(names)}." for where, names in found.items()
     )

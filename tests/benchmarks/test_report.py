@@ -234,7 +234,7 @@ def test_rows_of_several_commits_are_said(tmp_path: Path):
     made.write_results(tmp_path, [*results, timed])
     (group,) = read(tmp_path)
     notes = " ".join(group.notes)
-    assert f"commit abc1234: {mode}; commit def5678: {other}." in notes and "driver" not in notes
+    assert f"With commit abc1234: {mode}. With commit def5678: {other}." in notes and "driver" not in notes
     assert (
         f"Seconds a step and memory from runs with other settings, on which they do not depend, of 3 steps: {mode}."
         in notes
