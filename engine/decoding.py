@@ -11,6 +11,7 @@ import math
 from .config import GenerationSettings, VAEConfig
 from .models.vae import ENCODING
 from .models.vae_bytes import decode_bytes, encode_bytes, host_bytes
+from .models.vae_bytes_cpu import Processor, decode_bytes_on_cpu
 from .precision import OFFICIAL
 
 Decoding = tuple[int | None, int]
@@ -30,13 +31,21 @@ to an mp4 (benchmarks/results/h200: 11.7 to 13.4 s), less what decoding alone ta
 
 
 def choose_decoding(
-    config: VAEConfig, height: int, width: int, room: int, itemsize: int, host: int | None = None, fast: bool = True
-) -> tuple[Decoding, int]:
+    config: VAEConfig, height: int, width: int, room: int, itemsize: int, host: int | None = None, fast: bool = True,
+    cpu: Processor | None = None,
+) -> tuple[Decoding, int]:  # fmt: skip
     """The fastest way to decode in so many bytes beside the weights, and of host memory (None: any), or else the
-    smallest that the host has memory for; and what it takes on the card. If not ``fast``, whole chunks are first."""
+    smallest that the host has memory for; and what it takes on the card, or of memory on a ``cpu``. If not ``fast``,
+    whole chunks are first."""
     every = (*PLACES, *UNTIMED)
     places = [p for p in every if host is None or host_bytes(config, height, width, p[1], itemsize) <= host]
-    counted = [(place, decode_bytes(config, height, width, *place, itemsize)) for place in places]
+
+    def needs(place: Decoding) -> int:
+        if cpu is not None:
+            return decode_bytes_on_cpu(config, height, width, *place, itemsize, cpu)
+        return decode_bytes(config, height, width, *place, itemsize)
+
+    counted = [(place, needs(place)) for place in places]
     fitting = [(place, needed) for place, needed in counted if needed <= room]
     if not fitting:
         return min(counted, key=lambda one: one[1])

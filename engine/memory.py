@@ -20,11 +20,12 @@ from .config import CLIP_TOKENS, HOST_RAM, VRAM, GenerationSettings, from_enviro
 from .decoding import Decoding, by_speed, choose_decoding, first_choice, slower
 from .errors import SolostepError, UsageError
 from .forecast import where_blocks_stay
+from .models.vae_bytes_cpu import this_processor
 from .plan import CONTEXT, LONGEST_TEXT, PROGRAM, Limits, Plan, Rated, Use, as_placed, check_host, make_plan
 from .precision import Mode
 from .progress import Progress, stage_of
 from .request import Job
-from .runtime import free_memory, host_room, measured, release_memory, require_memory
+from .runtime import free_memory, host_room, measured, release_memory, require_memory, return_large_tensors
 from .sizes import Sizes, sizes_of
 from .streaming import NotPinned, PlacedTransformer, place
 from .text import LLMTokenizer
@@ -108,8 +109,10 @@ class Memory:
     def capped(self) -> Iterator[None]:
         """Holds torch to the budget: what goes beyond is an allocation that fails, and is met by a smaller plan.
 
-        torch has one limit for all of a process, so it holds only while this pipeline works.
+        torch has one limit for all of a process, so it holds only while this pipeline works. On a CPU it has none.
         """
+        if self.device.type != "cuda":
+            return_large_tensors()
         if self.vram is None or self.device.type != "cuda":
             yield
             return
@@ -226,8 +229,9 @@ class Memory:
         that is to go."""
         itemsize = (dtype or self.dtype).itemsize
         host = self.host_room(without) if self.is_planned else None
+        cpu = None if self.device.type == "cuda" else this_processor()
         return choose_decoding(
-            self.model.vae_config, settings.height, settings.width, room, itemsize, host, self._fast_decoding
+            self.model.vae_config, settings.height, settings.width, room, itemsize, host, self._fast_decoding, cpu
         )
 
     @property

@@ -27,6 +27,7 @@ from .config import CLIP_TOKENS, HOST_RAM, LLM_TOKENS, GenerationSettings
 from .decoding import Decoding, by_speed, choose_decoding, choose_encoding, decode_seconds
 from .errors import SolostepError, UsageError
 from .models.vae_bytes import host_bytes
+from .models.vae_bytes_cpu import this_processor
 from .precision import OFFICIAL
 from .sizes import Sizes
 from .units import as_option, rounded_up
@@ -204,8 +205,8 @@ def _plan_within(
     else:
         blocks = _all_there(network, clip, device, attention)
     size = settings.height, settings.width
-    fast = by_speed(limits.on_card, attention)
-    decode, needed = choose_decoding(sizes.vae_config, *size, device - sizes.vae, itemsize, host, fast)
+    fast, cpu = by_speed(limits.on_card, attention), None if limits.on_card else this_processor()
+    decode, needed = choose_decoding(sizes.vae_config, *size, device - sizes.vae, itemsize, host, fast, cpu)
     seconds = None if rated is None else step_seconds(network, clip, blocks, rates)
     steps, program = settings.num_inference_steps, limits.program
 

@@ -32,7 +32,7 @@ class _InStrips:
 
 
 @dataclass(frozen=True)
-class _Count(_InStrips):
+class DecoderCount(_InStrips):
     """Counts the bytes alive while one chunk is decoded, level by level, along the lines of ``Decoder``.
 
     Each moment that may be the largest is one sum. See :func:`decode_bytes`.
@@ -52,6 +52,12 @@ class _Count(_InStrips):
     def strip(self, level: int, channels: int, frames: int, halo: int = 2) -> int:
         rows = min(self.rows, self.height >> level)
         return channels * frames * (rows + halo) * (self.width >> level) * self.itemsize
+
+    def beside(self, level: int, wide: int, out: int, frames: int, rows: int | None = None, taps: int = 3) -> int:
+        """What a convolution takes beside its tensors at its own moment, of so many ``frames`` that it makes and
+        ``rows`` (None: whole frames), with ``taps`` of its kernel in time: on a card nothing, as
+        :meth:`largest_convolution` is counted once."""
+        return 0
 
     def walk(self) -> Iterator[tuple[int, int, int, int, list[tuple[int, int]]]]:
         """Of each level, lowest resolution first: its index, frames that come, frames at a time, channels that come,
@@ -119,13 +125,20 @@ class _Count(_InStrips):
             added = self._added(level, n, blocks[: i + 1])
             x, h = entry + added, self.tensor(level, out, n)
             yield True, x + self._norm(level, wide, n)
-            yield True, x + h + self.strip(level, wide, 2 + n) + self.strip(level, out, n, 0)
+            yield True, x + h + self._in_strips(level, wide, out, n)
             yield True, x + h + self._norm(level, out, n)
-            yield True, x + h + self.strip(level, out, 2 + n) + self.strip(level, out, n, 0)
+            yield True, x + h + self._in_strips(level, out, out, n)
         if level == 0:
             x = entry + added
             yield True, x + self._norm(0, out, n)
-            yield True, x + self.tensor(0, self.config.out_channels, n) + self.strip(0, out, 2 + n)
+            made = self.config.out_channels
+            x += self.tensor(0, made, n)
+            yield True, x + self.strip(0, out, 2 + n) + self.beside(0, out, made, n, self.rows)
+
+    def _in_strips(self, level: int, wide: int, out: int, n: int) -> int:
+        """Input and output of a convolution's largest strip."""
+        strips = self.strip(level, wide, 2 + n) + self.strip(level, out, n, 0)
+        return strips + self.beside(level, wide, out, n, min(self.rows, self.height >> level))
 
     def _whole(self, level: int, n: int, blocks: list[tuple[int, int]]) -> Iterator[tuple[bool, int]]:
         """The same of a level that is not divided."""
@@ -147,7 +160,8 @@ class _Count(_InStrips):
         sliced = n > self._at_once(level, max(wide, out))
         made = self.tensor(level, out, 2 * n if sliced else n)
         # Without past frames, zeros are put before the first slice only, and that is gone when the parts are joined.
-        return made if sliced and self.frames is None else made + self.tensor(level, wide, n + 2)
+        beside = self.beside(level, wide, out, min(n, self._at_once(level, max(wide, out))))
+        return beside + (made if sliced and self.frames is None else made + self.tensor(level, wide, n + 2))
 
     def _up(self, level: int, n: int, width: int) -> Iterator[int]:
         """The change to the next resolution, beside what is changed."""
@@ -157,12 +171,14 @@ class _Count(_InStrips):
         if level not in self.config.temporal_up_layers:
             big = self.tensor(above, width, n)
             # Doubled input and output; in slices of frames, the parts before they are joined.
-            yield big + (2 * self.strip(above, width, 1) if self.divided(above) else big)
+            if self.divided(above):
+                yield big + 2 * self.strip(above, width, 1) + self.beside(above, width, width, 1, self.rows, taps=1)
+            else:
+                yield 2 * big + self.beside(above, width, width, min(n, self._at_once(above, width)), taps=1)
             return
         big = self.tensor(above, width, 2 * n)
         if self.divided(above):
-            strips = self.strip(above, width, 2 + 2 * n) + self.strip(above, width, 2 * n, 0)
-            yield 2 * big + max(strips, self._norm(above, width, 2 * n))
+            yield 2 * big + max(self._in_strips(above, width, width, 2 * n), self._norm(above, width, 2 * n))
         else:
             yield big + self._convolution(above, width, width, 2 * n)
             yield 2 * big + self._convolution(above, width, width, 2 * n)
@@ -247,10 +263,20 @@ def workspace_bytes(
     return count.largest_convolution() + count.ring()
 
 
-def _count(config: VAEConfig, height: int, width: int, frames: int | None, strips: int, itemsize: int) -> _Count:
+def check_decoding(height: int, width: int, frames: int | None, strips: int) -> int | None:
+    """Frames that are decoded at a time: of whole chunks in strips one.
+
+    Raises:
+        ValueError: there is no such frame, or no such way to decode it.
+    """
     if min(height, width) < SCALE or strips < 1 or (frames is not None and frames < 1):
         raise ValueError(f"no frames of {height}x{width}, {frames} at a time in {strips} strips")
-    return _Count(config, height, width, 1 if strips > 1 and frames is None else frames, strips, itemsize)
+    return 1 if strips > 1 and frames is None else frames
+
+
+def _count(config: VAEConfig, height: int, width: int, frames: int | None, strips: int, itemsize: int) -> DecoderCount:
+    frames = check_decoding(height, width, frames, strips)
+    return DecoderCount(config, height, width, frames, strips, itemsize)
 
 
 # --- the encoder --------------------------------------------------------------------------------------------------
