@@ -21,7 +21,7 @@ from .decoding import Decoding, by_speed, choose_decoding, first_choice, slower
 from .errors import SolostepError, UsageError
 from .forecast import where_blocks_stay
 from .models.vae_bytes_cpu import this_processor
-from .plan import CONTEXT, LONGEST_TEXT, PROGRAM, Limits, Plan, Rated, Use, as_placed, check_host, make_plan
+from .plan import CONTEXT, LONGEST_TEXT, MOST, PROGRAM, Limits, Plan, Rated, Use, as_placed, check_host, make_plan
 from .precision import Mode
 from .progress import Progress, stage_of
 from .request import Job
@@ -172,6 +172,14 @@ class Memory:
     def _plan_of(self, job: Job, room: int | None = None, moves: bool = False) -> Plan:
         """The plan for the steps that a job has left."""
         return self.plan(job.left, room, moves=moves, texts=job.request.texts, to_file=job.to_file)
+
+    def expected(self, job: Job) -> Plan | None:
+        """The plan of a job; where none was made, on a CPU without a budget, that of a run that holds nothing back."""
+        if job.plan is not None or self.is_planned:
+            return job.plan
+        limits = Limits(MOST, None, context=0, program=0, given=False)
+        use = Use(self.text_tokens(job.request.texts) if job.request.texts else LONGEST_TEXT, job.to_file)
+        return make_plan(self.sizes, job.left, self.modes()[2], limits, None, self.dtype.itemsize, use)
 
     @cached_property
     def _tokenizer(self) -> LLMTokenizer:
@@ -391,15 +399,15 @@ def _fits(placed: PlacedTransformer, plan: Plan) -> bool:
     return placed.plan.resident + placed.plan.slots <= plan.blocks.resident + plan.blocks.slots
 
 
-def report(job: Job) -> list[dict[str, Any]]:
+def report(job: Job, plan: Plan | None) -> list[dict[str, Any]]:
     """What each stage took, beside what the plan said."""
-    planned = {} if job.plan is None else {stage.name: stage for stage in job.plan.stages}
+    planned = {} if plan is None else {stage.name: stage for stage in plan.stages}
     lines = []
     for stage in job.stages:
         said = planned.get(stage.name)
         lines.append(stage.as_dict() | {
             "planned_gpu_bytes": None if said is None else said.device,
-            "planned_context_bytes": None if said is None or job.plan is None else job.plan.context,
+            "planned_context_bytes": None if said is None or plan is None else plan.context,
             "planned_host_bytes": None if said is None else said.host,
             "planned_disk_bytes": None if said is None else said.disk,
             "planned_seconds": None if said is None else said.seconds,

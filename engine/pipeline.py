@@ -264,7 +264,8 @@ class StepVideoPipeline:
     def memory_report(self) -> list[dict[str, Any]]:
         """Of the last video: what each stage was to take at most, by the plan, and what it took: bytes of the card, of
         host memory (of the whole process; the program's own part is planned with on a card only) and from files (from
-        the system's cache too), and seconds.
+        the system's cache too), and seconds. On a CPU without a budget, what is planned is what a run takes that
+        holds nothing back, beside the program and what else it holds; its "bytes of the card" are of host memory.
 
         Bytes of the card are torch's, planned ones too: the driver's context and kernels, ``planned_context_bytes``,
         come on top of each stage, and the table of :meth:`plan` counts them in."""
@@ -498,7 +499,7 @@ class StepVideoPipeline:
                         self._stages.decode(job, sink, say, self.dtype)
                 job.delivered()
                 record = self._record(job)
-                self._report = report(job)
+                self._report = report(job, self.memory.expected(job))
             yield record, job.saved.latents
 
     def is_finished(self, request: Request) -> bool:
@@ -534,7 +535,7 @@ class StepVideoPipeline:
                 self._stages.decode(job, sink, progress or (lambda *_: None), dtype)
         finally:
             self.memory.free("vae")
-            self._report = report(job)
+            self._report = report(job, self.memory.expected(job))
         return self._record(job)
 
     def _open(self, request: Request, index: int, locks: contextlib.ExitStack, to_file: bool) -> Job:

@@ -364,7 +364,7 @@ def test_on_a_cpu_host_memory_alone_is_no_budget(caplog: pytest.LogCaptureFixtur
 def test_a_report_tells_what_is_outside_of_torch() -> None:
     """The table of a plan counts it in; figures beside torch's own do not."""
     plan = asked("fp8").plan(24 * GB)
-    (line,) = report(SimpleNamespace(plan=plan, stages=[Stage("denoise")]))  # type: ignore[arg-type]
+    (line,) = report(SimpleNamespace(stages=[Stage("denoise")]), plan)  # type: ignore[arg-type]
     assert line["planned_gpu_bytes"] == plan.stage("denoise").device and line["planned_context_bytes"] == CONTEXT
     whole = line["planned_gpu_bytes"] + line["planned_context_bytes"]
     assert re.search(rf"denoise +{whole / 1e9:.1f} GB", str(plan))
