@@ -107,7 +107,8 @@ def decode_bytes_on_cpu(
 
     Past frames of strips (``host_bytes``) come on top. Arguments are those of ``decode_bytes``. Held to what a process
     took on a CPU that lacks bf16, with large tensors given back at once (``return_large_tensors``): the demo model took
-    3 to 16 % more at 96x96 and 128x128, whole and in pieces, most of it when libraries were first used.
+    1 to 10 % more at 192x192 and 256x256, whole and in pieces, and 3 to 16 at 96x96, most of it for libraries that were
+    used for the first time. Where bf16 is multiplied as such, it is not measured.
     """
     frames = check_decoding(height, width, frames, strips)
     return _Count(config, height, width, frames, strips, itemsize, processor).peak()
