@@ -12,7 +12,7 @@ from .checkpoint import open_model
 from .config import PRESETS, GenerationSettings
 from .failures import readable_errors
 from .hub import HUB_IDS
-from .plan import CONTEXT, PROGRAM, Limits, Plan, Rated, check_host, make_plan, smallest
+from .plan import CONTEXT, MOST, PROGRAM, Limits, Plan, Rated, check_host, make_plan, smallest
 from .precision import Mode, check_attention, check_precision, choose_attention, choose_mode
 from .request import filled_in
 from .runtime import host_room
@@ -32,6 +32,8 @@ class Asked:
     rated: Rated | None
     room: int | None = None
     """Host memory that a run here finds beside the program; None: the plan is for another machine."""
+    on_card: bool = True
+    """Whether it is for a card's memory, and not for a CPU's in its place, where the program is not counted."""
 
     @property
     def itemsize(self) -> int:
@@ -40,20 +42,26 @@ class Asked:
 
     def plan(self, vram: int, host: int | None = None) -> Plan:
         """For a card of which the process may take ``vram`` bytes, torch's and the driver's together; ``host`` is
-        likewise for all of the process, by default what is free here, or on another machine any.
+        likewise for all of the process, by default what is free here, or on another machine any. On a CPU both are for
+        what a run takes beside the program.
 
         Raises:
             UsageError: ``host`` is less than the program itself takes.
             SolostepError: nothing fits.
         """
-        check_host(host)
-        beside = self.room if host is None else host - PROGRAM
-        limits = Limits(vram - CONTEXT, beside)
+        limits = self._limits(vram, host)
         return make_plan(self.sizes, self.settings, self.attention, limits, self.rated, self.itemsize)
+
+    def _limits(self, vram: int, host: int | None = None) -> Limits:
+        if not self.on_card:
+            return Limits(vram, self.room if host is None else host, context=0, program=0)
+        check_host(host)
+        return Limits(vram - CONTEXT, self.room if host is None else host - PROGRAM)
 
     def smallest(self) -> int:
         """The least ``vram`` that a plan exists for, in steps of 100 MB."""
-        found = smallest(self.sizes, self.settings, self.attention, self.itemsize) + CONTEXT
+        limits = self._limits(MOST)
+        found = smallest(self.sizes, self.settings, self.attention, self.itemsize, limits) + limits.context
         return -(-found // 10**8) * 10**8
 
 
@@ -63,7 +71,8 @@ def ask(
 ) -> Asked:  # fmt: skip
     """What a model, by its folder or just its name, takes for a clip; ``values`` are those of GenerationSettings.
 
-    On a card, ``device``, its rates are measured where they are not known, and host memory is what is free there.
+    On a card, ``device``, its rates are measured where they are not known, and host memory is what is free there; for
+    a CPU there are no rates.
 
     Args:
         converted: plan as if the model were stored in these precisions (`solostep quantize`).
@@ -91,15 +100,15 @@ def ask(
     settings = filled_in(preset, values, conditioned)
     # Without a card here, the plan is for one elsewhere.
     kind = choose_attention(attention, mode, device or torch.device("cuda"))
-    rated, room = None, None
-    if device is not None and device.type == "cuda":
-        room = host_room()
+    rated, on_card = None, device is None or device.type == "cuda"
+    room = None if device is None else host_room()
     if known is not None:
         rated = known.rated(mode.name, kind)
-    elif room is not None:
+    elif device is not None and on_card:
         from .rates import measured_rates, with_disk
 
-        assert device is not None
         with readable_errors(device):
             rated = with_disk(measured_rates(device, mode, kind), components["transformer"].files)
-    return Asked(sizes_of(components, mode, text_mode, converted), settings, mode, text_mode, kind, rated, room)
+    return Asked(
+        sizes_of(components, mode, text_mode, converted), settings, mode, text_mode, kind, rated, room, on_card
+    )

@@ -314,9 +314,12 @@ def least(fits: Callable[[int], bool], exact: float = 5e-4) -> int | None:
     return high
 
 
-def smallest(sizes: Sizes, settings: GenerationSettings, attention: str, itemsize: int = 2) -> int:
-    """The least of a card's memory within torch that a plan exists for, with any amount of host memory."""
-    within = partial(_plan_within, sizes, settings, attention, None, itemsize, Limits(MOST), Use())
+def smallest(
+    sizes: Sizes, settings: GenerationSettings, attention: str, itemsize: int = 2, limits: Limits = Limits(MOST)
+) -> int:
+    """The least of a card's memory within torch, or of a CPU's by the kind of ``limits``, that a plan exists for, with
+    any amount of host memory."""
+    within = partial(_plan_within, sizes, settings, attention, None, itemsize, limits, Use())
     found = least(lambda count: _fits(within, count, None))
     assert found is not None
     return found

@@ -51,7 +51,10 @@ def plan(
     text_precision: Annotated[str | None, typer.Option(help="As in generate.")] = None,
     attention: Annotated[str | None, typer.Option(help="As in generate.")] = None,
     device: Annotated[
-        str | None, typer.Option(help="The card whose speed counts: cuda, cuda:1. Default: the first, if there is one.")
+        str | None,
+        typer.Option(
+            help="The card whose speed counts: cuda, cuda:1. Default: the first, if there is one. Or cpu: its memory."
+        ),
     ] = None,
     like: Annotated[
         str | None, typer.Option(help="Times by the stored rates of another card, measured on it: h200.")
@@ -73,17 +76,19 @@ def plan(
     from ..runtime import free_memory, pick_device
 
     budget, host = read_budgets(vram, host_ram)
-    check_host(host)
     there = pick_device(device) if device is not None or torch.cuda.is_available() else None
-    if there is not None and there.type != "cuda":
-        raise UsageError(f"--device {device}: a plan is for a CUDA card; leave --device out to plan for any.")
+    on_cpu = there is not None and there.type == "cpu"
+    if on_cpu and like is not None:
+        raise UsageError("--like gives times of a card, and --device cpu plans for a CPU; leave one of them out.")
+    if not on_cpu:
+        check_host(host)
     asked = ask(
         model, precision, text_precision, attention, there, converted=converted, like=like, num_frames=frames,
         height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
     )  # fmt: skip
     if there is None and budget is None and not sweep:
         raise UsageError("There is no CUDA card here; say with --vram which memory to plan for, or give --sweep.")
-    if asked.rated is None and (there is None or like is not None):
+    if asked.rated is None and not on_cpu and (there is None or like is not None):
         known = "give --like h200 for those of that card" if like is None else f"none stored of {like} for this mode"
         say(console, "note", f"Times are not known here: {known}.")
     if host is None and asked.room is None:
@@ -100,12 +105,15 @@ def plan(
         return
     if budget is None:
         assert there is not None
-        budget = free_memory(there) + CONTEXT
+        budget = free_memory(there) + (0 if on_cpu else CONTEXT)
     found = asked.plan(budget, host)
     if as_json:
         print(json.dumps({"vram_bytes": budget, "attention": asked.attention, **found.as_dict()}, indent=1))
     else:
-        out.print(f"[bold]within {size(budget)} of the card, {escape(title)}[/bold]", highlight=False)
+        out.print(
+            f"[bold]within {size(budget)} of {'memory' if on_cpu else 'the card'}, {escape(title)}[/bold]",
+            highlight=False,
+        )
         out.print(str(found), soft_wrap=True, highlight=False, markup=False)
 
 
@@ -114,7 +122,7 @@ def _sweep(asked: Asked, vram: int | None, host: int | None) -> list[dict[str, A
     from ..decoding import by_speed, first_choice
 
     rows = []
-    best = first_choice(by_speed(True, asked.attention))
+    best = first_choice(by_speed(asked.on_card, asked.attention))
     least = asked.smallest()
     wanted = {least, *(gb * GB for gb in SWEEP if gb * GB > least), *([] if vram is None else [vram])}
     for budget in sorted(wanted):

@@ -397,3 +397,17 @@ def test_timing_a_disk_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert rates.read_rate([file], direct=False, seconds=0) is not None and len(reads) == 1
     monkeypatch.setattr(rates, "read_rate", lambda files, direct=True, **_: None if direct else 1e9)
     assert rates.disk_rate([file]) == 1e9  # a file system without direct reads
+
+
+def test_a_plan_for_a_cpu(run: Run) -> None:
+    """It is that of the pipeline, and counts neither a driver nor the program."""
+    clip = ("--frames", "17", "--height", "192", "--width", "192")
+    code, out, _ = run("--device", "cpu", "--vram", "500MB", "--host-ram", "1GB", *clip, "--json")
+    found = json.loads(out)
+    pipe = StepVideoPipeline.from_pretrained(device="cpu", vram="500MB", host_ram="1GB")
+    want = pipe.plan(num_frames=17, height=192, width=192)
+    assert code == 0 and found["stages"][-1]["device"] == want.stage("decode and write").device
+    assert found["budget_bytes"] == 500_000_000 and found["program_bytes"] == 0 and found["decode_frames"] == 4
+    code, out, _ = run("--device", "cpu", "--vram", "500MB", *clip)
+    assert code == 0 and "within 500.0 MB of memory" in out and "the program itself is not counted" in out
+    assert run("--device", "cpu", "--like", "h200")[0] == 2
