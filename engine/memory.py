@@ -111,9 +111,9 @@ class Memory:
 
         torch has one limit for all of a process, so it holds only while this pipeline works. On a CPU it has none.
         """
-        if self.device.type != "cuda":
-            return_large_tensors()
         if self.vram is None or self.device.type != "cuda":
+            if self.vram is not None:
+                return_large_tensors()
             yield
             return
         before = torch.cuda.get_per_process_memory_fraction(self.device)

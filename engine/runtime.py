@@ -177,7 +177,8 @@ def return_large_tensors() -> None:
     """Has the C library give memory of 1 MiB and more back when it is freed, for all of the process from then on.
 
     By default glibc raises that to 32 MiB as such sizes are freed, and holes stay between what is kept: decoding 17
-    frames of 96x96 on a CPU then took up to 160 MB more than its tensors.
+    frames of 96x96 on a CPU then took up to 160 MB more than its tensors. Every such tensor is mapped anew then, so it
+    is for runs within a budget.
     """
     mmap_threshold = -3  # M_MMAP_THRESHOLD
     with contextlib.suppress(OSError, AttributeError):  # another C library

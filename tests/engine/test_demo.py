@@ -50,10 +50,10 @@ def test_a_red_circle_moving_right_on_blue_in_both_languages(pipe: StepVideoPipe
         assert 0.72 < shape[8].sum() / (height * width) < 0.86
 
 
-@pytest.mark.parametrize(("first", "last"), [(0, 1), pytest.param(1, 4, marks=pytest.mark.more)])
-def test_held_out_prompts_are_followed(pipe: StepVideoPipeline, first: int, last: int) -> None:
+@pytest.mark.more
+def test_held_out_prompts_are_followed(pipe: StepVideoPipeline) -> None:
     """Combinations that training never showed; measured over hundreds, spot-checked here."""
-    prompts = held_out_prompts(4)[first:last]
+    prompts = held_out_prompts(4)
     videos = [torch.from_numpy(pipe(p.text, seed=3, output_type="np", **QUICK)) for p in prompts]
     for reading, prompt in zip(read_clips(videos), prompts, strict=True):
         assert reading.attributes == prompt.attributes, prompt.text

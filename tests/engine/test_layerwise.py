@@ -371,7 +371,7 @@ def test_one_layer_is_in_memory_at_a_time(
     asked: list[int] = []
     monkeypatch.setattr(text, "require_memory", lambda needed, device, what: asked.append(needed))
     peaks = []
-    for layers in (3, 8):
+    for layers in (2, 4):
         model = deep(layers)
         component = model.components["step_llm"]
         mode = choose_mode(component, precision, "bf16", "--text-precision", BF16)
@@ -391,7 +391,7 @@ def test_one_layer_is_in_memory_at_a_time(
         if precision in PRECISIONS[:2]:
             work = asked[-1] - largest_part_bytes(component, mode.dtype, [LAYERS[0]])
             assert living.peak < 2 * layer + work
-    assert peaks[1] < 1.15 * peaks[0]  # readers may be ahead by a tensor; five layers more would be 2.7 times
+    assert peaks[1] < 1.15 * peaks[0]  # readers may be ahead by a tensor; two layers more would be twice as much
     assert asked[0] == asked[1]
 
 
