@@ -108,7 +108,7 @@ MORE = ("--steps", "6", *LATENTS)
 FULL_SIZE = (*PYTHON, "solostep.benchmarks.full_size", "drift")
 DEMO = (
     *BENCH, "--device", "cuda", "-n", "32", "--seeds", "4", "--levels", "blocks,teacher,free,video,score",
-    "--jobs", "8", "-o", "{out}/demo",
+    "--jobs", "12", "-o", "{out}/demo",
 )  # fmt: skip
 JOBS: tuple[Job, ...] = (
     Job(MODEL, (*PYTHON, "solostep.benchmarks.synthetic", "{model}"), 65),
@@ -124,7 +124,7 @@ JOBS: tuple[Job, ...] = (
         resumes=True,
     ),
     Job("demo", (*DEMO, "--precision", "bf16,int8,fp8,int8-weight,fp8-weight,nf4,int4-weight"), 480, resumes=True),
-    kernels_job(75_888, 290),
+    kernels_job(75_888, 340),
     speed_job("budgets", 560, *LONG, "--precision", "int8", "--vram", "80GB,48GB,24GB,16GB,12GB,8GB"),
     speed_job("weights", 320, *LONG, "--precision", "int8-weight,fp8-weight,nf4", "--vram", "none"),
     speed_job("resident", 330, *LONG, "--precision", "int8,fp8,bf16", "--vram", "none"),
@@ -149,8 +149,8 @@ JOBS: tuple[Job, ...] = (
     ),
     Job("folds", (*PYTHON, "solostep.benchmarks.fp8_sums", "--card", "-o", "{out}/folds-h200.jsonl"), 90),
     Job("demo-fast", (*DEMO, "--precision", "int8", "--attention", "int8-fp8"), 90, ("demo",), resumes=True),
-    kernels_job(5_007, 100),
-    kernels_job(18_972, 130),
+    kernels_job(5_007, 110),
+    kernels_job(18_972, 145),
     *vae_jobs(),
     tests_of("tests", 90, "tests", processes=8),
 )  # fmt: skip
