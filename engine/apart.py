@@ -42,19 +42,25 @@ def measured_apart(what: str, device: torch.device, **arguments: Any) -> Any:
     if _INSIDE or device.type != "cuda" or not torch.cuda.is_available():
         return None
     release_memory(device)
+    free = free_memory(device)
+    limit = free - CONTEXT
+    if limit < free // 2:  # callers choose shapes that take at most half of what is free
+        return None
     with tempfile.TemporaryDirectory(prefix="solostep-") as folder:
         asked, answer = Path(folder) / "asked.json", Path(folder) / "answer.json"
-        request = {"what": what, "device": str(device), "limit": free_memory(device) - CONTEXT, "arguments": arguments}
+        request = {"what": what, "device": str(device), "limit": limit, "arguments": arguments}
         asked.write_text(json.dumps(request), encoding="utf-8")
         begin = f"import sys; from {__name__} import main; sys.exit(main(sys.argv[1:]))"
         command = [sys.executable, "-c", begin, str(asked), str(answer)]
         try:
             done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=PATIENCE, check=False
-            )
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                errors="replace", timeout=PATIENCE, check=False,
+            )  # fmt: skip
             if done.returncode == 0:
                 return json.loads(answer.read_text(encoding="utf-8"))
-            reason = f"it ended with status {done.returncode}"
+            last = (done.stderr.strip().splitlines() or ["no word of why"])[-1]
+            reason = f"it ended with status {done.returncode}: {last}"
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             reason = str(error)
     log.info("%s could not be measured by a process of its own (%s); it is measured by this one", what, reason)

@@ -39,7 +39,7 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         file = Path(command[3])
         requests.append(json.loads(file.read_text()))
         file.write_text(json.dumps(requests[-1] | {"device": "cpu"}))
-        return SimpleNamespace(returncode=apart.main(list(command[3:])))
+        return SimpleNamespace(returncode=apart.main(list(command[3:])), stderr="")
 
     monkeypatch.setattr(subprocess, "run", run)
     return requests
@@ -67,14 +67,18 @@ def test_the_caller_measures_where_it_fails(
             raise FileNotFoundError("no such program")
         if fault == "an answer cut short":
             Path(command[4]).write_text("[{")
-        return SimpleNamespace(returncode=3 if fault == "a status" else 0)
+        return SimpleNamespace(
+            returncode=3 if fault == "a status" else 0, stderr="Traceback:\nRuntimeError: it broke\n"
+        )
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(logging.getLogger("solostep"), "propagate", True)
     with caplog.at_level(logging.INFO, "solostep"):
         assert apart.measured_apart("products", CARD, kind="int8") is None
     assert "products could not be measured by a process of its own" in caplog.text
-    assert {"no program": "no such program", "a status": "status 3"}.get(fault, "Expecting") in caplog.text
+    assert {"no program": "no such program", "a status": "status 3: RuntimeError: it broke"}.get(
+        fault, "Expecting"
+    ) in caplog.text
 
 
 def test_interrupted_it_says_nothing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -83,6 +87,12 @@ def test_interrupted_it_says_nothing(monkeypatch: pytest.MonkeyPatch, capfd: pyt
 
     monkeypatch.setattr(apart, "_answer", interrupted)
     assert apart.main(["asked", "answer"]) == 130 and capfd.readouterr().err == ""
+
+
+def test_nothing_is_started_where_little_memory_is_left(card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apart, "free_memory", lambda device: 2 * apart.CONTEXT - 2)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: pytest.fail("started"))
+    assert apart.measured_apart("attention", CARD, **SMALL) is None
 
 
 def test_on_a_cpu_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
