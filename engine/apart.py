@@ -19,11 +19,14 @@ from typing import Any
 import torch
 
 from ..kernels.attention_check import Verdict, examine
+from ..kernels.cards import OUT_OF_MEMORY
 from ..kernels.operators_check import examine_operators
+from ..kernels.refused import refuse, refused_on
 from ..kernels.scaled_mm_check import examine_products
 from ..quant.recipe import Recipe
+from .errors import SolostepError
 from .plan import CONTEXT
-from .runtime import free_memory, release_memory
+from .runtime import free_memory, release_memory, use_growing_segments
 
 log = logging.getLogger("solostep")
 PATIENCE = 1800.0
@@ -38,19 +41,26 @@ def measured_apart(what: str, device: torch.device, **arguments: Any) -> Any:
     Args:
         what: of :data:`MEASUREMENTS`.
         arguments: its, of JSON's types.
+
+    Raises:
+        SolostepError: it did not end; it would not end here either.
     """
-    if _INSIDE or device.type != "cuda" or not torch.cuda.is_available():
+    if _INSIDE or device.type != "cuda" or not torch.cuda.is_available() or not sys.executable:
         return None
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     release_memory(device)
     free = free_memory(device)
-    limit = free - CONTEXT
+    limit = min(free, torch.cuda.mem_get_info(device)[0]) - CONTEXT
     if limit < free // 2:  # callers choose shapes that take at most half of what is free
         return None
     with tempfile.TemporaryDirectory(prefix="solostep-") as folder:
         asked, answer = Path(folder) / "asked.json", Path(folder) / "answer.json"
-        request = {"what": what, "device": str(device), "limit": limit, "arguments": arguments}
+        request = {
+            "what": what, "device": str(device), "limit": limit, "refused": refused_on(device), "arguments": arguments
+        }  # fmt: skip
         asked.write_text(json.dumps(request), encoding="utf-8")
-        begin = f"import sys; from {__name__} import main; sys.exit(main(sys.argv[1:]))"
+        # This process's modules, and not what lies in the folder where it was started.
+        begin = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; sys.exit(main(sys.argv[1:]))"
         command = [sys.executable, "-c", begin, str(asked), str(answer)]
         try:
             done = subprocess.run(
@@ -61,15 +71,21 @@ def measured_apart(what: str, device: torch.device, **arguments: Any) -> Any:
                 return json.loads(answer.read_text(encoding="utf-8"))
             last = (done.stderr.strip().splitlines() or ["no word of why"])[-1]
             reason = f"it ended with status {done.returncode}: {last}"
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
+        except subprocess.TimeoutExpired:
+            raise SolostepError(
+                f"Measuring {what} on {device} did not end in {PATIENCE / 60:.0f} minutes: a kernel seems to hang. "
+                "`solostep doctor` examines the card step by step."
+            ) from None
+        except (OSError, ValueError) as error:
             reason = str(error)
     log.info("%s could not be measured by a process of its own (%s); it is measured by this one", what, reason)
     return None
 
 
 def verdicts_of(values: list[dict[str, Any]] | None) -> list[Verdict] | None:
-    """Verdicts as the other process wrote them."""
-    return None if values is None else [Verdict(**v) for v in values]
+    """Verdicts as the other process wrote them; None where it ran out of the memory that it was left."""
+    found = [] if values is None else [Verdict(**v) for v in values]
+    return found if found and all(v.reason != OUT_OF_MEMORY for v in found) else None
 
 
 # ---------------------------------------------------------------- in that process
@@ -118,8 +134,10 @@ def _answer(asked: Path, answer: Path) -> None:
     _INSIDE.append(request["what"])
     device = torch.device(request["device"])
     if device.type == "cuda":
+        use_growing_segments(device.index)
         torch.cuda.set_device(device)
         _, total = torch.cuda.mem_get_info(device)
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, request["limit"] / total)), device)
+    refuse(device, request["refused"])
     found = MEASUREMENTS[request["what"]](device, **request["arguments"])
     answer.write_text(json.dumps(found), encoding="utf-8")

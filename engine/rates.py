@@ -25,11 +25,11 @@ from ..kernels.attention_check import median_ms
 from ..kernels.cards import reason_of
 from ..offload.planner import GUESS, Rates
 from ..quant import foreign
-from ..quant.formats import install, quantize
+from ..quant.formats import install, kinds_of, quantize
 from ..quant.linear import assign
 from ..quant.recipe import Recipe
 from .apart import measured_apart
-from .choices import attention_choice, choices_key, use_right_products
+from .choices import attention_choice, choices_key, settle, use_right_products
 from .config import CHUNK_FRAMES, CHUNK_LATENTS, CLIP_TOKENS, LLM_TOKENS, TransformerConfig, VAEConfig, cache_dir
 from .files import one_at_a_time, replacing
 from .machine import transfer_rates
@@ -143,6 +143,11 @@ def _measure_and_keep(device: torch.device, mode: Mode, attention: str, file: Pa
 def _measured(device: torch.device, recipe: Recipe | None, attention: str) -> Rated:
     """By a process of its own, else by this one."""
     start = time.perf_counter()
+    # What the block needs to know is found out first, and said here.
+    settle(device, () if recipe is None else kinds_of(kind for _, kind in recipe.rules))
+    if attention != OFFICIAL:
+        for frames in LENGTHS:
+            attention_choice(device, attention, 1024 * frames)
     values = measured_apart(
         "rates", device, recipe=None if recipe is None else recipe.as_dict(), attention=attention
     )  # fmt: skip

@@ -28,12 +28,12 @@ beyond 2^64 keeps an infinite one, and the program's tile is computed again with
 finite at the end would not do: P of 2^127 is, its product with a V of 4 is not, and a later maximum makes the sum small
 again.)
 
-P in e4m3 ends at 448, four nats above where it begins, and in sharp attention some row of most tiles outgrows that: of
-queries and keys with gains of 8 in four channels 40 % of the rows did. With those tiles computed again a step of the
-whole model took 28 s on an H200, where its blocks, on normal inputs, make 19.4. So with 8-bit V no maximum is taken
-after the first tile. P is still fp32 when a lane adds up what it holds of a row; where such a sum exceeds 448, the
-row's P, sums and accumulators are multiplied by what makes it 32, and its maximum counts as so much larger. That costs
-a tile one vote of each warp. Only where a sum is infinite by then, beyond 2^128, is the tile computed again.
+P in e4m3 ends at 448, and in sharp attention some row of most tiles outgrows that: of queries and keys with gains of 8
+in four channels 40 % of the rows did. With 2^3 at first, and those tiles computed again, a step of the whole model took
+28 s on an H200, where its blocks, on normal inputs, make 19.4. So with 8-bit V no maximum is taken after the first
+tile. P is still fp32 when a lane adds up what it holds of a row; where such a sum exceeds 448, the row's P, sums and
+accumulators are multiplied by what makes it 128, and its maximum counts as so much larger. That costs a tile one vote
+of each warp. Only where a sum is infinite by then, beyond 2^128, is the tile computed again.
 
 The fp8 product keeps 13 fractional bits: wgmma aligns the products of 32 keys and the accumulator to the largest among
 them and cuts off what lies below. A sum that has grown to thousands of its products loses a part of each, and V whose
@@ -103,12 +103,13 @@ def _rescale_asm(registers: int) -> tuple[str, str]:
 def _raise_asm() -> tuple[str, str]:
     """Inline assembly for a lane's two rows: their sums over its columns of a tile, and what each is the sum under.
 
-    Where the largest of a row's four lanes exceeds 448, the row goes down by the factor that leaves 32 of it. Returned
+    Where the largest of a row's four lanes exceeds 448, the row goes down by the factor that leaves 128 of it. Returned
     are that factor, 1 elsewhere, and the row's maximum in powers of two, so much larger. A warp without such a row
     leaves after a vote.
 
-    A key that counts for much is most of that sum, and of its row's output: at 32 it is nearly a number of e4m3. (By a
-    power of two instead, the error with gains of 8 in four channels was 1.2e-2 in place of 9.8e-3, emulated.)
+    A key that counts for much is most of that sum, and of its row's output: at 128 it is nearly a number of e4m3. (By a
+    power of two instead, the error with gains of 8 in four channels was 1.2e-2 in place of 9.6e-3, emulated.) And keys
+    11 nats below it still count.
     """
     rows = (("a", 0), ("b", 1))
     lines = [
@@ -128,9 +129,10 @@ def _raise_asm() -> tuple[str, str]:
         lines += [
             f"setp.gt.f32 p, {x}, 0f43E00000;",
             f"lg2.approx.f32 t, {x};",
-            "sub.f32 t, t, 0f40A00000;",  # 5, for 2^5
-            f"@p add.f32 ${2 + i}, ${2 + i}, t;",
-            "neg.f32 t, t;",
+            "sub.f32 t, t, 0f40E00000;",  # 7, for 2^7
+            f"add.f32 {x}, ${2 + i}, t;",
+            f"sub.f32 t, ${2 + i}, {x};",  # by what the maximum is larger, once it is rounded
+            f"@p mov.b32 ${2 + i}, {x};",
             f"@p ex2.approx.ftz.f32 ${i}, t;",
         ]
     return "\n".join([*lines, "DONE:", "}"]), "=&f,=&f,=&f,=&f,f,f,2,3"
@@ -486,7 +488,7 @@ def _consumer_8(
 ):  # fmt: skip
     """64 queries against all keys, int8 q k^T, P and V in e4m3.
 
-    P is 2^8 too large with an exact maximum, to use e4m3's range. Else it begins 2^3 too large, under the maximum of
+    P is 2^8 too large with an exact maximum, to use e4m3's range. Else it begins 2^7 too large, under the maximum of
     the first tile. If the sum of what a lane holds of a row of P stays below 448, no value of it is above, and none
     would be clipped; where one does not, the row's P, sums and accumulators go down by a factor (_raised), before P is
     rounded. ``m_i`` is the maximum less what P is too large by.
@@ -496,7 +498,7 @@ def _consumer_8(
     not cleared: the first product after a fold does not read them.
     """
     exact: gl.constexpr = REFRESH == 1
-    shift: gl.constexpr = 8.0 if exact else 3.0
+    shift: gl.constexpr = 8.0 if exact else 7.0
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
@@ -831,6 +833,8 @@ def _check(
         _check_scale("v_scale", v_scale, (heads, HEAD_DIM))
     elif v.dtype not in (torch.bfloat16, torch.float16) or v.shape != k.shape:
         raise ValueError(f"v has to be 16 bits {list(k.shape)}, or e4m3, not {v.dtype} {list(v.shape)}")
+    elif plan.refresh < 1:
+        raise ValueError("P in 16 bits does not tell when a new maximum is due: refresh has to be 1 or more")
     if q.dtype == torch.int8:
         if plan.keys not in (64, 128):
             raise ValueError(f"int8 keys go 64 or 128 at a time, and the schedule takes {plan.keys}")

@@ -22,6 +22,11 @@ def refuse(device: torch.device, names: Iterable[str]) -> None:
     _REFUSED[device.index or 0] = frozenset(names)
 
 
+def refused_on(device: torch.device) -> list[str]:
+    """Those that are not used on a card."""
+    return sorted(_REFUSED.get(device.index or 0, ())) if device.type == "cuda" else []
+
+
 def is_refused(name: str, device: torch.device) -> bool:
     return bool(_REFUSED) and device.type == "cuda" and name in _REFUSED.get(device.index or 0, ())
 

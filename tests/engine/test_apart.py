@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from solostep.engine import apart, choices
-from solostep.engine.runtime import host_peak, release_memory
+from solostep.engine.errors import SolostepError
+from solostep.engine.runtime import host_peak, measured, release_memory
+from solostep.kernels.cards import OUT_OF_MEMORY
 
 CARD = torch.device("cuda", 0)
 SMALL = {"mode": "int8", "tokens": 40, "heads": 1, "budget_ms": 1.0, "seed": 3}
@@ -26,6 +28,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     """A card with 9 GB left."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(apart, "free_memory", lambda device: 9 << 30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 << 30, 80 << 30))
     monkeypatch.setattr(apart, "release_memory", lambda device: None)
     monkeypatch.setattr(apart, "_INSIDE", [])
 
@@ -47,14 +50,18 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_the_other_process_answers(card: None, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = on_a_cpu(monkeypatch)
+    monkeypatch.setattr(apart, "refused_on", lambda device: ["gelu int8"])
+    refused: list[object] = []
+    monkeypatch.setattr(apart, "refuse", lambda device, names: refused.append(names))
     found = apart.verdicts_of(apart.measured_apart("attention", CARD, **SMALL))
     assert requests == [
-        {"what": "attention", "device": "cuda:0", "limit": (9 << 30) - apart.CONTEXT, "arguments": SMALL}
-    ]
+        {"what": "attention", "device": "cuda:0", "limit": (8 << 30) - apart.CONTEXT, "refused": ["gelu int8"],
+         "arguments": SMALL}
+    ]  # fmt: skip
     here = choices.examine(torch.device("cpu"), **SMALL)
     assert found is not None and [(v.backend, v.status) for v in found] == [(v.backend, v.status) for v in here]
     assert [v.errors for v in found] == [v.errors for v in here] and any(v.errors for v in here)
-    assert apart._INSIDE == ["attention"]
+    assert apart._INSIDE == ["attention"] and refused == [["gelu int8"]]
     assert apart.measured_apart("attention", CARD, **SMALL) is None and len(requests) == 1  # and starts no further one
 
 
@@ -76,9 +83,20 @@ def test_the_caller_measures_where_it_fails(
     with caplog.at_level(logging.INFO, "solostep"):
         assert apart.measured_apart("products", CARD, kind="int8") is None
     assert "products could not be measured by a process of its own" in caplog.text
+    lost = [apart.Verdict("int8", "hopper", "failed", OUT_OF_MEMORY), apart.Verdict("int8", "triton", "ok", ms=1.0)]
+    assert apart.verdicts_of([v.as_dict() for v in lost]) is None  # there may be memory enough here
     assert {"no program": "no such program", "a status": "status 3: RuntimeError: it broke"}.get(
         fault, "Expecting"
     ) in caplog.text
+
+
+def test_what_does_not_end_is_not_begun_again(card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: Sequence[str], **options: Any) -> SimpleNamespace:
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(SolostepError, match="products on cuda:0 did not end in 30 minutes"):
+        apart.measured_apart("products", CARD, kind="int8")
 
 
 def test_interrupted_it_says_nothing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +124,8 @@ def test_a_card_is_measured_apart() -> None:
     """A real process, whose memory is not this one's."""
     torch.zeros(1, device=CARD)
     release_memory(CARD)
-    before = host_peak()
+    with measured("before", CARD, []):  # the peak begins anew
+        before = host_peak()
     how = {"mode": "int8", "tokens": 5007, "heads": 4, "budget_ms": 20.0, "seed": 3}
     found = apart.verdicts_of(apart.measured_apart("attention", CARD, **how))
     assert found is not None and any(v.status == "ok" and v.ms for v in found)

@@ -69,9 +69,9 @@ for job in sys.argv[1:]:
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_for_sm_90_in_its_registers(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """With --all their exact second pass, too. Warning C75xx is a wgmma that waits for itself, a third of the rate
+    """With --all the exact second pass of each. Warning C75xx is a wgmma that waits for itself, a third of the rate
     lost."""
-    passes = 2 if request.config.getoption("--all") else 1
+    passes = 2 if name == "int8-fp8" or request.config.getoption("--all") else 1
     log = run_separately(COMPILE, tmp_path, f"{name}:{passes}", TRITON_DUMP_PTXAS_LOG="1")
     spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", log)]
     assert len(spilled) == passes
@@ -96,7 +96,7 @@ def test_rows_that_outgrow_e4m3_go_down() -> None:
     assert large[..., 0].sum() == 5 and (factors[~large] == 1).all() and (raised[~large] == 0).all()
     finite = large & np.isfinite(most)
     left = factors[finite] * np.broadcast_to(most, sums.shape)[finite]
-    assert left == pytest.approx(np.full(left.shape, 32.0), rel=1e-5)
+    assert left == pytest.approx(np.full(left.shape, 128.0), rel=1e-5)
     assert np.exp2(-raised[finite]) == pytest.approx(factors[finite], rel=1e-5)
     assert (factors[large & ~finite] == 0).all()  # an infinite sum becomes no number, which is seen at the end
 
@@ -132,6 +132,7 @@ def test_wrong_operands_are_refused() -> None:
     refused("q_scale", q.to(torch.int8), k.to(torch.int8), v, schedule="int8")
     refused("k_scale", q.to(torch.int8), k.to(torch.int8), v, schedule="int8", q_scale=torch.ones(2, 40))
     refused("64 or 128 at a time", q.to(torch.int8), k.to(torch.int8), v, schedule=hopper.Schedule(2, 32, 2, 240))
+    refused("refresh has to be 1", q, k, v, schedule=hopper.Schedule(3, 64, 4, 160, refresh=0))
     refused("8-bit v", q, k, torch.zeros(2, 128, 48, dtype=torch.float8_e4m3fn))
     odd = torch.zeros(40, 2, 132, dtype=torch.bfloat16)
     refused("16 bytes", odd[..., 4:], odd[..., 4:], v)
@@ -243,7 +244,7 @@ def test_a_stale_maximum_is_never_wrong(name: str, kind: str) -> None:
     every = hopper.attention_hopper(*args, schedule=plan, **more)
     assert bool(torch.isfinite(stale).all())
     # e4m3 P errs by itself, and by other numbers with another power of two.
-    limit = 3e-2 if name == "int8-fp8" else 4e-3
+    limit = 4e-2 if name == "int8-fp8" else 4e-3
     assert float((stale.double() - every.double()).norm() / every.double().norm()) < limit
 
 
@@ -313,7 +314,7 @@ def test_sharp_scores_are_computed_once(deviation: float, limit: float, monkeypa
     assert float((out.double() - truth).norm() / truth.norm()) < limit
     assert len(flags) == 2 and not bool(flags[0].any())
     exactly = hopper.attention_hopper(*args, schedule="int8-fp8-exact", **more).double()
-    assert float((out.double() - exactly).norm() / exactly.norm()) < 3e-2
+    assert float((out.double() - exactly).norm() / exactly.norm()) < 4e-2
     args[1].view(-1)[: 2 * 128] = 127  # the first keys surge beyond any power of two that fp32 has
     more["k_scale"][:, 0] *= 1e6
     hopper.attention_hopper(*args, schedule="int8-fp8", **more)
