@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -233,13 +234,17 @@ def _quantize_v(v: Tensor, shape: str) -> Iterator[Group]:
 # ---------------------------------------------------------------- attention and products
 
 
-def attention_group(
-    tokens: int, heads: int, device: torch.device, kind: str = "normal"
-) -> tuple[Group, list[str]]:  # fmt: skip
+def _compared(device: torch.device, mode: str, tokens: int) -> set[str]:
+    """What others are held against, and the usual back end of a mode, if there is one for the card."""
+    with contextlib.suppress(ValueError):
+        return {"cudnn", default_backend(device, mode, tokens)}
+    return {"cudnn"}
+
+
+def attention_group(tokens: int, heads: int, device: torch.device, kind: str = "normal") -> tuple[Group, list[str]]:
     """Every mode and back end that is here, with and without its passes; and the others, with the reason. On other
     than normal inputs, what is compared with and the usual back end of each mode."""
     x = make_inputs(kind, tokens, heads, device)
-    usual = {default_backend(device, mode, tokens) for mode in MODES} | {"cudnn"}
     some, sample = sampled_rows(tokens, device), sorted({0, heads // 2, heads - 1})
     plain = x.operands("bf16")
     true = exact(plain.q, plain.k, plain.v, some, sample)
@@ -247,8 +252,9 @@ def attention_group(
     out = torch.empty(tokens, heads, HEAD_DIM, dtype=torch.bfloat16, device=device)
     work, cases, notes = 4.0 * tokens * tokens * heads * HEAD_DIM, [], []
     for mode in MODES:
+        shown = set(BACKENDS) if kind == "normal" else _compared(device, mode, tokens)
         for name, backend in BACKENDS.items():
-            if mode not in backend.modes or backend.quadratic or (kind != "normal" and name not in usual):
+            if mode not in backend.modes or backend.quadratic or name not in shown:
                 continue
             reason = backend.available(device, mode)
             if reason is not None:

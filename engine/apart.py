@@ -109,10 +109,10 @@ def _products(device: torch.device, kind: str, shapes: list[list[Any]], **more: 
 
 
 def _rates(device: torch.device, recipe: dict[str, Any] | None, attention: str) -> dict[str, float]:
-    from .rates import measure
+    from .rates import measure, values_of
 
-    found = measure(device, None if recipe is None else Recipe.from_dict(recipe, "the recipe asked for"), attention)
-    return {**vars(found.blocks), "decode": found.decode}
+    read = None if recipe is None else Recipe.from_dict(recipe, "the recipe asked for")
+    return values_of(measure(device, read, attention))
 
 
 MEASUREMENTS: dict[str, Callable[..., Any]] = {

@@ -173,6 +173,15 @@ def _kept_or_measured(
     return verdicts
 
 
+def _examined(what: str, device: torch.device, here: Callable[..., list[Verdict]], **how: Any) -> list[Verdict]:
+    """By a process of its own, else by ``here`` in this one."""
+    found = verdicts_of(measured_apart(what, device, **how))
+    if found is None:
+        found = here(device, **how)
+    release_memory(device)
+    return found
+
+
 def plain(value: Any) -> Any:
     """JSON has no NaN: a number that is not finite becomes null."""
     if isinstance(value, dict):
@@ -242,11 +251,8 @@ def _measure_quickly(device: torch.device, mode: str, tokens: int) -> list[Verdi
     heads, length = fitting(device, tokens, QUICK_HEADS)
     log.warning("measuring attention back ends for %s at %d tokens, once for this card ...", mode, length)
     start = time.perf_counter()
-    how = {"tokens": length, "heads": heads, "budget_ms": QUICK_MS, "seed": fresh_seed()}
-    verdicts = verdicts_of(measured_apart("attention", device, mode=mode, **how))
-    if verdicts is None:
-        verdicts = examine(device, mode, **how)
-    release_memory(device)
+    how = {"mode": mode, "tokens": length, "heads": heads, "budget_ms": QUICK_MS, "seed": fresh_seed()}
+    verdicts = _examined("attention", device, examine, **how)
     seconds = time.perf_counter() - start
     log.info("attention back ends for %s: %.1f s", mode, seconds)
     warn_of_wrong("attention back end", verdicts)
@@ -368,11 +374,10 @@ def _measure_products(device: torch.device, kind: str) -> list[Verdict]:
     log.warning("measuring matrix products of %s, once for this card ...", kind)
     start = time.perf_counter()
     rows = fitting_rows(device, GEMMS[0], QUICK_ROWS)
-    how = {"shapes": GEMMS[:1], "rows": rows, "budget_ms": QUICK_MS, "seed": fresh_seed()}
-    verdicts = verdicts_of(measured_apart("products", device, kind=kind, **how))
-    if verdicts is None:
-        verdicts = list(examine_products(device, kind, **how).verdicts.values())
-    release_memory(device)
+    how = {"kind": kind, "shapes": GEMMS[:1], "rows": rows, "budget_ms": QUICK_MS, "seed": fresh_seed()}
+    verdicts = _examined(
+        "products", device, lambda *of, **how: [*examine_products(*of, **how).verdicts.values()], **how
+    )
     log.info("matrix products of %s: %.1f s", kind, time.perf_counter() - start)
     warn_of_wrong(f"matrix product {kind}", verdicts, "failed")
     return verdicts
@@ -382,11 +387,7 @@ def _examine_operators(device: torch.device) -> list[Verdict]:
     log.warning("examining the other kernels, once for this card ...")
     start = time.perf_counter()
     refuse(device, ())
-    seed = fresh_seed()
-    verdicts = verdicts_of(measured_apart("operators", device, seed=seed))
-    if verdicts is None:
-        verdicts = examine_operators(device, seed)
-    release_memory(device)
+    verdicts = _examined("operators", device, examine_operators, seed=fresh_seed())
     log.info("the other kernels: %.1f s", time.perf_counter() - start)
     warn_of_wrong("the kernel of", verdicts, "failed")
     return verdicts

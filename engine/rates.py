@@ -13,7 +13,7 @@ import logging
 import mmap
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,16 +91,23 @@ def rates_file(device: torch.device, mode: Mode, attention: str) -> Path:
     return cache_dir() / "rates" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
+def values_of(rated: Rated) -> dict[str, float]:
+    """Rates as files and other processes have them."""
+    return {**vars(rated.blocks), "decode": rated.decode}
+
+
+def _rated(values: Mapping[str, Any]) -> Rated:
+    """The way back from :func:`values_of`."""
+    return Rated(Rates(*(float(values[name]) for name in BLOCKS)), float(values["decode"]))
+
+
 def known_rates(device: torch.device, mode: Mode, attention: str) -> Rated | None:
     """The kept rates of a card; None where none were measured."""
     try:
-        values = json.loads(rates_file(device, mode, attention).read_text(encoding="utf-8"))
-        numbers = [float(values[name]) for name in (*BLOCKS, "decode")]
+        found = _rated(json.loads(rates_file(device, mode, attention).read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not all(0 < n < float("inf") for n in numbers):
-        return None
-    return Rated(Rates(*numbers[:4]), numbers[4])
+    return found if all(0 < n < float("inf") for n in values_of(found).values()) else None
 
 
 def measured_rates(device: torch.device, mode: Mode, attention: str) -> Rated | None:
@@ -133,10 +140,9 @@ def _measure_and_keep(device: torch.device, mode: Mode, attention: str, file: Pa
         _UNMEASURED.add(file)
         release_memory(device)  # here, where no traceback holds what was made
         return None
-    values = {**vars(found.blocks), "decode": found.decode}
     with contextlib.suppress(OSError):
         with replacing(file) as temporary:
-            temporary.write_text(json.dumps(values) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(values_of(found)) + "\n", encoding="utf-8")
     return found
 
 
@@ -151,10 +157,7 @@ def _measured(device: torch.device, recipe: Recipe | None, attention: str) -> Ra
     values = measured_apart(
         "rates", device, recipe=None if recipe is None else recipe.as_dict(), attention=attention
     )  # fmt: skip
-    if values is None:
-        found = measure(device, recipe, attention)
-    else:
-        found = Rated(Rates(*(float(values[name]) for name in BLOCKS)), float(values["decode"]))
+    found = measure(device, recipe, attention) if values is None else _rated(values)
     log.info("this card's speed: %.1f s", time.perf_counter() - start)
     return found
 
