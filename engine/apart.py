@@ -22,7 +22,7 @@ from ..kernels.attention_check import Verdict, examine
 from ..kernels.cards import OUT_OF_MEMORY
 from ..kernels.operators_check import examine_operators
 from ..kernels.refused import refuse, refused_on
-from ..kernels.scaled_mm_check import examine_products
+from ..kernels.scaled_mm_check import Shape, examine_products
 from ..quant.recipe import Recipe
 from .errors import SolostepError
 from .plan import CONTEXT
@@ -104,7 +104,7 @@ def _operators(device: torch.device, seed: int) -> list[dict[str, Any]]:
 
 
 def _products(device: torch.device, kind: str, shapes: list[list[Any]], **more: Any) -> list[dict[str, Any]]:
-    found = examine_products(device, kind, shapes=[(str(s[0]), int(s[1]), int(s[2])) for s in shapes], **more)
+    found = examine_products(device, kind, shapes=[Shape(*shape) for shape in shapes], **more)
     return _written(list(found.verdicts.values()))
 
 

@@ -49,10 +49,15 @@ log = logging.getLogger("solostep")
 CLASSES = (("small", 8192), ("medium", 32_768), ("large", None))
 """Lengths within which one choice holds, and where each ends: short ones leave a card's last wave half empty."""
 QUICK_HEADS, QUICK_MS = 8, 150.0
-GEMMS = (("qkv", 18_432, 6144), ("wo, q, o", 6144, 6144), ("ffn up", 24_576, 6144), ("ffn down", 6144, 24_576))
-"""Linears of a block: out and in features."""
+GEMMS = (
+    Shape("qkv", 18_432, 6144), Shape("wo, o", 6144, 6144, gated=True), Shape("q", 6144, 6144),
+    Shape("ffn up", 24_576, 6144), Shape("ffn down", 6144, 24_576, gated=True),
+)  # fmt: skip
+"""Linears of a block."""
+QUICK_GEMMS = GEMMS[:2]
+"""Those that are timed at first use: about as wide beside each other as all that are not gated and all that are."""
 QUICK_ROWS = 16_387
-"""Rows of the one product that is timed at first use."""
+"""Rows of their products."""
 OPERATORS = "operators"
 
 
@@ -373,8 +378,8 @@ def product_choice(device: torch.device, kind: str) -> tuple[str, ...]:
 def _measure_products(device: torch.device, kind: str) -> list[Verdict]:
     log.warning("measuring matrix products of %s, once for this card ...", kind)
     start = time.perf_counter()
-    rows = fitting_rows(device, GEMMS[0], QUICK_ROWS)
-    how = {"kind": kind, "shapes": GEMMS[:1], "rows": rows, "budget_ms": QUICK_MS, "seed": fresh_seed()}
+    rows = min(fitting_rows(device, shape, QUICK_ROWS) for shape in QUICK_GEMMS)
+    how = {"kind": kind, "shapes": QUICK_GEMMS, "rows": rows, "budget_ms": QUICK_MS, "seed": fresh_seed()}
     verdicts = _examined(
         "products", device, lambda *of, **how: [*examine_products(*of, **how).verdicts.values()], **how
     )
@@ -394,8 +399,7 @@ def _examine_operators(device: torch.device) -> list[Verdict]:
 
 
 def fitting_rows(device: torch.device, shape: Shape, rows: int) -> int:
-    """Rows of a product that can be examined in the free memory: operands in 16 and 8 bits, outputs of 16 and 32, and
-    room for copies."""
-    _, n, k = shape
-    room = free_memory(device) // 2 - 12 * n * k
-    return max(128, min(rows, room // (4 * k + 8 * n)))
+    """Rows of a product that can be examined in the free memory: operands in 16 and 8 bits, outputs of 16 and 32, what
+    they are added to, and room for copies."""
+    room = free_memory(device) // 2 - 12 * shape.n * shape.k
+    return max(128, min(rows, room // (4 * shape.k + (12 if shape.gated else 8) * shape.n)))

@@ -29,6 +29,7 @@ from .choices import (
     GEMMS,
     OPERATORS,
     OUT_OF_MEMORY,
+    QUICK_GEMMS,
     QUICK_HEADS,
     QUICK_MS,
     choices_file,
@@ -216,7 +217,7 @@ def _attention(
 
 
 def _gemms(device: torch.device, tokens: int, quick: bool, say: Progress, found: dict[str, Any]) -> None:
-    shapes = GEMMS[:1] if quick else GEMMS
+    shapes = QUICK_GEMMS if quick else GEMMS
     rows = min(fitting_rows(device, shape, tokens) for shape in shapes)
     budget = QUICK_MS if quick else 300.0
     entries: list[dict[str, Any]] = []
@@ -239,9 +240,9 @@ def _gemms(device: torch.device, tokens: int, quick: bool, say: Progress, found:
         found["products"][kind] = product
         entries += examined.entries
     for shape in shapes:
-        line = _guarded(found, f"bf16, {shape[0]}", functools.partial(baseline, device, shape, rows, budget))
+        line = _guarded(found, f"bf16, {shape.name}", functools.partial(baseline, device, shape, rows, budget))
         entries += [] if line is None else [line]
         release_memory(device)
-    order = [shape[0] for shape in shapes]
+    order = [shape.name for shape in shapes]
     found["gemm"] = sorted(entries, key=lambda e: order.index(e["linear"]))
     say("matrix products", len(KINDS) + 1, len(KINDS) + 1)

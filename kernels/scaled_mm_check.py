@@ -11,8 +11,12 @@ columns end within tiles, K within a step:
 
 The error is that of the row that errs most, relative L2: a wrong row, or a wrong tile at the end, does not hide behind
 the others. int8 has to be exact to the bit, with whatever follows. fp8 may lose what fast accumulation loses. Then the
-shape asked for, on sampled rows, with outliers and without; and its time, without. Quantizing is not counted. Memory:
-operands in 16 and 8 bits, outputs.
+shapes asked for, on sampled rows, with outliers and without; and their times, without. Quantizing is not counted.
+Memory: operands in 16 and 8 bits, outputs, and what they are added to.
+
+A block adds three of its six products to the residual stream, and back ends that are alike without that are not with
+it: torch's FP8 product is as fast as ours on the qkv layer, and another pass over fp32 follows it there. So shapes say
+what follows.
 """
 
 from __future__ import annotations
@@ -21,19 +25,28 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_check import Verdict, median_ms, sampled_rows
+from .adaln import gate_residual
+from .attention_check import Verdict, fastest_first, median_ms, sampled_rows
 from .cards import reason_of
 from .quantize import quantize_rows, quantize_rows_reference
 from .scaled_mm import KINDS, NOTHING, PRODUCTS, After, Operands, Product
 
-Shape = tuple[str, int, int]
-"""A linear's name, its out and its in features."""
+
+class Shape(NamedTuple):
+    """A linear: its name, its out and its in features, and whether its product is added to a residual under a gate."""
+
+    name: str
+    n: int
+    k: int
+    gated: bool = False
+
+
 LIMITS = {"int8": 0.0, "fp8": 1.2e-2}
 """Errors of a row above which a product is wrong. Of e4m3 with Hopper's fast accumulation, to bf16, the largest one
 emulated (benchmarks/fp8_sums.py) is 6e-3, with K = 24,576."""
@@ -170,16 +183,19 @@ def _cases(state: Examined, generator: torch.Generator) -> None:
 
 def _shape(state: Examined, shape: Shape, rows: int, budget_ms: float, generator: torch.Generator) -> None:
     """Errors on sampled rows, and time, of those that are right so far."""
-    linear, n, k = shape
+    linear, n, k, gated = shape
     some = sampled_rows(rows, generator.device)
+    like: dict[str, Any] = {"device": generator.device, "dtype": torch.bfloat16, "generator": generator}
     try:
-        weight = torch.randn(n, k, device=generator.device, dtype=torch.bfloat16, generator=generator) * k**-0.5
+        weight = torch.randn(n, k, **like) * k**-0.5
         b, scale_b = quantize_rows(weight, KINDS[state.kind])
         del weight
+        after = After(torch.randn(rows, n, **like), torch.randn(n, **like)) if gated else NOTHING
         for label, outliers in ((f"{linear}, outliers", True), (linear, False)):
             a, scale_a = quantize_rows(activation_like(rows, k, generator, outliers), KINDS[state.kind])
-            x = Operands(a, b, scale_a, scale_b, None, torch.bfloat16, NOTHING)
-            true = exact_product(replace(x, a=a[some], scale_a=scale_a[some]))
+            x = Operands(a, b, scale_a, scale_b, None, torch.bfloat16, after)
+            residual = None if after.residual is None else after.residual[some]
+            true = exact_product(replace(x, a=a[some], scale_a=scale_a[some], after=After(residual, after.gate)))
             for product in state.usable():
                 if not product.slow and product.fits(x):
                     work = functools.partial(_compare, product, state, label, x, true, some)
@@ -243,8 +259,9 @@ def examine_products(
 
 
 def baseline(device: torch.device, shape: Shape, rows: int, budget_ms: float, seed: int = 0) -> dict[str, Any]:
-    """A line for the table: torch's product in bf16, which nothing here takes the place of."""
-    linear, n, k = shape
+    """A line for the table: torch's product in bf16, which nothing here takes the place of, and the gate's kernel where
+    one follows."""
+    linear, n, k, gated = shape
     entry: dict[str, Any] = {
         "linear": linear, "shape": [rows, n, k], "backend": "bf16", "status": "ok", "reason": "", "error": None,
         "ms": None, "tflops": None,
@@ -258,12 +275,18 @@ def baseline(device: torch.device, shape: Shape, rows: int, budget_ms: float, se
         entry["error"] = error
         if not error <= BF16_LIMIT:
             return entry | {"status": "wrong", "reason": f"relative error {error:.1e}, allowed {BF16_LIMIT:.1e}"}
-        ms = median_ms(lambda: F.linear(x, weight), device, budget_ms)
+        residual, gate = (torch.randn(*of, device=device, generator=generator).bfloat16() for of in ((rows, n), (n,)))
+
+        def run() -> Tensor:
+            y = F.linear(x, weight)
+            return gate_residual(residual, y, gate) if gated else y
+
+        ms = median_ms(run, device, budget_ms)
     return entry | {"ms": ms, "tflops": 2 * rows * n * k / ms / 1e9}
 
 
 def rank(verdicts: Sequence[Verdict]) -> tuple[str, ...]:
-    """The back ends that are right, the fastest first; those that were not timed come last.
+    """The back ends that are right, see :func:`.attention_check.fastest_first`.
 
     Raises:
         ValueError: none is right; says why.
@@ -272,4 +295,4 @@ def rank(verdicts: Sequence[Verdict]) -> tuple[str, ...]:
     if not right:
         why = "; ".join(f"{v.backend} {v.status} ({v.reason})" for v in verdicts)
         raise ValueError(f"no matrix product is right: {why}")
-    return tuple(v.backend for v in sorted(right, key=lambda v: float("inf") if v.ms is None else v.ms))
+    return tuple(v.backend for v in fastest_first(right))

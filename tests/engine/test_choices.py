@@ -105,10 +105,10 @@ class FakeCard:
         return [self.faulty.get(name, Verdict("", name, "ok", "", {"rows": 1e-3})) for name in CHECKS]
 
     def examine_products(
-        self, device: torch.device, kind: str, *, shapes: list[object], rows: int, budget_ms: float, seed: int
+        self, device: torch.device, kind: str, *, shapes: object, rows: int, budget_ms: float, seed: int
     ) -> Examined:
         self.examined.append(kind)
-        assert len(shapes) == 1 and rows == choices.QUICK_ROWS
+        assert shapes == choices.QUICK_GEMMS and rows == choices.QUICK_ROWS
         missing = {n: Verdict(kind, n, "unavailable", self.why(n) or "") for n in self.products if self.why(n)}
         return Examined(kind, seed, self.products | missing)
 

@@ -22,7 +22,7 @@ from solostep.kernels.attention import BACKENDS
 from solostep.kernels.attention_check import Verdict
 from solostep.kernels.refused import is_refused, refuse
 from solostep.kernels.scaled_mm import PRODUCTS
-from solostep.kernels.scaled_mm_check import Examined, baseline, examine_products
+from solostep.kernels.scaled_mm_check import Examined, Shape, baseline, examine_products
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
 RUNNER = CliRunner()
@@ -141,7 +141,7 @@ def fake_examination(device: torch.device, mode: str, **more: Any) -> list[Verdi
 def fake_products(device: torch.device, kind: str, *, shapes: Any, rows: int, budget_ms: float, seed: int) -> Examined:
     """The real examination, of small shapes on the CPU, and a back end that is wrong."""
     assert shapes == choices.GEMMS and rows == 75_888
-    found = examine_products(CPU, kind, shapes=[("qkv", 48, 64)], rows=131, budget_ms=0.1, seed=seed)
+    found = examine_products(CPU, kind, shapes=[Shape("qkv", 48, 64)], rows=131, budget_ms=0.1, seed=seed)
     found.verdicts["off"] = Verdict(kind, "off", "wrong", "normal: relative error 1.0", {"normal": 1.0})
     found.entries.append(found.entries[0] | {"backend": f"{kind} off", "status": "wrong", "error": 1.0})
     return found
@@ -163,7 +163,9 @@ def test_the_report_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "MODES", ("bf16",))
     monkeypatch.setattr(doctor, "examine", fake_examination)
     monkeypatch.setattr(doctor, "examine_products", fake_products)
-    monkeypatch.setattr(doctor, "baseline", lambda device, shape, rows, ms: baseline(CPU, (shape[0], 48, 64), 9, 0.1))
+    monkeypatch.setattr(
+        doctor, "baseline", lambda device, shape, rows, ms: baseline(CPU, Shape(shape.name, 48, 64), 9, 0.1)
+    )
     wrong = [Verdict("", "gelu int8", "wrong", "rows: relative error nan", {"rows": float("nan")})]
     monkeypatch.setattr(doctor, "examine_operators", lambda device, seed: wrong)
     monkeypatch.setattr(check, "CASES", ())

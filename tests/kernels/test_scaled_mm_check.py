@@ -14,7 +14,7 @@ from solostep.kernels import scaled_mm_check as check
 from solostep.kernels.attention_check import Verdict
 from solostep.kernels.quantize import quantize_rows
 from solostep.kernels.scaled_mm import NOTHING, PRODUCTS, After, Operands, Product, default_products
-from solostep.kernels.scaled_mm_check import Case, examine_products, make_operands, rank, row_error
+from solostep.kernels.scaled_mm_check import Case, Shape, examine_products, make_operands, rank, row_error
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
 CALLS = {"int8": scaled_mm.scaled_mm_int8, "fp8": scaled_mm.scaled_mm_fp8}
@@ -96,7 +96,7 @@ def test_every_fault_is_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
     for name, (run, _, _) in FAULTS.items():
         monkeypatch.setitem(PRODUCTS, name, fake(name, run))
     monkeypatch.setitem(PRODUCTS, "sound", fake("sound", right, lambda x: len(x.a) > 16))
-    found = examine_products(CPU, kind, shapes=[("small", 48, 64)], rows=131, budget_ms=0.1, seed=5)
+    found = examine_products(CPU, kind, shapes=[Shape("small", 48, 64)], rows=131, budget_ms=0.1, seed=5)
     for name, (_, status, words) in FAULTS.items():
         verdict = found.verdicts[name]
         assert (verdict.status, verdict.ms) == (status, None) and words in verdict.reason, (name, verdict)
@@ -147,8 +147,51 @@ def test_the_fastest_right_ones_come_first() -> None:
         examine_products(CPU, "int4", shapes=[], rows=1)
 
 
-def test_bf16_is_the_baseline() -> None:
-    line = check.baseline(CPU, ("small", 48, 64), 131, 0.1)
+def test_times_that_are_alike_do_not_decide() -> None:
+    """Else a card would compute something else after every examination."""
+
+    def order(*ms: float | None) -> str:
+        return "".join(rank([Verdict("fp8", name, "ok", ms=t) for name, t in zip("abc", ms, strict=True)]))
+
+    assert order(1.02, 1.0, 3.0) == "abc" and order(1.04, 1.0, 3.0) == "bac"
+    assert order(1.05, 1.02, 1.0) == "bca"  # a is no slower than b, but than c
+    assert order(None, 1.0, 1.01) == "bca"
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_shape_is_timed_with_what_follows(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A back end that is the fastest until its product is added to something must not be chosen for all."""
+    seen: list[bool] = []
+
+    def noted(x: Operands) -> Tensor:
+        seen.append(x.after.residual is not None)
+        return right(x)
+
+    def timed(run: Callable[[], object], device: torch.device, budget_ms: float) -> float:
+        seen.clear()
+        run()
+        return 2.0 if seen == [True] else 1.0 if seen else 1.5
+
+    monkeypatch.setattr(check, "CASES", ())
+    monkeypatch.setattr(check, "median_ms", timed)
+    monkeypatch.setitem(PRODUCTS, "plain", fake("plain", noted))
+    found = examine_products(CPU, "fp8", shapes=[Shape("some", 48, 64, gated)], rows=131)
+    assert found.verdicts["plain"].ms == (2.0 if gated else 1.0) and found.verdicts["torch"].ms == 1.5
+    assert rank(list(found.verdicts.values())) == (("torch", "plain") if gated else ("plain", "torch"))
+    assert all(0 < e < 4e-3 for v in found.verdicts.values() for e in v.errors.values())
+
+
+def test_a_gate_that_is_wrong_at_the_shape_asked_for_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "CASES", ())
+    monkeypatch.setitem(PRODUCTS, "no gate", fake("no gate", without_gate))
+    for gated, status in ((False, "ok"), (True, "wrong")):
+        found = examine_products(CPU, "int8", shapes=[Shape("some", 48, 64, gated)], rows=131)
+        assert found.verdicts["no gate"].status == status and found.verdicts["torch"].status == "ok"
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_bf16_is_the_baseline(gated: bool) -> None:
+    line = check.baseline(CPU, Shape("small", 48, 64, gated), 131, 0.1)
     assert line["backend"] == "bf16" and line["status"] == "ok" and 1e-4 < line["error"] < 4e-3 and line["ms"] > 0
 
 
@@ -225,6 +268,13 @@ def test_no_product_is_wrong_on_this_card(kind: str, monkeypatch: pytest.MonkeyP
     monkeypatch.undo()  # the cases of a card
     card = torch.device("cuda")
     for seed in range(3):
-        found = examine_products(card, kind, shapes=[("square", 6144, 6144)], rows=4099, budget_ms=20, seed=seed)
+        found = examine_products(
+            card,
+            kind,
+            shapes=[Shape("square", 6144, 6144), Shape("gated", 6144, 6144, gated=True)],
+            rows=4099,
+            budget_ms=20,
+            seed=seed,
+        )
         assert {v.status for v in found.verdicts.values()} <= {"ok", "unavailable"}, found.verdicts
     assert rank(list(found.verdicts.values()))[0] != "float64"
