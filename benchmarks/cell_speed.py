@@ -42,7 +42,7 @@ from solostep.engine.video import VideoWriter, find_ffmpeg
 LENGTHS = (50, 15)
 """Steps that the time of a whole video is told for: the released models' and the distilled one's."""
 DENOISE, WRITE = "denoise", "decode and write"
-RAN = ("precision", "text_precision", "attention", "attention_backend", "device")
+RAN = ("precision", "text_precision", "attention", "attention_backend", "kernels", "device")
 WHERE = ("date", "commit", "driver", "cpu")
 """Of an environment, what may differ between the processes of one run; the card and the computing code do not."""
 BEFORE = "everything before the steps"

@@ -172,7 +172,7 @@ def run(
         raise RuntimeError("the latents are not finite")
     return {
         "vram": vram, "host_ram": options["host_ram"], "settings": told["settings"], "precision": told["precision"],
-        "text_precision": told["text_precision"], "attention": told["attention"],
+        "text_precision": told["text_precision"], "attention": told["attention"], "kernels": told["kernels"],
         "seconds": round(time.perf_counter() - start, 2),
         "step_seconds": [round(b - a, 3) for a, b in zip(marks, marks[1:], strict=False)],
         "driver_peak_bytes": driver["bytes"], "frames": sink.count, **digests(latents), "events": told["events"],

@@ -187,7 +187,7 @@ def test_attention_and_memory_are_told_by_length_and_by_budget(root: Path):
     assert cells[5].endswith(" ms") and len(cells[7].split(" / ")) == 3 and cells[7].endswith(" %")
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in memory_table(root)[2:] if line[:1] == "|"]
     assert [row[0] for row in rows if row[0].startswith("12 GB")] == [
-        "12 GB", "12 GB, 44 blocks from files at every step", "12 GB",
+        "12 GB", "12 GB, 41 blocks from files at every step", "12 GB",
     ]  # fmt: skip
     assert {row[1] for row in rows} == {"fp8", "bf16"} and rows[-1][1] == "bf16"
     assert all(float(row[4].split()[0]) > 0.5 and " / " in row[7] for row in rows)
@@ -238,6 +238,12 @@ def test_what_is_said_of_streaming_is_in_the_lines():
     assert f"it took {step[51, '80GB', None]:.2f} s in 80 GB and {step[51, '12GB', None]:.2f} s in 12 GB, " in readme
     assert f"17 frames {step[17, '80GB', None]:.2f} s in 80 GB and in 8 GB" in readme
     assert f"{step[17, '8GB', None]:.2f}" == f"{step[17, '80GB', None]:.2f}"
+    files = runs[204, "12GB", "4GB"]
+    read = next(stage["read_bytes"] for stage in files["stages"] if stage["stage"] == "denoise") / 2e9
+    count, host = files["plan"]["blocks_from_disk"], max(stage["host_peak_bytes"] for stage in files["stages"])
+    assert f"With {count} blocks read from that machine's disk at every step, {read:.1f} GB, a step of 204 " in readme
+    assert f"frames took {files['step_seconds'][-1]:.2f} s in 12 GB of the card, and the run" in readme
+    assert f"{host / 1e9:.1f} GB of host memory of the 4 GB" in readme and host < 4e9 and not files["events"]
     more, small = map(json.loads, (ROOT / WHOLE.with_name("whole-small-h200.jsonl")).read_text().splitlines()[-2:])
     taken, copied = statistics.median(small["step_seconds"][1:]), small["plan"]["step_seconds"]
     assert (more["vram"], small["vram"]) == ("80GB", "8GB") and more["commit"] == small["commit"]
