@@ -1,7 +1,7 @@
 """Whether the kernels beside self-attention and 8-bit products are right on this card, against plain torch.
 
     the passes of a block     quantize_rows, layer_norm_modulate, gelu, gate_residual, qk_norm_rope, norm_heads,
-                              quantize_v, each in the forms that the block uses
+                              quantize_v, each in the forms that the block uses; what follows a library's sums
     causal attention          Step-LLM's, biased by distance, and the VAE's 512-wide head
     cross-attention           torch's kernels with few keys, at lengths that differ from row to row
 
@@ -20,16 +20,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import adaln, attention_causal, qk_norm_rope, quantize, values
+from . import adaln, attention_causal, qk_norm_rope, quantize, scaled_mm, values
 from .attention import BACKENDS, CROSS, HEAD_DIM, Operands, cross_name
 from .attention_check import Verdict, exact
 from .cards import reason_of
-from .scaled_mm_check import activation_like, poison, row_error
+from .scaled_mm_check import Case, activation_like, exact_product, make_operands, poison, row_error
 
 DIM = 6144
 ROWS = 517
@@ -138,6 +139,19 @@ def _gate_residual(generator: torch.Generator) -> dict[str, float]:
     gate = activation_like(1, DIM, generator)[0]
     true = adaln.gate_residual_reference(x, y, gate)
     return _bf16(adaln.gate_residual(x, y, gate), true)
+
+
+def _follow_sums(generator: torch.Generator) -> dict[str, float]:
+    """Sums with rows that lie apart, as those of a padded product."""
+    errors: dict[str, float] = {}
+    for label, bias, gated in (("rows", False, False), ("bias, gated", True, True)):
+        x = make_operands(Case("", ROWS, 1160, 64, bias=bias, gated=gated), "int8", generator)
+        sums = torch.full((ROWS, 1168), 2**30, dtype=torch.int32, device=x.a.device)
+        sums[:, :1160] = x.a.double() @ x.b.double().t()
+        true = exact_product(replace(x, out_dtype=torch.float32))
+        poison((ROWS, 1160), torch.bfloat16, x.a.device)
+        errors |= _bf16(scaled_mm.follow_sums(x, sums[:, :1160]), true, label)
+    return errors
 
 
 def _norm_heads(generator: torch.Generator) -> dict[str, float]:
@@ -260,6 +274,7 @@ CHECKS: dict[str, Check] = {
     **{f"layer_norm_modulate {form}": _layer_norm_modulate(form) for form in FORMS},
     **{f"gelu {form}": _gelu(form) for form in FORMS},
     "gate_residual": _gate_residual,
+    "follow_sums": _follow_sums,
     **{f"qk_norm_rope {form}": _qk_norm_rope(form) for form in ("16 bits", "int8")},
     "norm_heads": _norm_heads,
     "quantize_v": _quantize_v,
