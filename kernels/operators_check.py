@@ -1,7 +1,8 @@
 """Whether the kernels beside self-attention and 8-bit products are right on this card, against plain torch.
 
     the passes of a block     quantize_rows, layer_norm_modulate, gelu, gate_residual, qk_norm_rope, norm_heads,
-                              quantize_v, each in the forms that the block uses; what follows a library's sums
+                              quantize_v, each in the forms that the block uses; what follows a library's sums,
+                              and 4-bit weights in 16 bits
     causal attention          Step-LLM's, biased by distance, and the VAE's 512-wide head
     cross-attention           torch's kernels with few keys, at lengths that differ from row to row
 
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import adaln, attention_causal, qk_norm_rope, quantize, scaled_mm, values
+from . import adaln, attention_causal, expand, qk_norm_rope, quantize, scaled_mm, values
 from .attention import BACKENDS, CROSS, HEAD_DIM, Operands, cross_name
 from .attention_check import Verdict, exact
 from .cards import reason_of
@@ -154,6 +155,29 @@ def _follow_sums(generator: torch.Generator) -> dict[str, float]:
     return errors
 
 
+def _expand_int4(generator: torch.Generator) -> dict[str, float]:
+    """Rows that end within a group."""
+    like: dict[str, Any] = {"device": generator.device, "generator": generator}
+    groups, columns = -(-1160 // expand.GROUP), 1160
+    packed = torch.randint(256, (ROWS, groups * expand.GROUP // 2), **like).to(torch.uint8)
+    scale, zero = (0.1 + torch.rand(2, ROWS, groups, **like)).bfloat16() * 8
+    true = expand.expand_int4_reference(packed, scale, zero, columns, torch.float32)
+    poison((ROWS, columns), torch.bfloat16, packed.device)
+    return _bf16(expand.expand_int4(packed, scale, zero, columns, torch.bfloat16), true)
+
+
+def _expand_nf4(generator: torch.Generator) -> dict[str, float]:
+    """A number of values that ends within a block, and within a byte."""
+    like: dict[str, Any] = {"device": generator.device, "generator": generator}
+    shape = (ROWS, 1161)
+    n = shape[0] * shape[1]
+    packed = torch.randint(256, (-(-n // 2),), **like).to(torch.uint8)
+    amax, values = torch.rand(-(-n // expand.NF4_BLOCK), **like), torch.randn(16, **like)
+    true = expand.expand_nf4_reference(packed, amax, values, shape, torch.float32)
+    poison(shape, torch.bfloat16, packed.device)
+    return _bf16(expand.expand_nf4(packed, amax, values, shape, torch.bfloat16), true)
+
+
 def _norm_heads(generator: torch.Generator) -> dict[str, float]:
     x = activation_like(ROWS, DIM, generator).unflatten(-1, (-1, HEAD_DIM))
     weight = 1 + torch.rand(HEAD_DIM, device=generator.device, generator=generator)
@@ -275,6 +299,8 @@ CHECKS: dict[str, Check] = {
     **{f"gelu {form}": _gelu(form) for form in FORMS},
     "gate_residual": _gate_residual,
     "follow_sums": _follow_sums,
+    expand.INT4: _expand_int4,
+    expand.NF4: _expand_nf4,
     **{f"qk_norm_rope {form}": _qk_norm_rope(form) for form in ("16 bits", "int8")},
     "norm_heads": _norm_heads,
     "quantize_v": _quantize_v,

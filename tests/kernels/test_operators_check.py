@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from solostep.kernels import adaln, attention_causal, qk_norm_rope, quantize, refused, scaled_mm, values
+from solostep.kernels import adaln, attention_causal, expand, qk_norm_rope, quantize, refused, scaled_mm, values
 from solostep.kernels import attention as registry
 from solostep.kernels import operators_check as check
 from solostep.kernels.attention import BACKENDS, CROSS, Backend, cross_backend, cross_name
@@ -82,6 +82,8 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any], str]] = {
     "gelu e4m3": (adaln, "gelu", one_scale, "relative error"),
     "gate_residual": (adaln, "gate_residual", lambda y: _first(y, last_row), "relative error 1.0"),
     "follow_sums": (scaled_mm, "follow_sums", lambda y: _first(y, last_row), "relative error 1.0"),
+    expand.INT4: (expand, "expand_int4", lambda y: _first(y, last_row), "relative error 1.0"),
+    expand.NF4: (expand, "expand_nf4", lambda y: _first(y, last_row), "relative error 1.0"),
     "qk_norm_rope 16 bits": (qk_norm_rope, "qk_norm_rope", lambda y: _first(y, last_row), "q: relative error 1.0"),
     "qk_norm_rope int8": (qk_norm_rope, "qk_norm_rope", lambda y: (y[0], y[1].roll(1, 0), *y[2:]), "k: relative"),
     "norm_heads": (qk_norm_rope, "norm_heads", lambda y: y * 1.02, "relative error"),
@@ -151,7 +153,7 @@ def test_refused_kernels_are_those_of_a_card() -> None:
 def test_kernels_are_asked_for_by_the_names_of_their_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an operator asks before it starts its kernel is what its check is called."""
     asked = []
-    for module in (adaln, qk_norm_rope, quantize, scaled_mm, values):
+    for module in (adaln, expand, qk_norm_rope, quantize, scaled_mm, values):
         monkeypatch.setattr(module, "_has_kernel", lambda name, x: asked.append(name))
     monkeypatch.setattr(attention_causal, "is_refused", lambda name, device: asked.append(name) or True)
     examine_operators(CPU, 0, [name for name in CHECKS if "attention" not in name])
