@@ -2,7 +2,8 @@
 
     the passes of a block     quantize_rows, layer_norm_modulate, gelu, gate_residual, qk_norm_rope, norm_heads,
                               quantize_v, each in the forms that the block uses; what follows a library's sums,
-                              and 4-bit weights in 16 bits
+                              4-bit weights in 16 bits, and
+                              the e4m3 product of cards of 12.0 with scales
     causal attention          Step-LLM's, biased by distance, and the VAE's 512-wide head
     cross-attention           torch's kernels with few keys, at lengths that differ from row to row
 
@@ -27,11 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import adaln, attention_causal, expand, qk_norm_rope, quantize, scaled_mm, values
+from . import adaln, attention_causal, block_scaled, expand, qk_norm_rope, quantize, scaled_mm, values
 from .attention import BACKENDS, CROSS, HEAD_DIM, Operands, cross_name
 from .attention_check import Verdict, exact
 from .cards import reason_of
-from .scaled_mm_check import Case, activation_like, exact_product, make_operands, poison, row_error
+from .scaled_mm_check import LIMITS, Case, activation_like, exact_product, make_operands, poison, row_error
 
 DIM = 6144
 ROWS = 517
@@ -178,6 +179,16 @@ def _expand_nf4(generator: torch.Generator) -> dict[str, float]:
     return _bf16(expand.expand_nf4(packed, amax, values, shape, torch.bfloat16), true)
 
 
+def _block_scaled(generator: torch.Generator) -> dict[str, float]:
+    """In a product; attention has its own examination, and takes this one's word."""
+    x = make_operands(Case("", ROWS, 776, 1040), "fp8", generator)
+    poison((ROWS, 776), torch.bfloat16, x.a.device)
+    error = row_error(scaled_mm.by_triton(x), exact_product(x))
+    if not error <= LIMITS["fp8"]:
+        raise Fault(f"rows: relative error {error:.1e}, allowed {LIMITS['fp8']:.1e}", error)
+    return {"rows": error}
+
+
 def _norm_heads(generator: torch.Generator) -> dict[str, float]:
     x = activation_like(ROWS, DIM, generator).unflatten(-1, (-1, HEAD_DIM))
     weight = 1 + torch.rand(HEAD_DIM, device=generator.device, generator=generator)
@@ -301,6 +312,7 @@ CHECKS: dict[str, Check] = {
     "follow_sums": _follow_sums,
     expand.INT4: _expand_int4,
     expand.NF4: _expand_nf4,
+    block_scaled.NAME: _block_scaled,
     **{f"qk_norm_rope {form}": _qk_norm_rope(form) for form in ("16 bits", "int8")},
     "norm_heads": _norm_heads,
     "quantize_v": _quantize_v,
@@ -321,11 +333,13 @@ def examine_operators(device: torch.device, seed: int = 0, names: Iterable[str] 
 
 
 def _examined(name: str, generator: torch.Generator) -> Verdict:
-    backend = name.removeprefix(cross_name(""))
+    backend, reason = name.removeprefix(cross_name("")), None
     if backend in CROSS:
         reason = BACKENDS[backend].available(generator.device, "bf16")
-        if reason is not None:
-            return Verdict("", name, "unavailable", reason)
+    elif name == block_scaled.NAME:
+        reason = block_scaled.missing(generator.device)
+    if reason is not None:
+        return Verdict("", name, "unavailable", reason)
     try:
         return Verdict("", name, "ok", "", CHECKS[name](generator))
     except Fault as fault:

@@ -37,8 +37,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import cards
+from . import block_scaled, cards
 from .adaln import gate_residual
+from .block_scaled import dot_e4m3
 from .quantize import _has_kernel, _jit, warn_once
 from .sums import launch_follow
 
@@ -122,12 +123,12 @@ def _tile(tile, rows, columns, GROUP: tl.constexpr):
 def _scaled_mm_kernel(
     a_ptr, b_ptr, scale_a_ptr, scale_b_ptr, bias_ptr, gate_ptr, out_ptr, M, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr,
-    GATED: tl.constexpr, APART: tl.constexpr,
+    GATED: tl.constexpr, APART: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """One tile of BM x BN a program, any shape: rows and columns past the end repeat others and are not stored.
 
     APART: the e4m3 product of each step begins at zero and is added in fp32. Without the last argument of that product
-    the compiler would merge the sum back into it.
+    the compiler would merge the sum back into it. SCALED: by the product of block_scaled.py.
     """
     INT8: tl.constexpr = a_ptr.dtype.element_ty == tl.int8
     SUMS: tl.constexpr = tl.int32 if INT8 else tl.float32
@@ -148,6 +149,8 @@ def _scaled_mm_kernel(
             b = tl.load(b_ptrs + start, mask=(k < K - start)[:, None], other=ZERO)
         if APART:
             total += tl.dot(a, b, max_num_imprecise_acc=BK)
+        elif SCALED:
+            total = dot_e4m3(a, b, total)
         else:
             total = tl.dot(a, b, total, out_dtype=SUMS)
     inside = columns < N
@@ -200,18 +203,18 @@ def _check(
 
 def _launch(
     a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out: Tensor, after: After = NOTHING,
-    fast: bool = True,
+    fast: bool = True, scaled: bool = False,
 ) -> None:  # fmt: skip
     """The Triton kernel: every card that has the type, every shape. Some 64 KiB of shared memory at most, which all
     cards have."""
-    (m, k), n = a.shape, len(b)
+    (m, k), n, e4m3 = a.shape, len(b), a.dtype != torch.int8
     bm = 128 if m > 64 else 64
     tiles = triton.cdiv(m, bm) * triton.cdiv(n, 128)
     _scaled_mm_kernel[(tiles,)](
         a, b, scale_a, scale_b, scale_b if bias is None else bias, out if after.gate is None else after.gate, out,
         m, n, k, BM=bm, BN=128, BK=64, GROUP=GROUP, EVEN=k % 64 == 0, BIAS=bias is not None,
-        GATED=after.gate is not None, APART=a.dtype != torch.int8 and not fast, num_warps=8, num_stages=4,
-        enable_fp_fusion=False,
+        GATED=after.gate is not None, APART=e4m3 and not fast, SCALED=e4m3 and fast and scaled, num_warps=8,
+        num_stages=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -316,10 +319,12 @@ def _hopper(x: Operands) -> Tensor | None:
     return out
 
 
-def _triton(x: Operands) -> Tensor:
+def by_triton(x: Operands) -> Tensor:
+    """The product by the plain Triton kernel."""
     out = x.output()
     with torch.cuda.device(out.device):
-        _launch(x.a, x.b, x.scale_a, x.scale_b, x.bias, out, x.after, x.fast)
+        scaled = block_scaled.is_taken(out.device)
+        _launch(x.a, x.b, x.scale_a, x.scale_b, x.bias, out, x.after, x.fast, scaled)
     return out
 
 
@@ -449,7 +454,7 @@ PRODUCTS: dict[str, Product] = {
     product.name: product
     for product in (
         Product("hopper", ("int8", "fp8"), _hopper_available, _fits_hopper, _hopper),
-        Product("triton", ("int8", "fp8"), _triton_available, lambda x: x.a.is_cuda, _triton),
+        Product("triton", ("int8", "fp8"), _triton_available, lambda x: x.a.is_cuda, by_triton),
         Product("torch", ("int8", "fp8"), _torch_available, lambda x: True, _torch),
         Product(
             "bf16",

@@ -54,11 +54,11 @@ for m, n, k, out_type, bias in (
     # e4m3: sums of integers that are exact in any order, in one sum and in one a step.
     a, b = (torch.randint(-8, 9, (rows, k)).to(torch.float8_e4m3fn) for rows in (m, n))
     want = scaled_mm.scaled_mm_fp8_reference(a, b, *scales, bias, out_type)
-    for fast in (True, False):
-        scaled_mm._launch(a, b, *scales, bias, out.fill_(torch.nan), fast=fast)
-        assert torch.equal(out, want), (m, n, k, out_type, fast)
+    for form in ((True, False), (False, False), (True, True)):  # the last: by block-scaled products
+        scaled_mm._launch(a, b, *scales, bias, out.fill_(torch.nan), scaled_mm.NOTHING, *form)
+        assert torch.equal(out, want), (m, n, k, out_type, form)
         got, true = (scaled_mm.After(residual.clone(), gate) for _ in range(2))
-        scaled_mm._launch(a, b, *scales, bias, got.residual, got, fast)
+        scaled_mm._launch(a, b, *scales, bias, got.residual, got, *form)
         scaled_mm.scaled_mm_fp8_reference(a, b, *scales, bias, out_type, true)
         assert torch.equal(got.residual, true.residual)
 print("equal")
@@ -98,7 +98,8 @@ for job in sys.argv[1].split():
     driver.set_active(Card(arch))
     a, b, scale_a, scale_b, bias, out = operands(m, k, torch.float8_e4m3fn if form else torch.int8)
     more = (out[0], out, scaled_mm.After(out, out[0])) if gated else (bias, out, scaled_mm.NOTHING)
-    scaled_mm._launch(a, b, scale_a, scale_b, *more, fast=form < 2)
+    scaled_mm._launch(a, b, scale_a, scale_b, *more, fast=form != 2, scaled=form == 3)
+    assert form != 3 or "block_scale" in made[-1][0].asm["ptx"]
 driver.set_active(Card(90))
 a, b, *rest = operands(192, 256)
 for job in sys.argv[2:]:
@@ -265,11 +266,14 @@ def test_the_interpreted_kernel_gives_the_reference_bits(tmp_path: Path) -> None
 
 FORMS = (
     (192, 256, 0, 0), (192, 200, 1, 0), (48, 256, 1, 0), (48, 200, 0, 0), (192, 256, 1, 1), (192, 200, 0, 1),
-    (192, 256, 1, 2),
+    (192, 256, 1, 2), (192, 256, 1, 3),
 )  # fmt: skip
 """Of the portable kernel: rows, K, whether bias and residual follow, and the type: int8, e4m3, e4m3 in sums of each
-step. Every run compiles some, each for one card; --all: each for each card that has the type."""
-FOR = 90, 100, 120, 80, 89, 0, 0
+step, e4m3 by block-scaled products. Every run compiles some, each for one card; --all: each for each card that has the
+type."""
+FOR = 90, 100, 80, 80, 89, 0, 0, 120
+LEAST = 80, 89, 89, 120
+"""The first card of each type."""
 
 
 def test_compiles_for_cards(tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -282,7 +286,7 @@ def test_compiles_for_cards(tmp_path: Path, request: pytest.FixtureRequest) -> N
         (arch, *form)
         for arch in CARDS
         for own, form in zip(FOR, FORMS, strict=True)
-        if arch == own or (whole and (arch >= 89 or form[3] == 0))
+        if arch == own or (whole and arch >= LEAST[form[3]])
     ]
     forms = " ".join(",".join(map(str, form)) for form in portable)
     told = run_separately(CARD, tmp_path, forms, *jobs, TRITON_DUMP_PTXAS_LOG="1")
