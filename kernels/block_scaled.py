@@ -1,6 +1,6 @@
-"""The e4m3 product of cards of compute capability 12 at its full rate.
+"""The e4m3 product of cards of compute capability 12.0 at its full rate.
 
-GeForce cards of that generation run their plain FP8 product into fp32 at half the rate of 8-bit products, and the one
+GeForce cards of that kind run their plain FP8 product into fp32 at half the rate of 8-bit products, and the one
 with a scale for 32 values, MXFP8's, at the whole. With all scales one it computes the same; triton-lang/triton issue
 11320 reports a matrix product 1.55 times as fast on an RTX 5090. It was not measured here, but compiled; and
 operators_check.py examines it on the card before it is used.
@@ -22,7 +22,8 @@ except ImportError:  # a CPU build of torch brings none
 NAME = "block-scaled e4m3"
 """Its name in refused.py."""
 FIRST_TRITON = (3, 6)
-"""Compiled with this one and 3.9 it is one instruction; earlier ones were not tried."""
+"""Compiled for 12.0 with this one and 3.9 it is one instruction; for 12.1 with 3.6 it is a product in bf16. Earlier ones
+were not tried."""
 
 
 def missing(device: torch.device) -> str | None:
@@ -33,8 +34,8 @@ def missing(device: torch.device) -> str | None:
     version = cards.triton_version()
     if version is None or version < FIRST_TRITON:
         return f"it needs Triton {cards.dotted(FIRST_TRITON)}"
-    if cards.capability(device)[0] != 12:
-        return "it is for compute capability 12; other cards' plain product has the full rate or they have none of this"
+    if cards.capability(device) != (12, 0):
+        return f"it is for compute capability 12.0; this card has {cards.dotted(cards.capability(device))}"
     return None
 
 
