@@ -22,8 +22,8 @@ except ImportError:  # a CPU build of torch brings none
 NAME = "block-scaled e4m3"
 """Its name in refused.py."""
 FIRST_TRITON = (3, 6)
-"""Compiled for 12.0 with this one and 3.9 it is one instruction; for 12.1 with 3.6 it is a product in bf16. Earlier ones
-were not tried."""
+"""Compiled for 12.0 with this one and 3.9 it is one instruction; for 12.1 with 3.6 it is a product in bf16. Earlier
+ones were not tried."""
 
 
 def missing(device: torch.device) -> str | None:

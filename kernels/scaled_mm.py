@@ -462,7 +462,7 @@ PRODUCTS: dict[str, Product] = {
             _needs_card,
             lambda x: True,
             _bf16,
-            instead="this card has no right FP8 product, bf16 instead",
+            instead="this card has no right FP8 product, bf16 instead; the precision int8 has one",
         ),
         Product(
             "float64",
