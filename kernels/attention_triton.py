@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import block_scaled
+from .block_scaled import dot_e4m3
 from .qk_norm_rope import key_groups, scale_of_keys
 
 try:
@@ -122,18 +124,22 @@ if triton is not None:
             return tl.dot(q, k)
 
     @triton.jit
-    def _accumulate(p, v, o, V8: tl.constexpr):
+    def _accumulate(p, v, o, V8: tl.constexpr, SCALED: tl.constexpr):
         """o + p v. 8-bit V has its keys in the order in which the threads that hold P want them (`permute_keys`).
 
         The FP8 units of Hopper (and, as is reported, of sm_89) keep some 14 bits of a sum: the product of each tile
         begins at zero and is added in fp32. Without the last argument the compiler would merge the sum back into it.
+        SCALED: by the product of block_scaled.py.
         """
         if V8:
             M: tl.constexpr = p.shape[0]
             N: tl.constexpr = p.shape[1]
             x = tl.reshape(p.to(tl.float8e4nv), [M, N // 16, 2, 4, 2])
             x = tl.reshape(tl.permute(x, (0, 1, 3, 2, 4)), [M, N])
-            return o + tl.dot(x, v, max_num_imprecise_acc=N)
+            if SCALED:
+                return o + dot_e4m3(x, v, tl.zeros(o.shape, tl.float32))
+            else:
+                return o + tl.dot(x, v, max_num_imprecise_acc=N)
         else:
             return tl.dot(p.to(v.dtype), v, o)
 
@@ -175,7 +181,7 @@ if triton is not None:
         q_ptr, k_ptr, v_ptr, out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, n_q, n_k, scale,
         q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head,
         BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, INT8: tl.constexpr, V8: tl.constexpr,
-        HAS_MEAN: tl.constexpr,
+        HAS_MEAN: tl.constexpr, SCALED: tl.constexpr,
     ):  # fmt: skip
         # Heads and rows times strides may exceed 2^31 elements; offsets within a tile do not.
         head = tl.program_id(1).to(tl.int64)
@@ -221,7 +227,7 @@ if triton is not None:
                 alpha = tl.exp2(m_i - m_new)
                 p = _powers(x, f, m_new - shift, INT8)
                 l_i = l_i * alpha + tl.sum(p, 1)
-                o = _accumulate(p, v, o * alpha[:, None], V8)
+                o = _accumulate(p, v, o * alpha[:, None], V8, SCALED)
                 m_i = m_new
 
         start = tl.cast(last * BN, tl.int64)
@@ -240,7 +246,7 @@ if triton is not None:
         alpha = tl.exp2(m_i - m_new)
         p = tl.exp2(x - (m_new - shift)[:, None])
         l_i = l_i * alpha + tl.sum(p, 1)
-        o = _accumulate(p, v, o * alpha[:, None], V8)
+        o = _accumulate(p, v, o * alpha[:, None], V8, SCALED)
 
         o = o * (1.0 / l_i)[:, None]
         if V8:
@@ -294,7 +300,8 @@ def attention_triton(
     major, minor = torch.cuda.get_device_capability(q.device)
     tile = choose_tile(q.dtype, v.dtype, 10 * major + minor)
     with torch.cuda.device(q.device):
-        return launch(q, k, v, factor, q_scale, k_scale, v_scale, v_mean, out, tile)
+        scaled = block_scaled.is_taken(q.device)
+        return launch(q, k, v, factor, q_scale, k_scale, v_scale, v_mean, out, tile, scaled)
 
 
 def choose_tile(q_type: torch.dtype, v_type: torch.dtype, capability: int) -> Tile:
@@ -313,7 +320,7 @@ def tile_for(tiles: dict[int, Tile], capability: int, what: str) -> Tile:
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, scale: float, q_scale: Tensor | None, k_scale: Tensor | None,
-    v_scale: Tensor | None, v_mean: Tensor | None, out: Tensor, tile: Tile,
+    v_scale: Tensor | None, v_mean: Tensor | None, out: Tensor, tile: Tile, scaled: bool = False,
 ) -> Tensor:  # fmt: skip
     """The kernel, on checked arguments (also under Triton's interpreter)."""
     n_q, heads, _ = q.shape
@@ -323,7 +330,7 @@ def launch(
         q, k, v, out, q_scale, k_scale, v_scale, v_mean, n_q, k.shape[0], scale * math.log2(math.e),
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v_row, v_head, out.stride(0), out.stride(1),
         BM=tile.queries, BN=tile.keys, D=HEAD_DIM, INT8=q.dtype == torch.int8, V8=v8, HAS_MEAN=v_mean is not None,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        SCALED=scaled and v8, num_warps=tile.num_warps, num_stages=tile.num_stages,
         enable_fp_fusion=True,  # x f - m is one instruction
     )  # fmt: skip
     return out

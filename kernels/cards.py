@@ -36,11 +36,17 @@ def needs(device: torch.device, least: tuple[int, int], what: str) -> str | None
     return None
 
 
-def triton_version() -> tuple[int, int] | None:
-    if triton is None:
-        return None
-    major, minor = triton.__version__.split(".")[:2]
+def _version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
     return int(major), int(minor)
+
+
+def torch_version() -> tuple[int, int]:
+    return _version(torch.__version__)
+
+
+def triton_version() -> tuple[int, int] | None:
+    return None if triton is None else _version(triton.__version__)
 
 
 @functools.cache

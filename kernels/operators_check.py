@@ -1,7 +1,9 @@
 """Whether the kernels beside self-attention and 8-bit products are right on this card, against plain torch.
 
     the passes of a block     quantize_rows, layer_norm_modulate, gelu, gate_residual, qk_norm_rope, norm_heads,
-                              quantize_v, each in the forms that the block uses
+                              quantize_v, each in the forms that the block uses; what follows a library's sums,
+                              4-bit weights in 16 bits, and
+                              the e4m3 product of cards of 12.0 with scales
     causal attention          Step-LLM's, biased by distance, and the VAE's 512-wide head
     cross-attention           torch's kernels with few keys, at lengths that differ from row to row
 
@@ -20,16 +22,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import adaln, attention_causal, qk_norm_rope, quantize, values
+from . import adaln, attention_causal, block_scaled, expand, qk_norm_rope, quantize, scaled_mm, values
 from .attention import BACKENDS, CROSS, HEAD_DIM, Operands, cross_name
 from .attention_check import Verdict, exact
 from .cards import reason_of
-from .scaled_mm_check import activation_like, poison, row_error
+from .scaled_mm_check import LIMITS, Case, activation_like, exact_product, make_operands, poison, row_error
 
 DIM = 6144
 ROWS = 517
@@ -138,6 +141,52 @@ def _gate_residual(generator: torch.Generator) -> dict[str, float]:
     gate = activation_like(1, DIM, generator)[0]
     true = adaln.gate_residual_reference(x, y, gate)
     return _bf16(adaln.gate_residual(x, y, gate), true)
+
+
+def _follow_sums(generator: torch.Generator) -> dict[str, float]:
+    """Sums with rows that lie apart, as those of a padded product."""
+    errors: dict[str, float] = {}
+    for label, bias, gated in (("rows", False, False), ("bias, gated", True, True)):
+        x = make_operands(Case("", ROWS, 1160, 64, bias=bias, gated=gated), "int8", generator)
+        sums = torch.full((ROWS, 1168), 2**30, dtype=torch.int32, device=x.a.device)
+        sums[:, :1160] = x.a.double() @ x.b.double().t()
+        true = exact_product(replace(x, out_dtype=torch.float32))
+        poison((ROWS, 1160), torch.bfloat16, x.a.device)
+        errors |= _bf16(scaled_mm.follow_sums(x, sums[:, :1160]), true, label)
+    return errors
+
+
+def _expand_int4(generator: torch.Generator) -> dict[str, float]:
+    """Rows that end within a group."""
+    like: dict[str, Any] = {"device": generator.device, "generator": generator}
+    groups, columns = -(-1160 // expand.GROUP), 1160
+    packed = torch.randint(256, (ROWS, groups * expand.GROUP // 2), **like).to(torch.uint8)
+    scale, zero = (0.1 + torch.rand(2, ROWS, groups, **like)).bfloat16() * 8
+    true = expand.expand_int4_reference(packed, scale, zero, columns, torch.float32)
+    poison((ROWS, columns), torch.bfloat16, packed.device)
+    return _bf16(expand.expand_int4(packed, scale, zero, columns, torch.bfloat16), true)
+
+
+def _expand_nf4(generator: torch.Generator) -> dict[str, float]:
+    """A number of values that ends within a block, and within a byte."""
+    like: dict[str, Any] = {"device": generator.device, "generator": generator}
+    shape = (ROWS, 1161)
+    n = shape[0] * shape[1]
+    packed = torch.randint(256, (-(-n // 2),), **like).to(torch.uint8)
+    amax, values = torch.rand(-(-n // expand.NF4_BLOCK), **like), torch.randn(16, **like)
+    true = expand.expand_nf4_reference(packed, amax, values, shape, torch.float32)
+    poison(shape, torch.bfloat16, packed.device)
+    return _bf16(expand.expand_nf4(packed, amax, values, shape, torch.bfloat16), true)
+
+
+def _block_scaled(generator: torch.Generator) -> dict[str, float]:
+    """In a product; attention has its own examination, and takes this one's word."""
+    x = make_operands(Case("", ROWS, 776, 1040), "fp8", generator)
+    poison((ROWS, 776), torch.bfloat16, x.a.device)
+    error = row_error(scaled_mm.by_triton(x), exact_product(x))
+    if not error <= LIMITS["fp8"]:
+        raise Fault(f"rows: relative error {error:.1e}, allowed {LIMITS['fp8']:.1e}", error)
+    return {"rows": error}
 
 
 def _norm_heads(generator: torch.Generator) -> dict[str, float]:
@@ -260,6 +309,10 @@ CHECKS: dict[str, Check] = {
     **{f"layer_norm_modulate {form}": _layer_norm_modulate(form) for form in FORMS},
     **{f"gelu {form}": _gelu(form) for form in FORMS},
     "gate_residual": _gate_residual,
+    "follow_sums": _follow_sums,
+    expand.INT4: _expand_int4,
+    expand.NF4: _expand_nf4,
+    block_scaled.NAME: _block_scaled,
     **{f"qk_norm_rope {form}": _qk_norm_rope(form) for form in ("16 bits", "int8")},
     "norm_heads": _norm_heads,
     "quantize_v": _quantize_v,
@@ -280,11 +333,13 @@ def examine_operators(device: torch.device, seed: int = 0, names: Iterable[str] 
 
 
 def _examined(name: str, generator: torch.Generator) -> Verdict:
-    backend = name.removeprefix(cross_name(""))
+    backend, reason = name.removeprefix(cross_name("")), None
     if backend in CROSS:
         reason = BACKENDS[backend].available(generator.device, "bf16")
-        if reason is not None:
-            return Verdict("", name, "unavailable", reason)
+    elif name == block_scaled.NAME:
+        reason = block_scaled.missing(generator.device)
+    if reason is not None:
+        return Verdict("", name, "unavailable", reason)
     try:
         return Verdict("", name, "ok", "", CHECKS[name](generator))
     except Fault as fault:

@@ -13,13 +13,15 @@ has, more than 64 rows, and 16-bit outputs.
 
 int8: the dot product is exact (int32), then one fp32 multiplication by each scale, one addition of the bias, one
 rounding; every back end gives the same bits: ``hopper`` (scaled_mm_hopper.py); ``triton``, a plain kernel for every
-card and every shape; ``torch`` (_int_mm); and ``float64``, which is slow and always there.
+card and every shape; ``torch`` (_int_mm, and a pass behind it: sums.py); and ``float64``, which is slow and always
+there.
 
-fp8: the same Hopper kernel; ``torch`` (_scaled_mm), on the CPU too; and ``bf16``, which cards without FP8 units have.
-With fast accumulation Hopper adds in some 14 bits: 2e-3 against exact sums at K = 6,144, 4e-3 at 24,576, where e4m3
-itself costs 3.7e-2. Emulated at K = 24,576 (benchmarks/fp8_sums.py), adding to a true fp32 sum every 16 k-steps of 32
-would turn 3.9e-3 with N(0, 1) and 4.2e-3 after GELU into 4e-4, which the 4e-2 of the format hide; with weights of a
-common mean besides, whose sums all have one sign, 5.7e-3 into 1e-4, where the format costs 5.9e-3.
+fp8: the same two kernels, where the card has e4m3; ``torch`` (_scaled_mm), on the CPU too; and ``bf16``, which cards
+without FP8 units have. With fast accumulation Hopper adds in some 14 bits: 2e-3 against exact sums at K = 6,144, 4e-3
+at 24,576, where e4m3 itself costs 3.7e-2. Emulated at K = 24,576 (benchmarks/fp8_sums.py), adding to a true fp32 sum
+every 16 k-steps of 32 would turn 3.9e-3 with N(0, 1) and 4.2e-3 after GELU into 4e-4, which the 4e-2 of the format
+hide; with weights of a common mean besides, whose sums all have one sign, 5.7e-3 into 1e-4, where the format costs
+5.9e-3.
 
 On an H200 (700 W, 75,888 rows) the int8 kernel runs at 1,390-1,470 TFLOP/s, cuBLAS at 1,250-1,310 in fp8 and 680-700 in
 bf16: the power limit binds, and of the three int8 takes least of it.
@@ -35,9 +37,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import cards
+from . import block_scaled, cards
 from .adaln import gate_residual
-from .quantize import _jit, warn_once
+from .block_scaled import dot_e4m3
+from .quantize import _has_kernel, _jit, warn_once
+from .sums import launch_follow
 
 try:
     import triton
@@ -116,27 +120,39 @@ def _tile(tile, rows, columns, GROUP: tl.constexpr):
 
 
 @_jit
-def _scaled_mm_int8_kernel(
+def _scaled_mm_kernel(
     a_ptr, b_ptr, scale_a_ptr, scale_b_ptr, bias_ptr, gate_ptr, out_ptr, M, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr,
-    GATED: tl.constexpr,
+    GATED: tl.constexpr, APART: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BM x BN a program, any shape: rows and columns past the end repeat others and are not stored."""
+    """One tile of BM x BN a program, any shape: rows and columns past the end repeat others and are not stored.
+
+    APART: the e4m3 product of each step begins at zero and is added in fp32. Without the last argument of that product
+    the compiler would merge the sum back into it. SCALED: by the product of block_scaled.py.
+    """
+    INT8: tl.constexpr = a_ptr.dtype.element_ty == tl.int8
+    SUMS: tl.constexpr = tl.int32 if INT8 else tl.float32
+    ZERO: tl.constexpr = 0 if INT8 else 0.0
     row, column = _tile(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     rows = row * BM + tl.arange(0, BM)
     columns = column * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
     a_ptrs = a_ptr + (rows % M).to(tl.int64)[:, None] * K + k[None, :]
     b_ptrs = b_ptr + (columns % N).to(tl.int64)[None, :] * K + k[:, None]
-    total = tl.zeros((BM, BN), tl.int32)
+    total = tl.zeros((BM, BN), SUMS)
     for start in range(0, K, BK):
         if EVEN:
             a = tl.load(a_ptrs + start)
             b = tl.load(b_ptrs + start)
         else:
-            a = tl.load(a_ptrs + start, mask=(k < K - start)[None, :], other=0)
-            b = tl.load(b_ptrs + start, mask=(k < K - start)[:, None], other=0)
-        total = tl.dot(a, b, total, out_dtype=tl.int32)
+            a = tl.load(a_ptrs + start, mask=(k < K - start)[None, :], other=ZERO)
+            b = tl.load(b_ptrs + start, mask=(k < K - start)[:, None], other=ZERO)
+        if APART:
+            total += tl.dot(a, b, max_num_imprecise_acc=BK)
+        elif SCALED:
+            total = dot_e4m3(a, b, total)
+        else:
+            total = tl.dot(a, b, total, out_dtype=SUMS)
     inside = columns < N
     y = total.to(tl.float32) * tl.load(scale_a_ptr + rows, mask=rows < M, other=0.0)[:, None]
     y = y * tl.load(scale_b_ptr + columns, mask=inside, other=0.0)[None, :]
@@ -186,16 +202,19 @@ def _check(
 
 
 def _launch(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out: Tensor, after: After = NOTHING
-) -> None:
-    """The Triton kernel: every card and every shape. Some 64 KiB of shared memory at most, which all cards have."""
-    (m, k), n = a.shape, len(b)
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out: Tensor, after: After = NOTHING,
+    fast: bool = True, scaled: bool = False,
+) -> None:  # fmt: skip
+    """The Triton kernel: every card that has the type, every shape. Some 64 KiB of shared memory at most, which all
+    cards have."""
+    (m, k), n, e4m3 = a.shape, len(b), a.dtype != torch.int8
     bm = 128 if m > 64 else 64
     tiles = triton.cdiv(m, bm) * triton.cdiv(n, 128)
-    _scaled_mm_int8_kernel[(tiles,)](
+    _scaled_mm_kernel[(tiles,)](
         a, b, scale_a, scale_b, scale_b if bias is None else bias, out if after.gate is None else after.gate, out,
         m, n, k, BM=bm, BN=128, BK=64, GROUP=GROUP, EVEN=k % 64 == 0, BIAS=bias is not None,
-        GATED=after.gate is not None, num_warps=8, num_stages=4, enable_fp_fusion=False,
+        GATED=after.gate is not None, APART=e4m3 and not fast, SCALED=e4m3 and fast and scaled, num_warps=8,
+        num_stages=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -235,17 +254,22 @@ class Operands:
     after: After
     fast: bool = True
     """Whether sums of fp8 may be those of Hopper's fast accumulation."""
+    place: Tensor | None = None
+    """Where the result goes, if not over a residual; not all back ends look at it."""
 
     def rows(self, start: int, end: int) -> Operands:
         """The product of some rows of ``a``."""
-        residual = self.after.residual
+        residual, place = self.after.residual, self.place
         after = self.after if residual is None else After(residual[start:end], self.after.gate)
-        return replace(self, a=self.a[start:end], scale_a=self.scale_a[start:end], after=after)
+        place = None if place is None else place[start:end]
+        return replace(self, a=self.a[start:end], scale_a=self.scale_a[start:end], after=after, place=place)
 
     def output(self) -> Tensor:
         """Where the result goes: over the residual, if there is one."""
         if self.after.residual is not None:
             return self.after.residual
+        if self.place is not None:
+            return self.place
         return torch.empty((len(self.a), len(self.b)), dtype=self.out_dtype, device=self.a.device)
 
 
@@ -295,36 +319,56 @@ def _hopper(x: Operands) -> Tensor | None:
     return out
 
 
-def _triton(x: Operands) -> Tensor:
+def by_triton(x: Operands) -> Tensor:
+    """The product by the plain Triton kernel."""
     out = x.output()
     with torch.cuda.device(out.device):
-        _launch(x.a, x.b, x.scale_a, x.scale_b, x.bias, out, x.after)
+        scaled = block_scaled.is_taken(out.device)
+        _launch(x.a, x.b, x.scale_a, x.scale_b, x.bias, out, x.after, x.fast, scaled)
     return out
 
 
+def _triton_available(device: torch.device, kind: str) -> str | None:
+    missing = cards.triton_missing(device)
+    return cards.needs(device, (8, 9), "e4m3") if missing is None and kind == "fp8" else missing
+
+
 def _torch_available(device: torch.device, kind: str) -> str | None:
-    return cards.needs(device, (8, 9), "e4m3") if kind == "fp8" and device.type == "cuda" else None
+    if kind != "fp8" or device.type != "cuda":
+        return None
+    reason = cards.needs(device, (8, 9), "e4m3")
+    if reason is None and cards.capability(device) == (8, 9) and cards.torch_version() < (2, 12):
+        # pytorch/pytorch issue 177651: right on the default stream only, and a CUDA graph records nothing of it.
+        return "torch before 2.12 starts its product of scaled rows on another stream on cards of 8.9"
+    return reason
 
 
 def _torch(x: Operands) -> Tensor:
     if x.a.dtype == torch.float8_e4m3fn:
-        return _in_parts(x, _scaled_mm_torch) if x.after.residual is not None else _scaled_mm_torch(x)
+        if x.after.residual is None:
+            return _scaled_mm_torch(x)
+        return _in_parts(x, _scaled_mm_torch, 2 if _rounds_itself(x) else _sums_bytes(x))
     if not x.a.is_cuda:
-        return _followed(x, _exact_sums(x.a, x.b))
+        return follow_sums(x, _exact_sums(x.a, x.b))
     # On a card _int_mm wants more than 16 rows, and K and N in multiples of 8.
     k, n = (-(-size // 8) * 8 for size in (x.a.shape[1], len(x.b)))
     right = _padded(x.b, n, k).t()
 
     def product(part: Operands) -> Tensor:
         left = _padded(part.a, max(32, len(part.a)), k)
-        return _followed(part, torch._int_mm(left, right)[: len(part.a), : len(x.b)].float())
+        return follow_sums(part, torch._int_mm(left, right)[: len(part.a), : len(x.b)])
 
-    return _in_parts(x, product)
+    return _in_parts(x, product, _sums_bytes(x))
 
 
 def _float64(x: Operands) -> Tensor:
     right = x.b.double().t()
-    return _in_parts(x, lambda part: _followed(part, (part.a.double() @ right).float()))
+
+    def product(part: Operands) -> Tensor:
+        sums = (part.a.double() @ right).float()
+        return _scaled(sums, part.scale_a, part.scale_b, part.bias, part.after, part.out_dtype)
+
+    return _in_parts(x, product)
 
 
 def _bf16(x: Operands) -> Tensor:
@@ -334,21 +378,46 @@ def _bf16(x: Operands) -> Tensor:
 
     def product(part: Operands) -> Tensor:
         left = (part.a.float() * part.scale_a[:, None]).bfloat16()
+        if _rounds_itself(part):
+            return _gated(left @ right, part.after)
         return _scaled((left @ right).float(), one[None], one, part.bias, part.after, part.out_dtype)
 
-    return _in_parts(x, product) if x.after.residual is not None else product(x)
+    return _in_parts(x, product)
 
 
-def _followed(x: Operands, product: Tensor) -> Tensor:
-    return _scaled(product, x.scale_a, x.scale_b, x.bias, x.after, x.out_dtype)
+def _rounds_itself(x: Operands) -> bool:
+    """Whether torch's product in bf16 is whole, but for a gate."""
+    return x.bias is None and x.out_dtype == torch.bfloat16
 
 
-def _in_parts(x: Operands, product: Callable[[Operands], Tensor]) -> Tensor:
-    """Some rows at a time: what plain torch follows up takes 16 bytes a value."""
+def _gated(y: Tensor, after: After) -> Tensor:
+    """What follows a bf16 product that is whole but for that: one pass over 6 bytes a value, for another rounding to
+    bf16; from fp32 in plain torch it would be six passes over 50."""
+    return y if after.residual is None or after.gate is None else gate_residual(after.residual, y, after.gate)
+
+
+def follow_sums(x: Operands, sums: Tensor) -> Tensor:
+    """What follows sums in int32 or fp32, rounded once; on a card in one pass, where that is right."""
+    if not _has_kernel("follow_sums", sums):
+        return _scaled(sums.float(), x.scale_a, x.scale_b, x.bias, x.after, x.out_dtype)
     out = x.output()
-    for start, end in row_parts(len(x.a), ROWS):
-        made = product(x.rows(start, end))
-        if x.after.residual is None:  # else it is there already
+    with torch.cuda.device(out.device):
+        launch_follow(sums, x.scale_a, x.scale_b, x.bias, x.after.gate, out)
+    return out
+
+
+def _sums_bytes(x: Operands) -> int:
+    """Bytes a value that sums and what follows them take."""
+    return 4 if _has_kernel("follow_sums", x.a) else 16
+
+
+def _in_parts(x: Operands, product: Callable[[Operands], Tensor], each: int = 16) -> Tensor:
+    """Some rows at a time, as many as take what ROWS rows take in plain torch; ``each``: bytes a value."""
+    out = x.output()
+    whole = replace(x, place=out)
+    for start, end in row_parts(len(x.a), ROWS * 16 // each):
+        made = product(whole.rows(start, end))
+        if made.data_ptr() != out[start:end].data_ptr():  # else it is there already
             out[start:end] = made
     return out
 
@@ -368,17 +437,13 @@ def _scaled_mm_torch(x: Operands) -> Tensor:
     k, wide = (-(-size // 16) * 16 for size in (x.a.shape[1], n))
     a, b = _padded(x.a, len(x.a), k), _padded(x.b, wide, k).t()
     scale_b = _padded(x.scale_b[None], 1, wide)
-    if x.out_dtype == torch.bfloat16 and x.bias is None:
+    if _rounds_itself(x):
         out = torch._scaled_mm(a, b, x.scale_a[:, None], scale_b, out_dtype=x.out_dtype, use_fast_accum=x.fast)
-        out = out if wide == n else out[:, :n].contiguous()
-        if x.after.residual is None or x.after.gate is None:
-            return out
-        # One pass over 6 bytes a value, for another rounding to bf16; from fp32 it would be six passes over 50.
-        return gate_residual(x.after.residual, out, x.after.gate)
+        return _gated(out if wide == n else out[:, :n].contiguous(), x.after)
     # Scales of rows and columns come with bf16 outputs only: here they follow, and so the result is rounded once.
     one = torch.ones((), device=a.device)
     out = torch._scaled_mm(a, b, one, one, out_dtype=torch.float32, use_fast_accum=x.fast)
-    return _scaled(out[:, :n], x.scale_a, scale_b[0, :n], x.bias, x.after, x.out_dtype)
+    return follow_sums(x, out[:, :n])
 
 
 def _needs_card(device: torch.device, kind: str) -> str | None:
@@ -389,7 +454,7 @@ PRODUCTS: dict[str, Product] = {
     product.name: product
     for product in (
         Product("hopper", ("int8", "fp8"), _hopper_available, _fits_hopper, _hopper),
-        Product("triton", ("int8",), lambda device, kind: cards.triton_missing(device), lambda x: x.a.is_cuda, _triton),
+        Product("triton", ("int8", "fp8"), _triton_available, lambda x: x.a.is_cuda, by_triton),
         Product("torch", ("int8", "fp8"), _torch_available, lambda x: True, _torch),
         Product(
             "bf16",
@@ -397,7 +462,7 @@ PRODUCTS: dict[str, Product] = {
             _needs_card,
             lambda x: True,
             _bf16,
-            instead="this card has no right FP8 product, bf16 instead",
+            instead="this card has no right FP8 product, bf16 instead; the precision int8 has one",
         ),
         Product(
             "float64",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,11 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.expand import (
+    GROUP,
+    NF4_BLOCK,
+    expand_int4,
+    expand_nf4,
+    expand_nf4_reference,
+    has_nf4,
+)
 from .linear import Layout, QuantizedLinear, row_chunks
 
 log = logging.getLogger("solostep")
 
-NF4_BLOCK = 64
 NF4_VALUES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -32,7 +38,6 @@ NF4_VALUES = (
 )  # fmt: skip
 """Quantiles of a normal distribution, with an exact zero, in [-1, 1] (Dettmers et al. 2023, QLoRA, appendix E)."""
 
-GROUP = 128
 SHRINK = tuple(1 - 0.03 * i for i in range(14))
 """Ranges that a group tries, as parts of its whole range: cutting its tails off costs less than coarser steps."""
 
@@ -41,11 +46,6 @@ def pack_nibbles(q: Tensor) -> Tensor:
     """Two 4-bit values a byte along the last axis, the first in the high half."""
     q = q.to(torch.uint8)
     return (q[..., 0::2] << 4) | q[..., 1::2]
-
-
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """``[..., n]`` bytes -> ``[..., 2 n]`` values 0 ... 15."""
-    return torch.stack([packed >> 4, packed & 15], dim=-1).flatten(-2)
 
 
 # --- nf4 ----------------------------------------------------------------------------------------------------------
@@ -75,21 +75,12 @@ def quantize_nf4_reference(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_nf4_reference(packed: Tensor, amax: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The weight of ``shape`` that :func:`quantize_nf4_reference` packed; a product in fp32, rounded once."""
-    n = math.prod(shape)
-    values = _nf4_values(packed.device)
-    out = torch.empty(n, dtype=dtype, device=packed.device)
-    size = (1 << 19) * NF4_BLOCK  # values at a time
-    for start in range(0, n, size):
-        part = values[unpack_nibbles(packed[start // 2 :][: size // 2]).int()]
-        part = F.pad(part, (0, -part.numel() % NF4_BLOCK)).view(-1, NF4_BLOCK)
-        part *= amax[start // NF4_BLOCK :][: len(part), None]
-        out[start : start + size] = part.flatten()[: n - start]
-    return out.view(*shape)
+    return expand_nf4_reference(packed, amax, _nf4_values(packed.device), shape, dtype)
 
 
 @functools.cache
 def _bitsandbytes() -> Any:
-    """bitsandbytes, if it is here; its kernels do in one pass what plain PyTorch does in six."""
+    """bitsandbytes, if it is here: its kernels, where ours are not to be had."""
     if importlib.util.find_spec("bitsandbytes") is None:
         log.warning("bitsandbytes is not installed: nf4 weights are expanded by plain PyTorch, which is slower.")
         return None
@@ -102,15 +93,15 @@ def _bitsandbytes() -> Any:
 
 
 def expanded_by_torch(formats: Iterable[str], device: torch.device) -> str | None:
-    """A sentence for records if nf4 is among the formats and its kernels are not to be had on this card: times are then
-    plain PyTorch's. On a CPU nothing else is ever used."""
-    if "nf4" not in formats or device.type != "cuda" or _bitsandbytes() is not None:
+    """A sentence for records if nf4 is among the formats and no kernels for it are to be had on this card: times are
+    then plain PyTorch's. On a CPU nothing else is ever used."""
+    if "nf4" not in formats or device.type != "cuda" or has_nf4(device) or _bitsandbytes() is not None:
         return None
-    return "nf4 weights were expanded by plain PyTorch, which is slower: there is no bitsandbytes that works here."
+    return "nf4 weights were expanded by plain PyTorch, which is slower: there is neither Triton nor bitsandbytes."
 
 
 class Nf4Linear(QuantizedLinear):
-    """NormalFloat4 weights in blocks of 64, in the byte layout of bitsandbytes, whose kernels expand them on CUDA."""
+    """NormalFloat4 weights in blocks of 64, in the byte layout of bitsandbytes."""
 
     @classmethod
     def layout(cls, in_features: int, out_features: int) -> Layout:
@@ -142,9 +133,10 @@ class Nf4Linear(QuantizedLinear):
 
     def compute_weight(self, dtype: torch.dtype) -> Tensor:
         shape = (self.out_features, self.in_features)
-        functional = _bitsandbytes() if self.weight.is_cuda else None
+        other = self.weight.is_cuda and not has_nf4(self.weight.device)
+        functional = _bitsandbytes() if other else None
         if functional is None:
-            return dequantize_nf4_reference(self.weight, self.weight_scale, shape, dtype)
+            return expand_nf4(self.weight, self.weight_scale, _nf4_values(self.weight.device), shape, dtype)
         state = functional.QuantState(
             self.weight_scale, shape=torch.Size(shape), code=_nf4_values(self.weight.device), blocksize=NF4_BLOCK,
             quant_type="nf4", dtype=dtype,
@@ -200,12 +192,4 @@ class Int4WeightLinear(QuantizedLinear):
         return self.compute_weight(torch.float32)
 
     def compute_weight(self, dtype: torch.dtype) -> Tensor:
-        out = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight.device)
-        start = 0
-        for packed in self.weight.split(max(1, (1 << 25) // self.in_features)):
-            rows = slice(start, start + len(packed))
-            q = unpack_nibbles(packed).unflatten(1, (-1, GROUP)).float()
-            q = (q - self.weight_zero[rows, :, None].float()) * self.weight_scale[rows, :, None].float()
-            out[rows] = q.flatten(1)[:, : self.in_features]
-            start += len(packed)
-        return out
+        return expand_int4(self.weight, self.weight_scale, self.weight_zero, self.in_features, dtype)

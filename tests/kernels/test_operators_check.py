@@ -9,7 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from solostep.kernels import adaln, attention_causal, qk_norm_rope, quantize, refused, values
+from solostep.kernels import (
+    adaln,
+    attention_causal,
+    block_scaled,
+    cards,
+    expand,
+    qk_norm_rope,
+    quantize,
+    refused,
+    scaled_mm,
+    values,
+)
 from solostep.kernels import attention as registry
 from solostep.kernels import operators_check as check
 from solostep.kernels.attention import BACKENDS, CROSS, Backend, cross_backend, cross_name
@@ -29,7 +40,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_all_are_right_in_torch() -> None:
     for verdict in examine_operators(CPU, 7):
-        missing = verdict.backend in (cross_name("cudnn"), cross_name("efficient"))
+        missing = verdict.backend in (cross_name("cudnn"), cross_name("efficient"), block_scaled.NAME)
         assert verdict.status == ("unavailable" if missing else "ok"), verdict
         assert missing or all(0 < e < 6e-2 for e in verdict.errors.values())
 
@@ -81,6 +92,9 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any], str]] = {
     "gelu int8": (adaln, "gelu", one_scale, "relative error"),
     "gelu e4m3": (adaln, "gelu", one_scale, "relative error"),
     "gate_residual": (adaln, "gate_residual", lambda y: _first(y, last_row), "relative error 1.0"),
+    "follow_sums": (scaled_mm, "follow_sums", lambda y: _first(y, last_row), "relative error 1.0"),
+    expand.INT4: (expand, "expand_int4", lambda y: _first(y, last_row), "relative error 1.0"),
+    expand.NF4: (expand, "expand_nf4", lambda y: _first(y, last_row), "relative error 1.0"),
     "qk_norm_rope 16 bits": (qk_norm_rope, "qk_norm_rope", lambda y: _first(y, last_row), "q: relative error 1.0"),
     "qk_norm_rope int8": (qk_norm_rope, "qk_norm_rope", lambda y: (y[0], y[1].roll(1, 0), *y[2:]), "k: relative"),
     "norm_heads": (qk_norm_rope, "norm_heads", lambda y: y * 1.02, "relative error"),
@@ -106,8 +120,25 @@ def test_a_wrong_one_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (verdict.status, verdict.reason) == ("failed", "no luck")
 
 
+def test_the_block_scaled_product_is_taken_where_it_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card of 12.0 only, and not once it was found wrong there."""
+    monkeypatch.setattr(cards, "triton", type("triton", (), {"__version__": "3.6.0"}))
+    for capability, taken in (((8, 9), False), ((9, 0), False), ((10, 0), False), ((12, 0), True), ((12, 1), False)):
+        monkeypatch.setattr(cards, "capability", lambda device, of=capability: of)
+        assert block_scaled.is_taken(CARD) is taken and not block_scaled.is_taken(CPU)
+    refuse(CARD, [block_scaled.NAME])
+    assert not block_scaled.is_taken(CARD)
+    refuse(CARD, ())
+    monkeypatch.setattr(block_scaled, "missing", lambda device: None)
+    right = scaled_mm.PRODUCTS["torch"].run
+    for change, status in ((1.0, "ok"), (1.02, "wrong")):
+        monkeypatch.setattr(scaled_mm, "by_triton", lambda x, by=change: right(x) * by)
+        (verdict,) = examine_operators(CPU, 1, [block_scaled.NAME])
+        assert verdict.status == status, verdict
+
+
 def test_every_operator_has_a_fault() -> None:
-    assert set(FAULTS) | {cross_name(name) for name in CROSS} == set(CHECKS)
+    assert set(FAULTS) | {cross_name(name) for name in CROSS} | {block_scaled.NAME} == set(CHECKS)
 
 
 def test_wrong_cross_attention_gives_way_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,14 +181,14 @@ def test_refused_kernels_are_those_of_a_card() -> None:
 def test_kernels_are_asked_for_by_the_names_of_their_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an operator asks before it starts its kernel is what its check is called."""
     asked = []
-    for module in (adaln, qk_norm_rope, quantize, values):
+    for module in (adaln, expand, qk_norm_rope, quantize, scaled_mm, values):
         monkeypatch.setattr(module, "_has_kernel", lambda name, x: asked.append(name))
     monkeypatch.setattr(attention_causal, "is_refused", lambda name, device: asked.append(name) or True)
     examine_operators(CPU, 0, [name for name in CHECKS if "attention" not in name])
     monkeypatch.setattr(attention_causal, "triton", object())
     x = torch.zeros(1, 512, dtype=torch.bfloat16).as_subclass(OnCard)
     assert not attention_causal.has_wide_kernel(x, 512) and not attention_causal.has_biased_kernel(x, 128)
-    assert set(asked) == {name for name in CHECKS if not name.startswith("cross")}
+    assert set(asked) == {name for name in CHECKS if not name.startswith("cross")} - {block_scaled.NAME}
 
 
 def test_a_refused_kernel_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:

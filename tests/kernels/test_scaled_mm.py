@@ -1,4 +1,4 @@
-"""8-bit products: the references, the Triton kernel's bits (interpreted here, real on a card), refused arguments."""
+"""8-bit products: the references, the Triton kernels' bits (interpreted here, real on a card), refused arguments."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ TYPES = [torch.bfloat16, torch.float16, torch.float32]
 INTERPRETED = """
 import torch
 from solostep.kernels import scaled_mm
+from solostep.kernels.sums import launch_follow
 
 torch.manual_seed(0)
 for m, n, k, out_type, bias in (
@@ -43,6 +44,23 @@ for m, n, k, out_type, bias in (
     scaled_mm._launch(a, b, *scales, bias, got.residual, got)
     scaled_mm.scaled_mm_int8_reference(a, b, *scales, bias, out_type, want)
     assert torch.equal(got.residual, want.residual) and not torch.equal(want.residual, residual)
+    wide = torch.full((m, n + 3), 2**30, dtype=torch.int32)  # what follows a library's sums, whose rows lie apart
+    wide[:, :n] = a.double() @ b.double().t()
+    got = scaled_mm.After(residual.clone(), gate)
+    launch_follow(wide[:, :n], *scales, bias, gate, got.residual)
+    assert torch.equal(got.residual, want.residual)
+    launch_follow(wide[:, :n], *scales, bias, None, out.fill_(torch.nan))
+    assert torch.equal(out, scaled_mm.scaled_mm_int8_reference(a, b, *scales, bias, out_type))
+    # e4m3: sums of integers that are exact in any order, in one sum and in one a step.
+    a, b = (torch.randint(-8, 9, (rows, k)).to(torch.float8_e4m3fn) for rows in (m, n))
+    want = scaled_mm.scaled_mm_fp8_reference(a, b, *scales, bias, out_type)
+    for form in ((True, False), (False, False), (True, True)):  # the last: by block-scaled products
+        scaled_mm._launch(a, b, *scales, bias, out.fill_(torch.nan), scaled_mm.NOTHING, *form)
+        assert torch.equal(out, want), (m, n, k, out_type, form)
+        got, true = (scaled_mm.After(residual.clone(), gate) for _ in range(2))
+        scaled_mm._launch(a, b, *scales, bias, got.residual, got, *form)
+        scaled_mm.scaled_mm_fp8_reference(a, b, *scales, bias, out_type, true)
+        assert torch.equal(got.residual, true.residual)
 print("equal")
 """
 
@@ -54,7 +72,7 @@ import sys
 import torch
 from compiling import Card, resources
 from triton.runtime import driver
-from solostep.kernels import scaled_mm, scaled_mm_hopper
+from solostep.kernels import scaled_mm, scaled_mm_hopper, sums
 
 made = []
 
@@ -67,19 +85,21 @@ class Compile:
             made.append((kernel, told.getvalue()))
         return start
 
-scaled_mm._scaled_mm_int8_kernel = Compile(scaled_mm._scaled_mm_int8_kernel)
+scaled_mm._scaled_mm_kernel = Compile(scaled_mm._scaled_mm_kernel)
+sums._follow_kernel = Compile(sums._follow_kernel)
 scaled_mm_hopper._scaled_mm_hopper_kernel = Compile(scaled_mm_hopper._scaled_mm_hopper_kernel)
 
-def operands(m, k):
-    a, b = torch.empty(m, k, dtype=torch.int8), torch.empty(512, k, dtype=torch.int8)
+def operands(m, k, kind=torch.int8):
+    a, b = torch.empty(m, k).to(kind), torch.empty(512, k).to(kind)
     return a, b, torch.empty(m), torch.empty(512), None, torch.empty(m, 512, dtype=torch.bfloat16)
 
 for job in sys.argv[1].split():
-    arch, m, k, gated = map(int, job.split(","))
+    arch, m, k, gated, form = map(int, job.split(","))
     driver.set_active(Card(arch))
-    a, b, scale_a, scale_b, bias, out = operands(m, k)
-    more = (out[0], out, scaled_mm.After(out, out[0])) if gated else (bias, out)
-    scaled_mm._launch(a, b, scale_a, scale_b, *more)
+    a, b, scale_a, scale_b, bias, out = operands(m, k, torch.float8_e4m3fn if form else torch.int8)
+    more = (out[0], out, scaled_mm.After(out, out[0])) if gated else (bias, out, scaled_mm.NOTHING)
+    scaled_mm._launch(a, b, scale_a, scale_b, *more, fast=form != 2, scaled=form == 3)
+    assert form != 3 or "block_scale" in made[-1][0].asm["ptx"]
 driver.set_active(Card(90))
 a, b, *rest = operands(192, 256)
 for job in sys.argv[2:]:
@@ -244,10 +264,16 @@ def test_the_interpreted_kernel_gives_the_reference_bits(tmp_path: Path) -> None
     assert run_separately(INTERPRETED, tmp_path, TRITON_INTERPRET="1").split() == ["equal"]
 
 
-FORMS = (192, 256, 0), (192, 200, 1), (48, 256, 1), (48, 200, 0)
-"""Of the portable kernel: rows, K, and whether bias and residual follow. Every run compiles each, for one card; --all:
-each for each."""
-FOR = 90, 100, 120, 80
+FORMS = (
+    (192, 256, 0, 0), (192, 200, 1, 0), (48, 256, 1, 0), (48, 200, 0, 0), (192, 256, 1, 1), (192, 200, 0, 1),
+    (192, 256, 1, 2), (192, 256, 1, 3),
+)  # fmt: skip
+"""Of the portable kernel: rows, K, whether bias and residual follow, and the type: int8, e4m3, e4m3 in sums of each
+step, e4m3 by block-scaled products. Every run compiles some, each for one card; --all: each for each card that has the
+type."""
+FOR = 90, 100, 80, 80, 89, 0, 0, 120
+LEAST = 80, 89, 89, 120
+"""The first card of each type."""
 
 
 def test_compiles_for_cards(tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -257,8 +283,11 @@ def test_compiles_for_cards(tmp_path: Path, request: pytest.FixtureRequest) -> N
     whole = is_whole(request.config)
     jobs = ["fp8", "int8 gated"] + (["int8", "fp8 gated"] if whole else [])
     portable = [
-        (arch, *form) for arch in CARDS for own, form in zip(FOR, FORMS, strict=True) if whole or arch == own
-    ]  # fmt: skip
+        (arch, *form)
+        for arch in CARDS
+        for own, form in zip(FOR, FORMS, strict=True)
+        if arch == own or (whole and arch >= LEAST[form[3]])
+    ]
     forms = " ".join(",".join(map(str, form)) for form in portable)
     told = run_separately(CARD, tmp_path, forms, *jobs, TRITON_DUMP_PTXAS_LOG="1")
     lines = [line.split() for line in told.splitlines()]

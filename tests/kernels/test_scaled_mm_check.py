@@ -249,9 +249,17 @@ def test_cards_and_versions_decide(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cards, "loads", lambda module: None)
         return {kind: default_products(CARD, kind) for kind in ("int8", "fp8")}
 
-    assert on((9, 0), "3.6.0") == {"int8": ("hopper", "triton", "torch", "float64"), "fp8": ("hopper", "torch", "bf16")}
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    hopper = {"int8": ("hopper", "triton", "torch", "float64"), "fp8": ("hopper", "triton", "torch", "bf16")}
+    assert on((9, 0), "3.6.0") == hopper
     # The gate that attention has: Gluon's interface changes without notice.
-    assert on((9, 0), "3.10.0") == {"int8": ("triton", "torch", "float64"), "fp8": ("torch", "bf16")}
+    assert on((9, 0), "3.10.0") == {"int8": ("triton", "torch", "float64"), "fp8": ("triton", "torch", "bf16")}
+    # torch 2.11 starts this product outside the current stream on these cards.
+    assert on((8, 9), "3.6.0") == {"int8": ("triton", "torch", "float64"), "fp8": ("triton", "bf16")}
+    assert "torch before 2.12" in str(PRODUCTS["torch"].available(CARD, "fp8"))
+    assert on((12, 0), "3.6.0")["fp8"] == ("triton", "torch", "bf16")
+    monkeypatch.setattr(torch, "__version__", "2.12.1+cu130")
+    assert on((8, 9), "3.6.0")["fp8"] == ("triton", "torch", "bf16")
     assert on((8, 0), "3.6.0") == {"int8": ("triton", "torch", "float64"), "fp8": ("bf16",)}
     assert on((12, 0), None) == {"int8": ("torch", "float64"), "fp8": ("torch", "bf16")}
     assert {kind: default_products(CPU, kind) for kind in CALLS} == {"int8": ("torch",), "fp8": ("torch",)}

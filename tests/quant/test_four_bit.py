@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from solostep.benchmarks.linear_error import relative_error
+from solostep.kernels.expand import unpack_nibbles
 from solostep.quant import four_bit
 from solostep.quant.four_bit import (
     NF4_BLOCK,
@@ -19,7 +20,6 @@ from solostep.quant.four_bit import (
     dequantize_nf4_reference,
     pack_nibbles,
     quantize_nf4_reference,
-    unpack_nibbles,
 )
 from solostep.quant.linear import QuantizedLinear, assign
 
@@ -177,6 +177,9 @@ def test_int4_of_what_it_can_hold_exactly() -> None:
 def test_plain_nf4_on_a_card_is_said_in_records(monkeypatch: pytest.MonkeyPatch) -> None:
     card, cpu = torch.device("cuda"), torch.device("cpu")
     monkeypatch.setattr(four_bit, "_bitsandbytes", lambda: None)
+    monkeypatch.setattr(four_bit, "has_nf4", lambda device: True)
+    assert four_bit.expanded_by_torch(["nf4"], card) is None
+    monkeypatch.setattr(four_bit, "has_nf4", lambda device: False)
     assert "plain PyTorch" in (four_bit.expanded_by_torch(["int8", "nf4"], card) or "")
     assert four_bit.expanded_by_torch(["nf4"], cpu) is four_bit.expanded_by_torch(["int8"], card) is None
     monkeypatch.setattr(four_bit, "_bitsandbytes", lambda: object())
