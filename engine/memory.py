@@ -109,11 +109,21 @@ class Memory:
     def capped(self) -> Iterator[None]:
         """Holds torch to the budget: what goes beyond is an allocation that fails, and is met by a smaller plan.
 
-        torch has one limit for all of a process, so it holds only while this pipeline works. On a CPU it has none.
+        torch has one limit for all of a process, so it holds only while this pipeline works. On a CPU it has none. The
+        card is the current one meanwhile: pinning memory would make a context on card 0 otherwise, and fail where that
+        one is full.
         """
-        if self.vram is None or self.device.type != "cuda":
+        if self.device.type != "cuda":
             if self.vram is not None:
                 return_large_tensors()
+            yield
+            return
+        with torch.cuda.device(self.device), self._limited():
+            yield
+
+    @contextlib.contextmanager
+    def _limited(self) -> Iterator[None]:
+        if self.vram is None:
             yield
             return
         before = torch.cuda.get_per_process_memory_fraction(self.device)
