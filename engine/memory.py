@@ -149,13 +149,23 @@ class Memory:
 
     def room(self) -> int:
         """Bytes that may still be allocated on the device."""
-        free = free_memory(self.device)
-        if self.vram is None:
+        free, allowed = free_memory(self.device), self._allowed
+        if allowed is None:
             # Kernels that are loaded later take of it too, outside of torch's allocator.
             return free - SPARE if self.device.type == "cuda" else free
-        if self.device.type != "cuda":
-            return self.vram
-        return min(free, self.vram - CONTEXT - torch.cuda.memory_allocated(self.device))
+        return min(free, allowed)
+
+    @property
+    def _allowed(self) -> int | None:
+        """Bytes of the budget that are not taken; None without one."""
+        if self.vram is None:
+            return None
+        if self.device.type == "cuda":
+            return self.vram - CONTEXT - torch.cuda.memory_allocated(self.device)
+        return self.vram - sum(
+            n.device_bytes if isinstance(n, PlacedTransformer) else sum(p.nbytes for p in n.parameters())
+            for n in self.networks.values()
+        )
 
     def plan(
         self, settings: GenerationSettings, room: int | None = None, rated: bool = False, moves: bool = False,
@@ -171,11 +181,14 @@ class Memory:
         """
         held, speed = self.placed if moves else None, self._rated(measure=rated)  # before room is looked at
         itemsize = 4 if self.dtype == torch.float32 else 2
+        given = self.vram is not None
         if room is None:
-            room = self.room() + (0 if held is None else held.device_bytes)
+            room, allowed = self.room(), self._allowed
+            given = allowed is not None and room > allowed - SPARE  # else other programs leave no more
+            room += 0 if held is None else held.device_bytes
         context, program = (CONTEXT, PROGRAM) if self.device.type == "cuda" else (0, 0)
         host = self.host_room(held)
-        limits = Limits(room, host, context, program, self.vram is not None, self.pinned)
+        limits = Limits(room, host, context, program, given, self.pinned)
         use = Use(self.text_tokens(texts) if texts else LONGEST_TEXT, to_file)
         return make_plan(self.sizes, settings, self.modes()[2], limits, speed, itemsize, use)
 

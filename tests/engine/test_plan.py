@@ -411,4 +411,6 @@ def test_a_plan_for_a_cpu(run: Run) -> None:
     assert found["budget_bytes"] == 500_000_000 and found["program_bytes"] == 0 and found["decode_frames"] == 4
     code, out, _ = run("--device", "cpu", "--vram", "500MB", *clip)
     assert code == 0 and "within 500.0 MB of memory" in out and "the program itself is not counted" in out
+    rows = json.loads(run("--device", "cpu", "--sweep", "--json")[1])
+    assert rows[0]["vram_bytes"] < 1.05 * rows[0]["device_bytes"] and rows[0]["streamed_blocks"] > 0
     assert run("--device", "cpu", "--like", "h200")[0] == 2
