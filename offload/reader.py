@@ -258,8 +258,9 @@ class _ToCuda:
 
     def close(self) -> None:
         self.stream.synchronize()  # also copies that were begun when something failed
-        for slot in self.slots:
-            slot.close()
+        with torch.cuda.device(self.device):
+            for slot in self.slots:
+                slot.close()
 
 
 class _Slot:
