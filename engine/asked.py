@@ -59,10 +59,11 @@ class Asked:
         return Limits(vram - CONTEXT, self.room if host is None else host - PROGRAM)
 
     def smallest(self) -> int:
-        """The least ``vram`` that a plan exists for, in steps of 100 MB."""
+        """The least ``vram`` that a plan exists for, in steps of 100 MB; of 10 MB below 1 GB."""
         limits = self._limits(MOST)
         found = smallest(self.sizes, self.settings, self.attention, self.itemsize, limits) + limits.context
-        return -(-found // 10**8) * 10**8
+        step = 10**8 if found > 10**9 else 10**7
+        return -(-found // step) * step
 
 
 def ask(

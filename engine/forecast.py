@@ -80,7 +80,8 @@ def plan_text(plan: Plan) -> str:
         rows.append(
             (stage.name, size(stage.device + plan.context), size(stage.host), disk, time_text(stage.seconds))
         )  # fmt: skip
-    rows.append(("whole run", size(plan.device + plan.context), size(plan.host), "", time_text(plan.seconds)))
+    disk = size(sum(stage.disk for stage in plan.stages))
+    rows.append(("whole run", size(plan.device + plan.context), size(plan.host), disk, time_text(plan.seconds)))
     lines = columns(rows)
     lines.insert(1, "-" * max(map(len, lines)))
     lines += ["", f"{_what_is_done(plan)}.", *notes(plan)]

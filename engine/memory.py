@@ -109,11 +109,21 @@ class Memory:
     def capped(self) -> Iterator[None]:
         """Holds torch to the budget: what goes beyond is an allocation that fails, and is met by a smaller plan.
 
-        torch has one limit for all of a process, so it holds only while this pipeline works. On a CPU it has none.
+        torch has one limit for all of a process, so it holds only while this pipeline works. On a CPU it has none. The
+        card is the current one meanwhile: pinning memory would make a context on card 0 otherwise, and fail where that
+        one is full.
         """
-        if self.vram is None or self.device.type != "cuda":
+        if self.device.type != "cuda":
             if self.vram is not None:
                 return_large_tensors()
+            yield
+            return
+        with torch.cuda.device(self.device), self._limited():
+            yield
+
+    @contextlib.contextmanager
+    def _limited(self) -> Iterator[None]:
+        if self.vram is None:
             yield
             return
         before = torch.cuda.get_per_process_memory_fraction(self.device)
@@ -139,13 +149,23 @@ class Memory:
 
     def room(self) -> int:
         """Bytes that may still be allocated on the device."""
-        free = free_memory(self.device)
-        if self.vram is None:
+        free, allowed = free_memory(self.device), self._allowed
+        if allowed is None:
             # Kernels that are loaded later take of it too, outside of torch's allocator.
             return free - SPARE if self.device.type == "cuda" else free
-        if self.device.type != "cuda":
-            return self.vram
-        return min(free, self.vram - CONTEXT - torch.cuda.memory_allocated(self.device))
+        return min(free, allowed)
+
+    @property
+    def _allowed(self) -> int | None:
+        """Bytes of the budget that are not taken; None without one."""
+        if self.vram is None:
+            return None
+        if self.device.type == "cuda":
+            return self.vram - CONTEXT - torch.cuda.memory_allocated(self.device)
+        return self.vram - sum(
+            n.device_bytes if isinstance(n, PlacedTransformer) else sum(p.nbytes for p in n.parameters())
+            for n in self.networks.values()
+        )
 
     def plan(
         self, settings: GenerationSettings, room: int | None = None, rated: bool = False, moves: bool = False,
@@ -161,11 +181,14 @@ class Memory:
         """
         held, speed = self.placed if moves else None, self._rated(measure=rated)  # before room is looked at
         itemsize = 4 if self.dtype == torch.float32 else 2
+        given = self.vram is not None
         if room is None:
-            room = self.room() + (0 if held is None else held.device_bytes)
+            room, allowed = self.room(), self._allowed
+            given = allowed is not None and room > allowed - SPARE  # else other programs leave no more
+            room += 0 if held is None else held.device_bytes
         context, program = (CONTEXT, PROGRAM) if self.device.type == "cuda" else (0, 0)
         host = self.host_room(held)
-        limits = Limits(room, host, context, program, self.vram is not None, self.pinned)
+        limits = Limits(room, host, context, program, given, self.pinned)
         use = Use(self.text_tokens(texts) if texts else LONGEST_TEXT, to_file)
         return make_plan(self.sizes, settings, self.modes()[2], limits, speed, itemsize, use)
 

@@ -127,7 +127,7 @@ def numerics() -> Iterator[None]:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on a device, the allocator's own cache included; of a process that is held to
-    a part of a card, what that leaves."""
+    a part of a card, or to its containers' memory, what that leaves."""
     if device.type == "cuda":
         allocated = torch.cuda.memory_allocated(device)
         free, total = torch.cuda.mem_get_info(device)
@@ -135,17 +135,15 @@ def free_memory(device: torch.device) -> int:
         return min(free + torch.cuda.memory_reserved(device) - allocated, max(0, limit - allocated))
     import psutil
 
-    return psutil.virtual_memory().available
+    from .machine import cgroup_room
+
+    free, room = psutil.virtual_memory().available, cgroup_room()
+    return max(0, free if room is None else min(free, room))
 
 
 def host_room() -> int:
     """Bytes of host memory that a run may take: nine tenths of what is free, within the containers' limits."""
-    import psutil
-
-    from .machine import cgroup_room
-
-    free, room = psutil.virtual_memory().available, cgroup_room()
-    return max(0, (free if room is None else min(free, room)) * 9 // 10)
+    return free_memory(torch.device("cpu")) * 9 // 10
 
 
 def require_memory(needed: int, device: torch.device, what: str) -> None:

@@ -223,7 +223,7 @@ class BlockReads:
         """The next run of the oldest block that has one left; None when no more are wanted."""
         with self._lock:
             while not self._stopped:
-                for read in self.asked:
+                for read in tuple(self.asked):  # stop() may clear it, see above
                     if read.todo:
                         self._busy += 1
                         return read, read.todo.popleft()

@@ -135,7 +135,7 @@ class HostSlab:
             raise PinError(f"{self.memory.numel():,} bytes of host memory could not be pinned (CUDA error {code})")
         self.pinned = True
         # A slab that nobody closes does not leave its memory pinned: the mapping stays until it is given back.
-        self._give_back = weakref.finalize(self, _unregister, self.memory)
+        self._give_back = weakref.finalize(self, _unregister, self.memory, torch.cuda.current_device())
         self._give_back.atexit = False
 
     def close(self) -> None:
@@ -151,5 +151,6 @@ def forget_error() -> None:
         torch.zeros(1, device="cuda").item()
 
 
-def _unregister(memory: Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+def _unregister(memory: Tensor, card: int) -> None:
+    with torch.cuda.device(card):  # whatever the thread has in mind may be a card that nobody uses
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())

@@ -239,7 +239,12 @@ class _ToCuda:
 
     def target(self, n: int, piece: _Piece) -> Callable[[_File], None]:
         slot = self.slots[n % len(self.slots)]
-        return lambda file: slot.fill(file, piece)
+
+        def fill(file: _File) -> None:
+            with torch.cuda.device(self.device):  # a thread begins at card 0, and would make a context there
+                slot.fill(file, piece)
+
+        return fill
 
     def deliver(self, n: int, piece: _Piece) -> None:
         slot = self.slots[n % len(self.slots)]
@@ -253,8 +258,9 @@ class _ToCuda:
 
     def close(self) -> None:
         self.stream.synchronize()  # also copies that were begun when something failed
-        for slot in self.slots:
-            slot.close()
+        with torch.cuda.device(self.device):
+            for slot in self.slots:
+                slot.close()
 
 
 class _Slot:

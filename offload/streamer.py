@@ -18,6 +18,7 @@ not read from files, and `staging` times the largest one that is.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -74,7 +75,8 @@ class CudaLane:
         return mark
 
     def ended(self, mark: torch.cuda.Event) -> None:
-        mark.synchronize()
+        with torch.cuda.device(self.device):  # a thread begins at card 0, and would make a context there
+            mark.synchronize()
 
     def finish(self) -> None:
         torch.cuda.synchronize(self.device)
@@ -241,6 +243,10 @@ class BlockStreamer:
         self._reads: BlockReads | None = None
         self._slots: list[Tensor] = []
         self._closed = False
+        self._pass: object = None
+        """The pass that began last; an earlier one that was left and not ended counts no more."""
+        self._unclosed: weakref.finalize | None = None
+        """For a streamer that nobody closes."""
         cuda = self.device.type == "cuda"
         try:
             for index in chosen:
@@ -256,7 +262,6 @@ class BlockStreamer:
                 described = {i.index: (i.layout, files[i.index]) for i in self.streamed if i.slab is None}
                 ring = default_ring(self.device)
                 self._reads = BlockReads(described, self.lane.ended, buffers=staging, ring=ring, pin=cuda)
-                weakref.finalize(self, self._reads.stop)  # a streamer that nobody closes leaves no threads behind
                 for index in described:
                     self._order[index].put(self._order[index].host)
             for index, block in enumerate(self.blocks):
@@ -265,6 +270,8 @@ class BlockStreamer:
             size = max((item.layout.nbytes for item in self.streamed), default=0)
             count = min(slots, len(self.streamed))
             self._slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(count)]
+            kept = [item.slab for item in self.streamed if item.slab is not None]
+            self._unclosed = weakref.finalize(self, _let_go, self.lane, self._reads, kept)
         except BaseException:
             for slab in slabs.values():
                 slab.close()
@@ -288,7 +295,8 @@ class BlockStreamer:
         count = len(self._slots)
         self._copied = self._used = 0
         self._arrived: list[Any] = [None] * count
-        self._free: list[Any] = [None] * count
+        # What had the slots' memory before may still be computed with.
+        self._free: list[Any] = [self.lane.used()] * count
         self._holds: list[tuple[int, bool] | None] = [None] * count
         """Which block is in a slot, or on its way there, and whether without what is last."""
         if self._reads is not None:
@@ -361,12 +369,19 @@ class BlockStreamer:
             use += 1
 
     def __iter__(self) -> Iterator[nn.Module]:
-        """One pass over all blocks. A pass that was left early is forgotten; the next one begins anew."""
+        """One pass over all blocks. A pass that was left early is forgotten; the next one begins anew.
+
+        Raises:
+            RuntimeError: another pass began meanwhile, or the blocks were closed.
+        """
+        self._pass = mine = object()
         if self.streamed and (self._lacks or self._used % len(self.streamed)):
             self.lane.finish()
             self._begin()
         for index, block in enumerate(self.blocks):
             item = self._order.get(index)
+            if self._pass is not mine:
+                raise RuntimeError("another pass over the blocks began; they stream to one at a time")
             if item is None:
                 yield block
                 continue
@@ -380,11 +395,13 @@ class BlockStreamer:
             try:
                 yield block
             finally:
-                item.put(item.host)
-                if not self._closed:
+                # One that was interrupted may end late, held by a traceback until then: in the midst of another.
+                if self._pass is mine:
+                    item.put(item.host)
+                if self._pass is mine and not self._closed:
                     self._free[slot] = self.lane.used()
                     self._used += 1
-        if self.streamed and not self._closed:
+        if self.streamed and self._pass is mine and not self._closed:
             self._copy_ahead(False)
 
     def __len__(self) -> int:
@@ -396,6 +413,8 @@ class BlockStreamer:
         The blocks keep their values, in host memory; those from files have none.
         """
         self._closed = True
+        if self._unclosed is not None:
+            self._unclosed.detach()
         self.lane.finish()
         if self._reads is not None:
             self._reads.close()
@@ -406,6 +425,15 @@ class BlockStreamer:
             item.in_slots.clear()
             if item.slab is not None:
                 item.slab.close()
+
+
+def _let_go(lane: Lane, reads: BlockReads | None, slabs: Sequence[HostSlab]) -> None:
+    """Of a streamer that is gone: the copies from its ``slabs``, which live until then, and to its slots end before the
+    memory does; and so do its threads."""
+    with contextlib.suppress(RuntimeError):  # a context that is broken copies no more
+        lane.finish()
+    if reads is not None:
+        reads.stop()
 
 
 def _chosen(count: int, resident: int | None, streamed: Iterable[int] | None) -> list[int]:

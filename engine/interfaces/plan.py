@@ -87,7 +87,9 @@ def plan(
         height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
     )  # fmt: skip
     if there is None and budget is None and not sweep:
-        raise UsageError("There is no CUDA card here; say with --vram which memory to plan for, or give --sweep.")
+        raise UsageError(
+            "There is no CUDA card here; say with --vram which memory to plan for, or give --sweep, or --device cpu."
+        )
     if asked.rated is None and not on_cpu and (there is None or like is not None):
         known = "give --like h200 for those of that card" if like is None else f"none stored of {like} for this mode"
         say(console, "note", f"Times are not known here: {known}.")

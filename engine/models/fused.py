@@ -257,6 +257,8 @@ class Parking:
     def park(self, rows: Iterable[Tensor], count: int) -> ParkedRows:
         """Takes ``count`` residual streams ``[1, S, d]``, made one after the other; the last stays on the device."""
         there = None
+        if self._stream is not None:  # copies of a pass that was given up
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         for i, row in enumerate(rows):
             host = self._places(row, count)
             if i + 1 == count:
@@ -279,7 +281,7 @@ class Parking:
                 self._free()
             with torch.inference_mode(False):  # it may be used where gradients are
                 self._slab = HostSlab(layout)
-            self._free = weakref.finalize(self, _give_back, self._slab)
+            self._free = weakref.finalize(self, _give_back, self._slab, row.device)
             if row.is_cuda:
                 try:
                     self._slab.pin()
@@ -288,9 +290,9 @@ class Parking:
         return list(self._slab.views().values())
 
 
-def _give_back(slab: HostSlab) -> None:
+def _give_back(slab: HostSlab, device: torch.device) -> None:
     if slab.pinned:
-        torch.cuda.synchronize()  # the host may be ahead of copies
+        torch.cuda.synchronize(device)  # the host may be ahead of copies
     slab.close()
 
 

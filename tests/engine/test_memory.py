@@ -55,8 +55,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def small_margin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What libraries take of a card is more than the whole demo model."""
+    """What libraries take of a card is more than the whole demo model; and budgets are not cut to what is free here."""
     monkeypatch.setattr(planner, "MARGIN", 40_000_000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 100 * GB)
 
 
 def make(vram: int | None = None, host: int | None = None, **more: Any) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -428,7 +429,7 @@ def test_what_control_groups_leave(version: int, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(machine, "OWN_CGROUP", tmp_path / "own")
     assert machine.cgroup_limit() == 2000
     assert machine.cgroup_room() == 2000 - 1500 + 400
-    assert runtime.host_room() == 900 * 9 // 10
+    assert runtime.host_room() == 900 * 9 // 10 and runtime.free_memory(torch.device("cpu")) == 900
     (tmp_path / "own").write_text("0::/../elsewhere\n")  # as seen from inside a container
     assert machine.cgroup_limit() == 9000
     monkeypatch.setattr(machine, "CGROUPS", tmp_path / "none")
@@ -484,6 +485,19 @@ def test_a_kept_transformer_moves_on() -> None:
     placed.move(BlockPlan(0, 2, 0, 0, disk=4))
     assert len(placed.streamed) == 6 and len(placed.from_files) == placed.plan.disk == 4
     assert torch.equal(pipe("a red circle", seed=1, output_type="latent", **SMALL), want)
+
+
+def test_what_is_kept_is_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a CPU, where torch does not count it; and where less is free than a budget allows, that is said."""
+    pipe = StepVideoPipeline.from_pretrained(device="cpu", vram=budgets()[0], keep_loaded=True)
+    pipe.memory.networks["vae"] = torch.nn.Linear(1000, 1000, bias=False)
+    assert pipe.memory.room() == 40 * GB - 4_000_000
+    with pytest.raises(SolostepError, match="there are 40 GB; give --vram more"):
+        pipe.plan(**SETTINGS | {"num_frames": 17 * 600, "height": 1600, "width": 1600})
+    monkeypatch.setattr(memory, "free_memory", lambda device: 30_000_000)
+    assert pipe.memory.room() == 30_000_000
+    with pytest.raises(SolostepError, match="there are 0.03 GB; close other programs"):
+        pipe.plan(**SETTINGS)
 
 
 def test_half_of_a_transformer_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

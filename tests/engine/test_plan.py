@@ -23,6 +23,7 @@ from solostep.engine.convert import quantize_model
 from solostep.engine.decoding import decode_seconds
 from solostep.engine.errors import SolostepError, UsageError
 from solostep.engine.forecast import plan_line
+from solostep.engine.headers import torch_type
 from solostep.engine.memory import report
 from solostep.engine.models.vae_bytes import decode_bytes
 from solostep.engine.pipeline import StepVideoPipeline
@@ -152,6 +153,23 @@ def test_a_network_is_counted_as_it_is_stored(tmp_path: Path) -> None:
     }
     two = [llm_bytes(one, torch.bfloat16, 2, torch.device("cuda")) for one in (stored, counted)]
     assert two[0] == two[1]
+    # What streams from files is read at a stretch: of each block its weights, and of what is small a few runs more.
+    parts = open_model(tmp_path / "int8").components["transformer"].tensors.items()
+    for block in range(2):
+        extents = sorted(
+            (str(t.file), t.offset, t.numbers * torch_type(t.dtype).itemsize)
+            for name, t in parts
+            if name.startswith(f"transformer_blocks.{block}.")
+        )
+        runs: list[int] = []
+        for n, (file, offset, size) in enumerate(extents):
+            before, start, length = extents[n - 1]
+            if n and (before, start + length) == (file, offset):
+                runs[-1] += size
+            else:
+                runs.append(size)
+        # Here a file ends within the block.
+        assert len(extents) > 20 and len(runs) <= 4 and sum(sorted(runs)[-2:]) > 0.9 * sum(runs)
 
 
 # --- figures that were measured -----------------------------------------------------------------------------------
@@ -411,4 +429,6 @@ def test_a_plan_for_a_cpu(run: Run) -> None:
     assert found["budget_bytes"] == 500_000_000 and found["program_bytes"] == 0 and found["decode_frames"] == 4
     code, out, _ = run("--device", "cpu", "--vram", "500MB", *clip)
     assert code == 0 and "within 500.0 MB of memory" in out and "the program itself is not counted" in out
+    rows = json.loads(run("--device", "cpu", "--sweep", "--json")[1])
+    assert rows[0]["vram_bytes"] < 1.05 * rows[0]["device_bytes"] and rows[0]["streamed_blocks"] > 0
     assert run("--device", "cpu", "--like", "h200")[0] == 2

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,6 +184,85 @@ def test_a_pass_that_was_left_early_is_forgotten() -> None:
             1 / (2 - i)
     for velocity, known in zip(passes(model, blocks), want, strict=True):
         assert torch.equal(velocity, known)
+
+
+@dataclass
+class Fences(LateLane):
+    """Notes when each slot was used last: a copy into it has to come after that, and after what was there before."""
+
+    begun: int = 0
+    uses: dict[int, int] = field(default_factory=dict)
+
+    def copy(self, target: Tensor, source: Tensor, after: Any) -> Mark:
+        assert isinstance(after, int), "a copy that comes after nothing"
+        assert after >= self.uses.get(target.data_ptr(), 0), "a copy that may come before the end of a use"
+        return super().copy(target, source, None)
+
+    def used(self) -> Any:
+        return self.begun
+
+    def use(self, block: nn.Module) -> None:
+        self.begun += 1
+        self.uses[min(p.data_ptr() for p in block.parameters() if not p.is_meta)] = self.begun
+
+
+@pytest.mark.parametrize(("stay", "slots"), [(0, 1), (0, 2), (2, 2), (1, 3), (0, 9)])
+def test_no_copy_comes_before_the_last_use_of_its_slot(stay: int, slots: int) -> None:
+    """On a card the host is ahead of the computation: what orders the two is the mark alone."""
+    model, lane = make(), Fences()
+    blocks = BlockStreamer(model.transformer_blocks, "cpu", resident=stay, slots=slots, last=["attn2.wkv"], lane=lane)
+    for number, leave in enumerate([LAYERS, LAYERS, 3, LAYERS, 1, LAYERS]):
+        for i, block in enumerate(blocks):
+            lane.use(block)
+            if i == leave:
+                break
+        blocks.short = number % 3 > 0
+    assert len(lane.copies()) >= LAYERS - stay
+
+
+def test_a_pass_that_ends_late_disturbs_no_other() -> None:
+    """An interrupted one lives as long as its traceback; one that goes on beside another would see wrong weights."""
+    model = make()
+    want = [block.attn1.wqkv.weight.clone() for block in model.transformer_blocks]
+    blocks = BlockStreamer(model.transformer_blocks, "cpu", slots=2, lane=LateLane())
+    for reached in (1, 2, 3):
+        late, inside = iter(blocks), iter(blocks)
+        for _ in range(reached):
+            next(late)
+        for i, block in enumerate(inside):
+            if i == 1:
+                before = [p.data_ptr() for p in block.parameters()]
+                late.close()
+                assert [p.data_ptr() for p in block.parameters()] == before
+            assert torch.equal(block.attn1.wqkv.weight, want[i])
+    late, other = iter(blocks), iter(blocks)
+    next(late), next(other)
+    with pytest.raises(RuntimeError, match="one at a time"):
+        next(late)
+    assert sum(1 for _ in other) == LAYERS - 1
+
+
+def test_a_streamer_that_nobody_closes_ends_its_copies_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is given back while a copy to or from it is under way may be another tensor's by then."""
+    done: list[str] = []
+    lane = LateLane()
+    monkeypatch.setattr(lane, "finish", lambda: done.append("finish"))
+    blocks = BlockStreamer(make().transformer_blocks, "cpu", lane=lane)
+    list(blocks)
+    for item in blocks.streamed:
+        assert item.slab is not None
+        weakref.finalize(item.slab, done.append, "a slab")
+    del item
+    blocks.blocks.append(blocks)  # what is in a cycle goes in no order
+    del blocks
+    gc.collect()
+    assert done == ["finish", *["a slab"] * LAYERS]
+    done.clear()
+    blocks = BlockStreamer(make().transformer_blocks, "cpu", lane=lane)
+    blocks.close()
+    del blocks
+    gc.collect()
+    assert done == ["finish"]
 
 
 def test_memory_is_what_it_says() -> None:
