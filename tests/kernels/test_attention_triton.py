@@ -103,10 +103,10 @@ for job in sys.argv[1:]:
         causal.launch_wide(wide, wide, wide, 1, 0.1, wide, portable.tile_for(causal.WIDE_TILES, arch, ""))
 """
 
-JOBS = {"16": (90, 100), "int8": (80,), "fp8": (89, 90, 120), "biased": (80, 90, 100), "wide": (89, 90, 100)}
-"""What every run compiles: attention for each of its cards, in modes in turn, and the causal kernels once for each kind
-of matrix instruction: that of sm_80, which sm_89 and sm_120 have, too, that of sm_90 and that of sm_100; --all: each
-for each card."""
+JOBS = {"16": (90, 100), "int8": (80,), "fp8": (89, 90, 120), "biased": (80, 90), "wide": (89, 100)}
+"""What every run compiles: attention for each of its cards, in modes in turn, and the causal kernels for two kinds of
+matrix instruction each, in turn, of three: that of sm_80, which sm_89 and sm_120 have, too, that of sm_90 and that of
+sm_100; --all: each for each card."""
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB that a block may have."""
