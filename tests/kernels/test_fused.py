@@ -262,6 +262,9 @@ COMPILED: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]] = 
     "heads": (("_norm_heads_kernel",), SOME, CARDS),
     "v": ((*V_PASSES, "_added_kernel"), (120,), HAVE_E4M3),
     "v sampled": ((*V_PASSES, *V_PASSES, "_added_kernel"), (90,), HAVE_E4M3),
+    "sums": (("_follow_kernel",), (120,), CARDS),
+    "int4": (("_int4_kernel",), (80, 90), CARDS),
+    "nf4": (("_nf4_kernel",), (89, 90), CARDS),
 }
 """By variant: its kernels, and the cards that it is compiled for, in every run and with --all. What takes long is
 compiled in every run for a card or two, most of it for sm_90, where registers are limited."""
@@ -271,7 +274,7 @@ import json
 import sys
 import torch
 from compiling import compile_for
-from solostep.kernels import adaln, qk_norm_rope, quantize, rows_hopper, values
+from solostep.kernels import adaln, expand, qk_norm_rope, quantize, rows_hopper, sums, values
 
 adaln._on_card = values._on_card = lambda x: True  # compile what runs on a card
 adaln._registers_are_known = lambda x: arch == 90
@@ -279,6 +282,11 @@ x, wide = torch.empty(300, 6144, dtype=torch.bfloat16), torch.empty(300, 24_576,
 vector = torch.empty(6144, dtype=torch.float16)
 odd = torch.empty(17, dtype=torch.bfloat16)
 qkv, weight, table = torch.empty(300, 6, 384).bfloat16(), torch.empty(128).bfloat16(), torch.empty(300, 128).bfloat16()
+
+nibbles = torch.empty(9, 640, dtype=torch.uint8)
+
+def empty(*shape):
+    return torch.empty(*shape, dtype=torch.bfloat16)
 
 def rows(group):
     quantize._launch(wide, torch.empty(wide.shape, dtype=torch.int8), torch.empty(300), group)
@@ -313,11 +321,17 @@ runs = {
     "heads": lambda: qk_norm_rope.launch_norm(qkv[..., :128].contiguous(), weight, 1e-6),
     "v": lambda: values.launch(qkv[..., 256:]),
     "v sampled": sampled,
+    "sums": lambda: sums.launch_follow(
+        torch.empty(9, 24, dtype=torch.int32)[:, :17], torch.empty(9), torch.empty(17), odd, odd, empty(9, 17)
+    ),
+    "int4": lambda: expand.launch_int4(nibbles, empty(9, 10), empty(9, 10), empty(9, 1160)),
+    "nf4": lambda: expand.launch_nf4(nibbles, torch.empty(180), torch.empty(16), empty(9, 1280)),
 }
 kernels = [(adaln, "_row_kernel"), (adaln, "_gate_residual_kernel"), (quantize, "_quantize_rows_kernel"),
            (rows_hopper, "_rows_kernel"), (qk_norm_rope, "_qk_norm_rope_kernel"), (qk_norm_rope, "_k_mean_kernel"),
            (qk_norm_rope, "_norm_heads_kernel"), (values, "_ranges_kernel"), (values, "_quantize_v_kernel"),
-           (values, "_scales_kernel"), (values, "_added_kernel")]
+           (values, "_scales_kernel"), (values, "_added_kernel"), (sums, "_follow_kernel"), (expand, "_int4_kernel"),
+           (expand, "_nf4_kernel")]
 for name, only, arch in json.loads(sys.argv[1]):
     compile_for(arch, kernels, runs[name], only)
 """
@@ -341,13 +355,13 @@ def test_compiles_for_cards(cards: tuple[int, ...], tmp_path: Path, request: pyt
         seen.append((name, int(arch)))
     assert seen == [(name, arch) for _, only, arch in jobs for name in only]
     if whole:  # each kernel for each card that can run it
-        assert len(set(seen)) == 6 * len(cards) + 4 * sum(arch >= 89 for arch in cards) + (90 in cards)
+        assert len(set(seen)) == 9 * len(cards) + 4 * sum(arch >= 89 for arch in cards) + (90 in cards)
     assert {arch for _, arch in seen} == set(cards)
 
 
 def test_every_run_compiles_each_kernel() -> None:
     for place in (1, 2):
-        assert len({kernel for case in COMPILED.values() if case[place] for kernel in case[0]}) == 11
+        assert len({kernel for case in COMPILED.values() if case[place] for kernel in case[0]}) == 14
 
 
 # --- the references are the network's own numbers -----------------------------------------------------------------
