@@ -43,7 +43,7 @@ class Asked:
     def plan(self, vram: int, host: int | None = None) -> Plan:
         """For a card of which the process may take ``vram`` bytes, torch's and the driver's together; ``host`` is
         likewise for all of the process, by default what is free here, or on another machine any. On a CPU both are for
-        what a run takes beside the program.
+        what a run takes beside the program, and without ``host`` together what is free.
 
         Raises:
             UsageError: ``host`` is less than the program itself takes.
@@ -54,7 +54,8 @@ class Asked:
 
     def _limits(self, vram: int, host: int | None = None) -> Limits:
         if not self.on_card:
-            return Limits(vram, self.room if host is None else host, context=0, program=0)
+            both = self.room if host is None else None
+            return Limits(vram, self.room if host is None else host, context=0, program=0, both=both)
         check_host(host)
         return Limits(vram - CONTEXT, self.room if host is None else host - PROGRAM)
 

@@ -188,7 +188,10 @@ class Memory:
             room += 0 if held is None else held.device_bytes
         context, program = (CONTEXT, PROGRAM) if self.device.type == "cuda" else (0, 0)
         host = self.host_room(held)
-        limits = Limits(room, host, context, program, given, self.pinned)
+        both = None
+        if self.device.type != "cuda" and self.host_ram is None:
+            both = free_memory(self.device) + (0 if held is None else held.device_bytes + held.host_bytes)
+        limits = Limits(room, host, context, program, given, self.pinned, both)
         use = Use(self.text_tokens(texts) if texts else LONGEST_TEXT, to_file)
         return make_plan(self.sizes, settings, self.modes()[2], limits, speed, itemsize, use)
 

@@ -6,6 +6,7 @@ name, no weights and no card. Times come from rates measured on the card (rates.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -150,7 +151,8 @@ class Plan:
 class Limits:
     """What a run may take: ``device`` bytes of the card within torch, and ``host`` bytes of host memory beside the
     program (None: any). ``context`` and ``program`` are taken already, on a CPU nothing; ``given`` is whether a user
-    set the budget: an error advises accordingly. ``pinned`` is what blocks may take of host memory at most."""
+    set the budget: an error advises accordingly. ``pinned`` is what blocks may take of host memory at most,
+    ``both`` what a stage may take of device and host together where they are one memory, a CPU's."""
 
     device: int
     host: int | None = None
@@ -158,6 +160,7 @@ class Limits:
     program: int = PROGRAM
     given: bool = True
     pinned: int | None = None
+    both: int | None = None
 
     @property
     def on_card(self) -> bool:
@@ -174,6 +177,10 @@ class Use:
     file: bool = True
 
 
+SHARES = (1.0, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2)
+"""Of memory that is the card's and the host's in one: parts that are tried for what would be the card's."""
+
+
 def make_plan(
     sizes: Sizes, settings: GenerationSettings, attention: str, limits: Limits, rated: Rated | None = None,
     itemsize: int = 2, use: Use = Use(),
@@ -185,9 +192,21 @@ def make_plan(
     """
     within = partial(_plan_within, sizes, settings, attention, rated, itemsize, limits, use)
     try:
-        return within(limits.device, limits.host)
+        plan = within(limits.device, limits.host)
     except BudgetError:
         raise _refusal(within, sizes, settings, limits) from None
+    if limits.both is None or _together(plan) <= limits.both:
+        return plan
+    for part in SHARES:
+        device = min(limits.device, int(part * limits.both))
+        with contextlib.suppress(BudgetError):
+            left = limits.both - device
+            return within(device, left if limits.host is None else min(left, limits.host))
+    raise _refusal(within, sizes, settings, replace(limits, host=max(0, limits.both - limits.device)))
+
+
+def _together(plan: Plan) -> int:
+    return max(stage.device + stage.host for stage in plan.stages)
 
 
 def _plan_within(

@@ -432,3 +432,25 @@ def test_a_plan_for_a_cpu(run: Run) -> None:
     rows = json.loads(run("--device", "cpu", "--sweep", "--json")[1])
     assert rows[0]["vram_bytes"] < 1.05 * rows[0]["device_bytes"] and rows[0]["streamed_blocks"] > 0
     assert run("--device", "cpu", "--like", "h200")[0] == 2
+
+
+def test_a_cpu_s_memory_is_one() -> None:
+    """What waits beside the budget comes out of the same memory: the two together stay within what is free."""
+    found = replace(asked("fp8", "official", True, False), on_card=False, rated=None)
+
+    def together(plan: Plan) -> int:
+        return max(stage.device + stage.host for stage in plan.stages)
+
+    def plan(vram: int, room: int) -> Plan:
+        return replace(found, room=room).plan(vram)
+
+    much = plan(20 * 10**9, 10**12)
+    assert much.device > 19e9 and together(much) > 25e9 and much.blocks.disk == 0
+    some = plan(20 * 10**9, 24 * 10**9)
+    assert some.device > 19e9 and together(some) <= 24e9 and some.blocks.disk > 0
+    less = plan(40 * 10**9, 24 * 10**9)  # a budget beyond what is free leaves something beside it
+    assert 19e9 < less.device < 24e9 and together(less) <= 24e9
+    host = 8 * 10**9  # which is asked for in addition
+    assert together(replace(found, room=24 * 10**9).plan(20 * 10**9, host)) > 24e9
+    with pytest.raises(SolostepError, match="GB of host memory are needed, and there are 0 GB"):
+        plan(20 * 10**9, 9 * 10**9)
