@@ -72,7 +72,7 @@ import sys
 import torch
 from compiling import Card, resources
 from triton.runtime import driver
-from solostep.kernels import scaled_mm, scaled_mm_hopper, sums
+from solostep.kernels import scaled_mm, scaled_mm_hopper
 
 made = []
 
@@ -86,7 +86,6 @@ class Compile:
         return start
 
 scaled_mm._scaled_mm_kernel = Compile(scaled_mm._scaled_mm_kernel)
-sums._follow_kernel = Compile(sums._follow_kernel)
 scaled_mm_hopper._scaled_mm_hopper_kernel = Compile(scaled_mm_hopper._scaled_mm_hopper_kernel)
 
 def operands(m, k, kind=torch.int8):
