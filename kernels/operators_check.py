@@ -1,9 +1,8 @@
 """Whether the kernels beside self-attention and 8-bit products are right on this card, against plain torch.
 
     the passes of a block     quantize_rows, layer_norm_modulate, gelu, gate_residual, qk_norm_rope, norm_heads,
-                              quantize_v, each in the forms that the block uses; what follows a library's sums,
-                              4-bit weights in 16 bits, and
-                              the e4m3 product of cards of 12.0 with scales
+                              quantize_v, each in the forms that the block uses; what follows a library's
+                              sums, 4-bit weights in 16 bits, and the block-scaled e4m3 product of cards of 12.0
     causal attention          Step-LLM's, biased by distance, and the VAE's 512-wide head
     cross-attention           torch's kernels with few keys, at lengths that differ from row to row
 

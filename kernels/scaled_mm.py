@@ -207,13 +207,13 @@ def _launch(
 ) -> None:  # fmt: skip
     """The Triton kernel: every card that has the type, every shape. Some 64 KiB of shared memory at most, which all
     cards have."""
-    (m, k), n, e4m3 = a.shape, len(b), a.dtype != torch.int8
+    (m, k), n = a.shape, len(b)
     bm = 128 if m > 64 else 64
     tiles = triton.cdiv(m, bm) * triton.cdiv(n, 128)
     _scaled_mm_kernel[(tiles,)](
         a, b, scale_a, scale_b, scale_b if bias is None else bias, out if after.gate is None else after.gate, out,
         m, n, k, BM=bm, BN=128, BK=64, GROUP=GROUP, EVEN=k % 64 == 0, BIAS=bias is not None,
-        GATED=after.gate is not None, APART=e4m3 and not fast, SCALED=e4m3 and fast and scaled, num_warps=8,
+        GATED=after.gate is not None, APART=a.dtype != torch.int8 and not fast, SCALED=scaled, num_warps=8,
         num_stages=4, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -322,8 +322,8 @@ def _hopper(x: Operands) -> Tensor | None:
 def by_triton(x: Operands) -> Tensor:
     """The product by the plain Triton kernel."""
     out = x.output()
+    scaled = x.fast and x.a.dtype != torch.int8 and block_scaled.is_taken(out.device)
     with torch.cuda.device(out.device):
-        scaled = block_scaled.is_taken(out.device)
         _launch(x.a, x.b, x.scale_a, x.scale_b, x.bias, out, x.after, x.fast, scaled)
     return out
 
@@ -379,7 +379,7 @@ def _bf16(x: Operands) -> Tensor:
     def product(part: Operands) -> Tensor:
         left = (part.a.float() * part.scale_a[:, None]).bfloat16()
         if _rounds_itself(part):
-            return _gated(left @ right, part.after)
+            return followed(left @ right, part.after)
         return _scaled((left @ right).float(), one[None], one, part.bias, part.after, part.out_dtype)
 
     return _in_parts(x, product)
@@ -390,7 +390,7 @@ def _rounds_itself(x: Operands) -> bool:
     return x.bias is None and x.out_dtype == torch.bfloat16
 
 
-def _gated(y: Tensor, after: After) -> Tensor:
+def followed(y: Tensor, after: After) -> Tensor:
     """What follows a bf16 product that is whole but for that: one pass over 6 bytes a value, for another rounding to
     bf16; from fp32 in plain torch it would be six passes over 50."""
     return y if after.residual is None or after.gate is None else gate_residual(after.residual, y, after.gate)
@@ -439,7 +439,7 @@ def _scaled_mm_torch(x: Operands) -> Tensor:
     scale_b = _padded(x.scale_b[None], 1, wide)
     if _rounds_itself(x):
         out = torch._scaled_mm(a, b, x.scale_a[:, None], scale_b, out_dtype=x.out_dtype, use_fast_accum=x.fast)
-        return _gated(out if wide == n else out[:, :n].contiguous(), x.after)
+        return followed(out if wide == n else out[:, :n].contiguous(), x.after)
     # Scales of rows and columns come with bf16 outputs only: here they follow, and so the result is rounded once.
     one = torch.ones((), device=a.device)
     out = torch._scaled_mm(a, b, one, one, out_dtype=torch.float32, use_fast_accum=x.fast)

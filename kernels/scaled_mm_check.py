@@ -31,11 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .adaln import gate_residual
 from .attention_check import Verdict, fastest_first, median_ms, sampled_rows
 from .cards import reason_of
 from .quantize import quantize_rows, quantize_rows_reference
-from .scaled_mm import KINDS, NOTHING, PRODUCTS, After, Operands, Product
+from .scaled_mm import KINDS, NOTHING, PRODUCTS, After, Operands, Product, followed
 
 
 class Shape(NamedTuple):
@@ -111,6 +110,12 @@ def activation_like(rows: int, k: int, generator: torch.Generator, outliers: boo
     return x.bfloat16()
 
 
+def _gate(rows: int, n: int, generator: torch.Generator) -> After:
+    """A residual to add to, and a gate."""
+    like: dict[str, Any] = {"device": generator.device, "dtype": torch.bfloat16, "generator": generator}
+    return After(torch.randn(rows, n, **like), torch.randn(n, **like))
+
+
 def make_operands(case: Case, kind: str, generator: torch.Generator) -> Operands:
     """Operands of a case, quantized in plain torch: a wrong pass before the product is not its fault."""
     like: dict[str, Any] = {"device": generator.device, "generator": generator}
@@ -118,9 +123,7 @@ def make_operands(case: Case, kind: str, generator: torch.Generator) -> Operands
     weight = torch.randn(case.n, case.k, **like) * case.k**-0.5
     (a, scale_a), (b, scale_b) = (quantize_rows_reference(t, KINDS[kind]) for t in (x, weight))
     bias = torch.randn(case.n, **like).bfloat16() * 3 if case.bias else None
-    after = NOTHING
-    if case.gated:
-        after = After(torch.randn(case.rows, case.n, **like).bfloat16(), torch.randn(case.n, **like).bfloat16())
+    after = _gate(case.rows, case.n, generator) if case.gated else NOTHING
     return Operands(a, b, scale_a, scale_b, bias, torch.bfloat16, after)
 
 
@@ -185,12 +188,11 @@ def _shape(state: Examined, shape: Shape, rows: int, budget_ms: float, generator
     """Errors on sampled rows, and time, of those that are right so far."""
     linear, n, k, gated = shape
     some = sampled_rows(rows, generator.device)
-    like: dict[str, Any] = {"device": generator.device, "dtype": torch.bfloat16, "generator": generator}
     try:
-        weight = torch.randn(n, k, **like) * k**-0.5
+        weight = torch.randn(n, k, device=generator.device, dtype=torch.bfloat16, generator=generator) * k**-0.5
         b, scale_b = quantize_rows(weight, KINDS[state.kind])
         del weight
-        after = After(torch.randn(rows, n, **like), torch.randn(n, **like)) if gated else NOTHING
+        after = _gate(rows, n, generator) if gated else NOTHING
         for label, outliers in ((f"{linear}, outliers", True), (linear, False)):
             a, scale_a = quantize_rows(activation_like(rows, k, generator, outliers), KINDS[state.kind])
             x = Operands(a, b, scale_a, scale_b, None, torch.bfloat16, after)
@@ -275,13 +277,8 @@ def baseline(device: torch.device, shape: Shape, rows: int, budget_ms: float, se
         entry["error"] = error
         if not error <= BF16_LIMIT:
             return entry | {"status": "wrong", "reason": f"relative error {error:.1e}, allowed {BF16_LIMIT:.1e}"}
-        residual, gate = (torch.randn(*of, device=device, generator=generator).bfloat16() for of in ((rows, n), (n,)))
-
-        def run() -> Tensor:
-            y = F.linear(x, weight)
-            return gate_residual(residual, y, gate) if gated else y
-
-        ms = median_ms(run, device, budget_ms)
+        after = _gate(rows, n, generator) if gated else NOTHING
+        ms = median_ms(lambda: followed(F.linear(x, weight), after), device, budget_ms)
     return entry | {"ms": ms, "tflops": 2 * rows * n * k / ms / 1e9}
 
 

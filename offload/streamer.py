@@ -398,9 +398,9 @@ class BlockStreamer:
                 # One that was interrupted may end late, held by a traceback until then: in the midst of another.
                 if self._pass is mine:
                     item.put(item.host)
-                if self._pass is mine and not self._closed:
-                    self._free[slot] = self.lane.used()
-                    self._used += 1
+                    if not self._closed:
+                        self._free[slot] = self.lane.used()
+                        self._used += 1
         if self.streamed and self._pass is mine and not self._closed:
             self._copy_ahead(False)
 
