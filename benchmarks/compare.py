@@ -83,7 +83,7 @@ def compare(a: Path, b: Path) -> Comparison:
     changes = [
         Change(
             before[key].label,
-            f"{model_name(before[key].cell)}, {before[key].cell.clip}",
+            f"{model_name(before[key])}, {before[key].cell.clip}",
             row_of(left[key]),
             row_of(right[key]),
         )
@@ -109,21 +109,21 @@ def compare(a: Path, b: Path) -> Comparison:
 def _order(result: Result) -> tuple[Any, ...]:
     """The largest clips first; in each the reference, floors and other seed before the modes, by name."""
     cell = result.cell
-    return -math.prod(size_of(cell)), model_name(cell), cell.role == "mode", result.label, cell.num_inference_steps
+    return -math.prod(size_of(cell)), model_name(result), cell.role == "mode", result.label, cell.num_inference_steps
 
 
 def _by_cell(results: Sequence[Result]) -> dict[str, list[Result]]:
     """Results by what they measured; of several of one cell, the newest first, and none of another card than its."""
     found: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda r: str(r.environment.get("date") or ""), reverse=True):
-        cell = result.cell.as_dict() | {"model": model_name(result.cell)}
+        cell = result.cell.as_dict() | {"model": model_name(result)}
         del cell["levels"]
         found.setdefault(json.dumps([cell, result.synthetic], sort_keys=True), []).append(result)
     return {k: [r for r in own if card_of(r.environment) == card_of(own[0].environment)] for k, own in found.items()}
 
 
 def _named(result: Result) -> str:
-    return f"{result.label} ({model_name(result.cell)}, {result.cell.clip})"
+    return f"{result.label} ({model_name(result)}, {result.cell.clip})"
 
 
 def _differing(a: Sequence[Result], b: Sequence[Result]) -> list[tuple[str, str, str]]:
@@ -143,7 +143,7 @@ def _facts(results: Sequence[Result]) -> dict[str, str]:
             if not name.startswith("clocks ") or name.endswith("limit w"):  # clocks are never the same twice
                 found.setdefault(name, []).append(text)
         if result.weights and not result.synthetic:
-            found.setdefault(f"weights of {model_name(result.cell)}", []).append(result.weights)
+            found.setdefault(f"weights of {model_name(result)}", []).append(result.weights)
     return {name: " / ".join(dict.fromkeys(texts)) for name, texts in found.items()}
 
 

@@ -13,7 +13,8 @@ from solostep.engine.errors import UsageError
 from solostep.engine.units import parse_size
 
 RESULTS = Path("benchmarks/results")
-BLOCK, DECODING, WHOLE = (RESULTS / f"{name}-h200.jsonl" for name in ("block", "vae", "whole"))
+BLOCK, DECODING, WHOLE, FILES = (RESULTS / f"{name}-h200.jsonl" for name in ("block", "vae", "whole", "files"))
+"""FILES: a run from files beside one of the same model from pinned memory."""
 KERNELS = tuple(RESULTS / f"kernels-h200{tokens}.jsonl" for tokens in ("", "-18972", "-5007"))
 
 REPEATED = "\\* Memory ran out in a step of this run, which was repeated with fewer blocks on the card."
@@ -49,7 +50,7 @@ def decoding_table(root: Path) -> list[str]:
         latest[line.get("at_once", 0), line.get("strips", 1)] = line
     rows = []
     for (frames, strips), line in sorted(latest.items(), key=lambda entry: -entry[1]["peak_above_gib"]):
-        how = f"{frames} frames at a time" if frames else "whole"
+        how = f"{frames} frame{'s' * (frames > 1)} at a time" if frames else "whole"
         rows.append([
             how if strips == 1 else f"{how}, {strips} strips", f"{line['seconds']:.2f}",
             f"{line['peak_above_gib']:.1f} GiB", f"{line['error']:.1e}" if "error" in line else "", _decibels(line),
@@ -96,18 +97,19 @@ def attention_table(root: Path) -> list[str]:
 def memory_table(root: Path) -> list[str]:
     """Whole runs under a hard cap: what the plan said and what was taken."""
     latest: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for line in _lines(root, WHOLE):
+    beside = [line for line in _lines(root, FILES) if line["plan"]["blocks_from_disk"]]
+    for line in [*_lines(root, WHOLE), *beside]:
         frames = line["settings"]["num_frames"]
-        files = line["plan"]["blocks_from_disk"] > 0
+        files = _where_files_were(line)
         latest[line["precision"], frames, files, line["vram"]] = line
     rows = []
-    for (precision, frames, _, vram), line in sorted(
+    for (precision, frames, where, vram), line in sorted(
         latest.items(), key=lambda entry: (entry[0][0] != "fp8", -entry[0][1], -_gigabytes(entry[0][3]), entry[0][2])
     ):
         plan, took = line["plan"], next(stage for stage in line["stages"] if stage["stage"] == "denoise")
         files, again = plan["blocks_from_disk"], any("is repeated" in event for event in line["events"])
         rows.append([
-            f"{_gigabytes(vram):g} GB" + (f", {files} blocks from files at every step" if files else ""),
+            f"{_gigabytes(vram):g} GB" + (f", {files} blocks from files {where}" if files else ""),
             precision, str(frames), str(plan["resident_blocks"]), f"{line['step_seconds'][-1]:.2f} s" + " *" * again,
             f"{plan['step_seconds']:.2f} s", f"{line['driver_peak_bytes'] / 1e9:.1f} GB",
             f"{plan['device_bytes'] / 1e9:.1f} / {took['gpu_peak_bytes'] / 1e9:.1f} GB",
@@ -118,6 +120,17 @@ def memory_table(root: Path) -> list[str]:
     told = {REPEATED: any(row[4].endswith("*") for row in rows), CHANGED: any(row[-1].endswith("+") for row in rows)}
     notes = [note for note, stands in told.items() if stands]
     return [*_table(heads, rows), *(part for note in notes for part in ("", note))]
+
+
+def _where_files_were(line: dict[str, Any]) -> str:
+    """Whether a run's blocks came from the disk or from what the system keeps of files in memory, by how long the model
+    took to load beside what its disk was timed at; empty where no blocks came from files."""
+    if not line["plan"]["blocks_from_disk"]:
+        return ""
+    loading = next(stage for stage in line["stages"] if stage["stage"] == "load transformer")
+    planned = loading.get("planned_seconds")
+    kept = planned is not None and loading["seconds"] < planned / 4
+    return "at every step, which the system's cache held" if kept else "at every step"
 
 
 def _gigabytes(size: str) -> float:

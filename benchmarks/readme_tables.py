@@ -196,9 +196,7 @@ def _apart(told: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> list[str]
 
 def _about(results: Sequence[Result]) -> str:
     lines = dict.fromkeys(environment_line(r.environment) for r in results)
-    models = ", ".join(
-        dict.fromkeys(model_name(r.cell) + (" (synthetic weights)" if r.synthetic else "") for r in results)
-    )
+    models = ", ".join(dict.fromkeys(model_name(r) + (" (synthetic weights)" if r.synthetic else "") for r in results))
     return f"{models}: {' and '.join(lines)}"
 
 

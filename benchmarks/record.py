@@ -132,9 +132,9 @@ JOBS: tuple[Job, ...] = (
     speed_job("short", 330, "--frames", "136,102,51", "--precision", "int8", "--vram", "48GB,12GB"),
     Job(MODEL_FP8, (*PYTHON, "solostep.benchmarks.synthetic", "{model}-fp8", "--precision", "fp8"), 65),
     # Blocks come from files in the form in which they are computed only.
-    whole_job("files", 130, ("12GB",), *LONG, *LATENTS, "--host-ram", "4GB", stored=True),
+    whole_job("files", 130, ("12GB",), *LONG, *LATENTS, "--host-ram", "4GB", stored=True, to="files-h200"),
     # The same model from pinned memory: the SHA-256 of the latents has to be the same.
-    whole_job("files-pinned", 100, ("12GB",), *LONG, *LATENTS, stored=True),
+    whole_job("files-pinned", 100, ("12GB",), *LONG, *LATENTS, stored=True, to="files-h200"),
     # What streaming costs: beside the least computation of this size, beside the most, and where copies take longer by
     # the plan (0.40 s a step for 0.14).
     whole_job("whole-17", 80, ("80GB", "8GB"), "--frames", "17", *MORE),

@@ -155,9 +155,15 @@ class Group:
 
 # --- groups -------------------------------------------------------------------------------------------------------
 
+DRAWN = "synthetic"
+"""What models of drawn weights are called."""
 
-def model_name(cell: Cell) -> str:
-    """The model's name, or the last part of its path."""
+
+def model_name(result: Result) -> str:
+    """The model's name, or the last part of its path; drawn weights have one name in whatever folder they lie."""
+    cell = result.cell
+    if result.synthetic:
+        return DRAWN
     return cell.model.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or cell.model
 
 
@@ -173,9 +179,7 @@ def is_guided(cell: Cell) -> bool:
 def _place(result: Result) -> str:
     """Model, size, number of guidance branches and card, as a key."""
     cell = result.cell
-    # Drawn weights are known by their generator: the folder that they lie in, if any, may have any name.
-    name = "" if result.synthetic else model_name(cell)
-    place = [name, result.synthetic, size_of(cell), is_guided(cell), card_of(result.environment)]
+    place = [model_name(result), result.synthetic, size_of(cell), is_guided(cell), card_of(result.environment)]
     return json.dumps(place, sort_keys=True)
 
 
@@ -237,7 +241,7 @@ def _group(members: list[Result], others: list[Result], with_drift: bool, weight
     for result in [*_newest_first(members), *_newest_first(others)]:
         rows.setdefault(mode_key(result.cell), []).append(result)
     group = Group(
-        model=model_name(cell),
+        model=model_name(first),
         synthetic=first.synthetic if isinstance(first.synthetic, dict) else None,
         size=size_of(cell),
         card=card_of(first.environment),

@@ -274,7 +274,7 @@ def budgets(rows: Sequence[tuple[Result, Row]]) -> list[Budgets]:
     for result, row in rows:
         if row.step is not None and result.role == "mode":
             place = (
-                model_name(result.cell),
+                model_name(result),
                 card_of(result.environment),
                 bool(result.synthetic),
                 is_guided(result.cell),
@@ -436,7 +436,7 @@ def files(results: Sequence[Result]) -> Table:
     rows = []
     for result in results:
         parts = [p for p in ("speed", "memory", "drift", "score") if getattr(result, p)]
-        clip = f"{model_name(result.cell)}, {result.cell.clip}"
+        clip = f"{model_name(result)}, {result.cell.clip}"
         rows.append(
             [
                 Cell(result.path.name if result.path else MISSING),

@@ -17,17 +17,23 @@ from .precision import OFFICIAL
 Decoding = tuple[int | None, int]
 WHOLE: Decoding = (None, 1)
 PLACES = {
-    (None, 1): 1.0, (4, 1): 0.92, (8, 8): 0.94, (8, 16): 0.96, (4, 8): 0.99, (4, 16): 1.02, (2, 8): 1.16, (2, 16): 1.49,
+    (None, 1): 1.0, (4, 1): 0.92, (2, 1): 1.0, (1, 1): 1.15, (8, 8): 0.94, (8, 16): 0.96, (4, 4): 0.97, (4, 8): 0.99,
+    (4, 16): 1.02, (2, 4): 1.1, (2, 8): 1.16, (2, 16): 1.49, (1, 16): 1.92,
 }  # fmt: skip
-"""Ways to decode, as the official code does and from the fastest to the smallest: frames of the widest levels at a time
-(None: a whole chunk) and strips of each; and how many times as long they take, timed on an H200 (a whole chunk of 17
-frames at 544x992: 0.91 s). See by_speed() for which of those that fit is taken."""
-UNTIMED = ((1, 16), (2, 1), (1, 1), (4, 4), (2, 4), (2, 2))
-"""Ways for very little memory of the card, or of the host, which strips need (4.4 to 4.6 GB at 544x992 for those above,
-2.2 GB for 2 of them): taken where no other fits. How long they take was not measured."""
-WRITING = 1.9e-8
-"""Seconds a pixel that a video file adds to decoding: 2.1 s of 204 frames at 544x992, the mean of six runs on an H200
-to an mp4 (benchmarks/results/h200: 11.7 to 13.4 s), less what decoding alone takes by its rate."""
+"""Ways to decode: frames of the widest levels at a time (None: a whole chunk, as the official code does) and strips of
+each; and how many times as long they take, timed on an H200 (a whole chunk of 17 frames at 544x992: 0.91 s). See
+by_speed() for which of those that fit is taken."""
+UNTIMED = ((2, 2),)
+"""For a host with little memory, which strips need (4.4 to 4.6 GB at 544x992 for those above, 2.2 GB for 2 of them):
+taken where no other fits. How long it takes was not measured."""
+BEGINNING = 0.9
+"""Seconds before the first frames, whatever the clip: what runs to an mp4 of 51 to 204 frames took on an H200 beside a
+part that grows with the clip (benchmarks/results/h200)."""
+BEGINNING_IN_STRIPS = 1.6
+"""The same in strips, whose buffers in host memory are made meanwhile."""
+WRITING = 1.0e-8
+"""Seconds a pixel that a video file adds to decoding: the part of those runs that grows with the clip, less what
+decoding alone takes by its rate; 1.1 s of 204 frames at 544x992."""
 
 
 def choose_decoding(
@@ -81,7 +87,8 @@ def decode_seconds(
     if rate is None or way not in PLACES:
         return None
     pixels = settings.num_frames * settings.height * settings.width
-    return pixels * (PLACES[way] / rate + (WRITING if file else 0.0))
+    begins = BEGINNING if way[1] == 1 else BEGINNING_IN_STRIPS
+    return begins + pixels * (PLACES[way] / rate + (WRITING if file else 0.0))
 
 
 def slower(one: Decoding, other: Decoding) -> bool:

@@ -202,10 +202,12 @@ def block_seconds(device: torch.device, recipe: Recipe | None, attention: str, f
 
 
 def decode_rate(device: torch.device) -> float:
-    """Pixels a second of the VAE's decoder."""
+    """Pixels a second of the VAE's decoder; of the usual size where there is room: a quarter of it takes 0.22 of
+    the time, on an H200."""
     config = VAEConfig()
     decoder = random_weights(lambda: Decoder(config), device)
-    height, width = (272, 496) if free_memory(device) > 8e9 else (96, 160)
+    sizes = ((544, 992), 26e9), ((272, 496), 8e9), ((96, 160), 0)
+    height, width = next(size for size, room in sizes if free_memory(device) > room)
     z = torch.randn(1, config.z_channels, CHUNK_LATENTS, height // 16, width // 16, device=device, dtype=torch.bfloat16)
     ms = median_ms(lambda: decoder(z), device, 500)
     return CHUNK_FRAMES * height * width / ms * 1e3

@@ -16,6 +16,7 @@ from solostep.benchmarks.readme_lines import (
     BLOCK,
     CHANGED,
     DECODING,
+    FILES,
     KERNELS,
     REPEATED,
     WHOLE,
@@ -57,7 +58,7 @@ def root(tmp_path: Path) -> Path:
     results = tmp_path / "benchmarks" / "results"
     made.full_size_set(results / "h200")
     made.demo_set(results / "demo" / "some-card", frames=False)
-    for name in (BLOCK, DECODING, WHOLE, *KERNELS):
+    for name in (BLOCK, DECODING, WHOLE, FILES, *KERNELS):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "README.md").write_text(README, encoding="utf-8")
     return tmp_path
@@ -83,7 +84,7 @@ def test_what_the_tables_say(root: Path):
     assert f"| {' | '.join(heads)} |" in modes
     (row,) = [line for line in modes.splitlines() if line.startswith("| int8 · int8 attention |")]
     assert "†" in row and "33.0 GB" in row and " % |" in row and "[" not in row  # two prompts make no interval
-    assert "stepvideo-t2v, 204 frames of 544x992, synthetic weights" in modes and "Testcard 9000" in modes
+    assert "synthetic, 204 frames of 544x992, synthetic weights" in modes and "Testcard 9000" in modes
     assert "51 frames" not in modes and "8GB" not in modes
     (row,) = [line for line in drift.splitlines() if line.startswith("| nf4 · bf16 attention |")]
     assert "times the floor" in row and " of 8 [" in row and " dB " in row and "× [" in row
@@ -187,7 +188,8 @@ def test_attention_and_memory_are_told_by_length_and_by_budget(root: Path):
     assert cells[5].endswith(" ms") and len(cells[7].split(" / ")) == 3 and cells[7].endswith(" %")
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in memory_table(root)[2:] if line[:1] == "|"]
     assert [row[0] for row in rows if row[0].startswith("12 GB")] == [
-        "12 GB", "12 GB, 41 blocks from files at every step", "12 GB",
+        "12 GB", "12 GB, 41 blocks from files at every step",
+        "12 GB, 40 blocks from files at every step, which the system's cache held", "12 GB",
     ]  # fmt: skip
     assert {row[1] for row in rows} == {"fp8", "bf16"} and rows[-1][1] == "bf16"
     assert all(float(row[4].split()[0]) > 0.5 and " / " in row[7] for row in rows)
@@ -195,10 +197,11 @@ def test_attention_and_memory_are_told_by_length_and_by_budget(root: Path):
 
 def test_a_commit_that_was_changed_is_told(root: Path):
     """Its plus stands in the row, and what it means below the table; so does a repeated step. Else there is neither."""
-    lines = [json.loads(line) for line in (root / WHOLE).read_text().splitlines()]
+    runs = {file: list(map(json.loads, (root / file).read_text().splitlines())) for file in (WHOLE, FILES)}
     for commit, events, notes in (("1234567", [], []), ("1234567+", ["the step is repeated"], [REPEATED, CHANGED])):
-        made = [json.dumps(line | {"commit": commit, "events": events}) for line in lines]
-        (root / WHOLE).write_text("\n".join(made))
+        for file, lines in runs.items():
+            made = [json.dumps(line | {"commit": commit, "events": events}) for line in lines]
+            (root / file).write_text("\n".join(made))
         table = memory_table(root)
         rows = [line for line in table[2:] if line.startswith("|")]
         assert all(row.endswith("+ |") == (" s * |" in row) == bool(notes) for row in rows)
@@ -244,6 +247,10 @@ def test_what_is_said_of_streaming_is_in_the_lines():
     assert f"With {count} blocks read from that machine's disk at every step, {read:.1f} GB, a step of 204 " in readme
     assert f"frames took {files['step_seconds'][-1]:.2f} s in 12 GB of the card, and the run" in readme
     assert f"{host / 1e9:.1f} GB of host memory of the 4 GB" in readme and host < 4e9 and not files["events"]
+    streams = [json.loads(line) for line in (ROOT / FILES).read_text().splitlines()]
+    counts = [(line["plan"]["blocks_from_disk"], line["plan"]["streamed_blocks"]) for line in streams]
+    assert f"with {counts[0][0]} blocks from files at every step as with {counts[1][1]} blocks from pinned" in readme
+    assert counts[1][0] == 0 and len({(line["latents_sha256"], line["commit"]) for line in streams}) == 1
     more, small = map(json.loads, (ROOT / WHOLE.with_name("whole-small-h200.jsonl")).read_text().splitlines()[-2:])
     taken, copied = statistics.median(small["step_seconds"][1:]), small["plan"]["step_seconds"]
     assert (more["vram"], small["vram"]) == ("80GB", "8GB") and more["commit"] == small["commit"]

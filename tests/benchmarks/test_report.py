@@ -175,7 +175,7 @@ def test_synthetic_weights_and_budgets(full: Path):
     groups = make_groups(results)
     lines, _ = markdown("t", results, groups)
     assert lines.count("Synthetic weights: nobody trained them") == 1
-    assert "Memory budgets and clip lengths: stepvideo-t2v on Testcard 9000, synthetic weights" in lines
+    assert "Memory budgets and clip lengths: synthetic on Testcard 9000, synthetic weights" in lines
     assert "2 prompts, 6 make an interval" in lines and "indistinguishable" not in lines.split("## What was")[0]
     assert "synthetic weights: nobody trained them" in page("t", results[:1], make_groups(results[:1]))
     (found,) = budgets([(r, row_of([r])) for r in results if r.speed])
@@ -202,7 +202,7 @@ def test_sizes_models_cards_and_settings_are_not_mixed(tmp_path: Path):
     results = read_results([tmp_path, *(tmp_path / str(i) for i in range(len(others)))])
     groups = make_groups(results)
     assert [len(g.rows) for g in groups] == [1] * 6
-    assert {g.model for g in groups} == {"demo", "other"}
+    assert {g.model for g in groups} == {"demo", "other", "synthetic"}
 
 
 def test_models_of_one_name_and_steps_of_one_branch_are_not_mixed(tmp_path: Path):

@@ -632,7 +632,12 @@ def test_the_fastest_way_to_decode_that_fits_is_taken(monkeypatch: pytest.Monkey
         way, needed = decoding.choose_decoding(config, 544, 992, room, 2)
         if needed <= room:
             taken.append(ways[way])
-    assert taken == sorted(taken, reverse=True) and taken[0] == float("inf") and taken[-1] == min(ways.values())
+    assert taken == sorted(taken, reverse=True)
+    assert taken[0] == max(decoding.PLACES.values()) and taken[-1] == min(ways.values())
+    assert not set(decoding.UNTIMED) & set(decoding.PLACES)
+    # Where strips find little host memory, what nobody timed is taken where nothing else fits.
+    little = decoding.host_bytes(config, 544, 992, 2, 2)
+    assert decoding.choose_decoding(config, 544, 992, 5 * GB, 2, host=little)[0] in decoding.UNTIMED
     assert decoding.choose_decoding(config, 544, 992, 30 * GB, 2, fast=False)[0] == decoding.WHOLE
     assert decoding.first_choice(fast=False) == decoding.WHOLE
     assert decoding.by_speed(True, "int8") and not decoding.by_speed(True, "official")

@@ -40,7 +40,7 @@ T2V = Path(__file__).parents[1] / "golden" / "tiny-stepvideo-t2v"
 GB = 10**9
 CLIP: dict[str, Any] = {"num_frames": 17, "height": 32, "width": 48}
 PROMPT = "a red panda walks over a bridge in the morning fog"
-"""Of the runs in whole-h200.jsonl."""
+"""Of the runs in whole-h200.jsonl and files-h200.jsonl."""
 RECORDED_TEXT = 1_641_525_248
 """Bytes that plans of those runs, of a folder with Step-LLM stored in int8, hold for the text encoders."""
 
@@ -198,7 +198,7 @@ def test_stored_rates_are_those_of_the_results() -> None:
     assert f"pinned copies: {card.bus / 1e9} GB/s" in readme and f"the disk: {card.disk / 1e9} GB/s" in readme
 
 
-RUNS = lines("whole-h200.jsonl")
+RUNS = lines("whole-h200.jsonl") + lines("files-h200.jsonl")
 
 
 def repeated(line: dict[str, Any]) -> bool:
@@ -259,18 +259,22 @@ def test_the_card_s_peak_is_that_of_runs(n: int) -> None:
         assert 0.9 * decoding <= took["decode and write"] <= decoding
 
 
-@pytest.mark.parametrize("file", sorted((RESULTS / "h200").glob("*.json")), ids=lambda file: file.name[:24])
+@pytest.mark.parametrize("file", sorted((RESULTS / "h200").glob("*steps-*.json")), ids=lambda file: file.name[:24])
 def test_writing_a_video_is_in_the_time_of_decoding(file: Path) -> None:
     """Of runs to an mp4 on an H200; and their peaks, as above."""
     found = json.loads(file.read_text())
     cell, said = found["cell"], found["plan"]
+    if cell["role"] != "mode":
+        assert cell["role"] == "reference" and said["decode_frames"] is None
+        return
     # The block in int8 takes as much as that in fp8.
-    made = asked("fp8" if cell["precision"] == "int8" else cell["precision"], cell["attention"], timed=True)
-    way = said["decode_frames"], said["decode_strips"]
-    assert made.rated is not None
-    seconds = decode_seconds(made.rated.decode, way, made.settings)
+    made = asked("fp8" if cell["precision"] == "int8" else cell["precision"], cell["attention"])
+    made = replace(made, settings=replace(made.settings, num_frames=cell["num_frames"]))
+    way, rated = (said["decode_frames"], said["decode_strips"]), cards.H200.rated("fp8", "int8")
+    assert rated is not None
+    seconds = decode_seconds(rated.decode, way, made.settings)
     assert found["speed"]["written"] == "mp4"
-    assert seconds == pytest.approx(found["speed"]["stages"]["decode and write"], rel=0.05)
+    assert seconds == pytest.approx(found["speed"]["stages"]["decode and write"], rel=0.07)
     planned = peak(made, said, text_tokens(cell["prompts"][0]))
     assert 0.9 * planned <= found["memory"]["gpu_peak_bytes"] <= planned
 
