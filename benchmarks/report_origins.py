@@ -11,6 +11,8 @@ from typing import Any
 
 STEADY = ("driver", "cuda", "torch", "triton", "commit")
 """What one table's rows may differ in, beside the power limit."""
+MANY = 3
+"""Rows that are named one by one, even where most are alike."""
 
 
 def facts(environment: Mapping[str, Any]) -> dict[str, str]:
@@ -35,6 +37,15 @@ def mixed(rows: Sequence[tuple[str, Iterable[Mapping[str, Any]]]]) -> str | None
             where = ", ".join(f"{key} {each.get(key, 'unknown')}" for key in known)
             if name not in found.setdefault(where, []):
                 found[where].append(name)
+    most = next((where for where, names in found.items() if len(names) > max(MANY, len(told) / 2)), None)
+    several = [name for name, _ in told if sum(name in names for names in found.values()) > 1]
+
+    def shown(where: str) -> str:
+        if where == most:
+            return "all others"
+        return "; ".join(name + " (in part)" * (name in several) for name in found[where])
+
+    ordered = sorted(found, key=lambda where: where == most)  # "all others" last
     return "These rows were not all measured alike, and differences between them may come from that. " + " ".join(
-        f"With {where}: {'; '.join(names)}." for where, names in found.items()
+        f"With {where}: {shown(where)}." for where in ordered
     )

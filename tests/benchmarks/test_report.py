@@ -25,6 +25,7 @@ from solostep.benchmarks.report_html import page
 from solostep.benchmarks.report_labels import covered, free_box, spread
 from solostep.benchmarks.report_markdown import markdown, plain
 from solostep.benchmarks.report_measures import Share, amount, end_to_end, gigabytes, number, seconds, share
+from solostep.benchmarks.report_origins import mixed
 from solostep.benchmarks.report_pictures import amplification, read_frames
 from solostep.benchmarks.report_plots import budgets as budgets_plot
 from solostep.benchmarks.report_tables import RESUMED, Cell, budgets, environments, gigabytes_of, summary, whole_video
@@ -247,6 +248,17 @@ def test_rows_of_several_commits_are_said(tmp_path: Path):
         [(r, row_of([r])) for r in (rows[0], Result.from_dict(limited | {"environment": timed["environment"]}))]
     )
     assert not any("alike" in note for note in found.table.footnotes)
+
+
+def test_most_rows_are_not_named_one_by_one():
+    """Where more than half are alike; a row of results of both kinds stands in part with each."""
+    old, new = {"commit": "abc1234"}, {"commit": "def5678"}
+    rows = [(f"mode {n}", [new]) for n in range(5)] + [("mode 5", [old]), ("mode 6", [new, old])]
+    said = mixed(rows)
+    assert said is not None and said.endswith(
+        "With commit abc1234: mode 5; mode 6 (in part). With commit def5678: all others."
+    )
+    assert mixed(rows[:5]) is None
 
 
 def test_what_failed_is_said(tmp_path: Path):
