@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -110,7 +110,9 @@ def ask(
         from .rates import measured_rates, with_disk
 
         with readable_errors(device):
-            rated = with_disk(measured_rates(device, mode, kind), components["transformer"].files)
+            rated = with_disk(measured_rates(device, mode, kind), components)
+        if rated is not None and converted:  # other files, which are not there yet
+            rated = replace(rated, kept={})
     return Asked(
         sizes_of(components, mode, text_mode, converted), settings, mode, text_mode, kind, rated, room, on_card
     )

@@ -113,7 +113,9 @@ def notes(plan: Plan) -> list[str]:
         found.append("Counted for the longest prompt; a run counts its own, and takes less while denoising.")
     if plan.rated is not None:
         disk = f"{plan.rated.blocks.disk / 1e9:.3g} GB/s ({plan.rated.disk})"
-        found.append(f"Rates: {plan.rated.source}; of the disk {disk}: files in the system's cache come faster.")
+        kept = plan.rated.kept.get("transformer", 0.0)
+        there = f"; {kept:.0%} of the transformer's files is in the system's cache already" if kept else ""
+        found.append(f"Rates: {plan.rated.source}; of the disk {disk}{there}.")
     return found
 
 

@@ -232,7 +232,7 @@ class Memory:
 
         mode, _, attention = self.modes()
         found = (measured_rates if measure else known_rates)(self.device, mode, attention)
-        return with_disk(found, self.model.components["transformer"].files)
+        return with_disk(found, self.model.components)
 
     def refuse_early(
         self, settings: GenerationSettings, rated: bool = False, texts: Sequence[str] | None = None,

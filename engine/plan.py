@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,16 @@ PROGRAM = 1_700 << 20
 On the machine of an H200 1.6 to 1.7 GB."""
 LONGEST_TEXT = LLM_TOKENS + CLIP_TOKENS
 """Tokens of the longest text that the encoders give."""
+# Of runs on an H200 whose files were in memory (benchmarks/results/h200, whole-h200.jsonl): what loading takes besides
+# reading from a disk.
+IN_MEMORY = 18e9
+"""Bytes a second of files in the system's cache, on their way to the card: the DiT in bf16 in 2.4 to 4.1 s."""
+PINNING = 2.1e-10
+"""Seconds a byte of host memory in which blocks wait: 3 to 6 s for 16 to 27 GB."""
+ROTATING = 5.1e-11
+"""Seconds a stored byte of weights that are rotated and rounded to int8 meanwhile: 3 s of a DiT in bf16."""
+TEXTS = 2.0
+"""Seconds of encoding the texts of one video, beside the reading of Step-LLM."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,8 @@ class Rated:
     source: str = "measured on this card"
     disk: str = "assumed"
     """Where the disk's rate comes from."""
+    kept: Mapping[str, float] = field(default_factory=dict)
+    """The share of each network's files that is in memory already, by the names of Sizes.on_disk; else none."""
 
 
 @dataclass(frozen=True)
@@ -229,28 +241,30 @@ def _plan_within(
     seconds = None if rated is None else step_seconds(network, clip, blocks, rates)
     steps, program = settings.num_inference_steps, limits.program
 
-    def stage(name: str, on_card: int, on_host: int, disk: int, takes: float | None = None) -> StageForecast:
-        """A stage that takes the time of what it reads, if nothing else is said."""
-        if rated is not None and takes is None:
-            takes = disk / rates.disk
+    def stage(name: str, on_card: int, on_host: int, network: str, more: float = 0.0) -> StageForecast:
+        """A stage that reads a network from its files, and takes ``more`` seconds besides."""
+        disk, takes = sizes.on_disk[network], None
+        if rated is not None:
+            kept = rated.kept.get(network, 0.0)
+            takes = disk * ((1 - kept) / rates.disk + kept / IN_MEMORY) + more
         return StageForecast(name, on_card, program + on_host, disk, takes)
 
-    on_disk = sizes.on_disk
+    rotating = ROTATING * sizes.on_disk["transformer"] if sizes.rotates else 0.0
     loaded = network.rest + (blocks.resident + blocks.slots) * network.block
     decoded = decode_seconds(None if rated is None else rated.decode, decode, settings, use.file)
     strips = host_bytes(sizes.vae_config, *size, decode[1], itemsize)
     stages = [
-        stage("text", sizes.text, sizes.table, on_disk["text"]),
-        stage("load transformer", loaded, blocks.host, on_disk["transformer"]),
+        stage("text", sizes.text, sizes.table, "text", TEXTS),
+        stage("load transformer", loaded, blocks.host, "transformer", rotating + PINNING * blocks.host),
         StageForecast("denoise", blocks.device, program + blocks.host, _read_by_steps(network, blocks, steps),
                       None if seconds is None else seconds * steps),
-        stage("load vae", sizes.vae, 0, on_disk["decoder"]),
+        stage("load vae", sizes.vae, 0, "decoder"),
         StageForecast("decode and write", sizes.vae + needed, program + strips, 0, decoded),
     ]  # fmt: skip
     frame_strips = 1
     if settings.image_to_video:
         frame_strips, needed = first_frame(sizes, settings, device, itemsize)
-        stages.insert(1, stage("first frame", needed, 0, on_disk["encoder"]))
+        stages.insert(1, stage("first frame", needed, 0, "encoder"))
     for one in stages:
         if one.device > device:
             raise BudgetError(device, one.device)

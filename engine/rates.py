@@ -29,6 +29,7 @@ from ..quant.formats import install, kinds_of, quantize
 from ..quant.linear import assign
 from ..quant.recipe import Recipe
 from .apart import measured_apart
+from .cached import share_in_memory
 from .choices import attention_choice, choices_key, settle, use_right_products
 from .config import CHUNK_FRAMES, CHUNK_LATENTS, CLIP_TOKENS, LLM_TOKENS, TransformerConfig, VAEConfig, cache_dir
 from .files import one_at_a_time, replacing
@@ -39,6 +40,7 @@ from .models.vae import Decoder
 from .plan import Rated
 from .precision import OFFICIAL, Mode
 from .runtime import free_memory, numerics, release_memory
+from .weights import Component
 
 log = logging.getLogger("solostep")
 BLOCKS = ("attention", "linears", "bus", "disk")
@@ -213,12 +215,19 @@ def decode_rate(device: torch.device) -> float:
     return CHUNK_FRAMES * height * width / ms * 1e3
 
 
-def with_disk(rated: Rated | None, files: Sequence[Path]) -> Rated | None:
-    """A card's rates with that of the disk that a model's files are on, if it can be told."""
-    rate = None if rated is None else folder_rate(files)
+def with_disk(rated: Rated | None, components: Mapping[str, Component]) -> Rated | None:
+    """A card's rates with that of the disk that a model's files are on, if it can be told, and what of the files is in
+    memory already."""
+    rate = None if rated is None else folder_rate(components["transformer"].files)
     if rated is None or rate is None:
         return rated
-    return replace(rated, blocks=replace(rated.blocks, disk=rate), disk="measured")
+    networks = {"text": ("step_llm", "hunyuan_clip"), "transformer": ("transformer",)}
+    networks |= dict.fromkeys(("encoder", "decoder"), ("vae",))
+    kept = {
+        name: share_in_memory([file for part in parts if part in components for file in components[part].files])
+        for name, parts in networks.items()
+    }
+    return replace(rated, blocks=replace(rated.blocks, disk=rate), disk="measured", kept=kept)
 
 
 def folder_rate(files: Sequence[Path]) -> float | None:

@@ -48,6 +48,8 @@ class Sizes:
     """Whether blocks can leave the card: those of other packages cannot."""
     from_files: bool
     """Whether they are stored as they are used."""
+    rotates: bool = False
+    """Whether weights are rotated and rounded while the transformer is loaded."""
 
 
 @functools.cache
@@ -120,6 +122,7 @@ def sizes_of(
         nbytes(vae.encoder, vae_dtype), max(text, clip), stored_bytes(llm, EMBEDDINGS["step_llm"]), disk,
         streams=streams,
         from_files=converted or (mode.on_load is None and _as_used(transformer, dit, mode.dtype)),
+        rotates=not converted and "int8" in kinds.values(),
     )  # fmt: skip
 
 

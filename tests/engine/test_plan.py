@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from plan_command import Run, plan_command
 
 import solostep.engine.asked
-from solostep.engine import cards, rates
+from solostep.engine import cached, cards, rates
 from solostep.engine.asked import Asked, ask
 from solostep.engine.checkpoint import open_model
 from solostep.engine.convert import quantize_model
@@ -279,6 +281,34 @@ def test_writing_a_video_is_in_the_time_of_decoding(file: Path) -> None:
     assert 0.9 * planned <= found["memory"]["gpu_peak_bytes"] <= planned
 
 
+CELLS = [
+    cell for file in sorted((RESULTS / "h200").glob("*steps-*.json"))
+    if (cell := json.loads(file.read_text()))["cell"]["role"] == "mode"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("n", range(len(CELLS)))
+def test_a_whole_run_takes_what_is_planned(n: int) -> None:
+    """Of runs on an H200, prompt to mp4, from files in memory, of the precisions whose rates are stored."""
+    found = CELLS[n]
+    cell, speed = found["cell"], found["speed"]
+    made = asked(cell["precision"], cell["attention"])
+    rated = cards.H200.rated("fp8" if cell["precision"] == "int8" else cell["precision"], cell["attention"])
+    if rated is None:
+        assert cell["precision"] in ("int8-weight", "fp8-weight", "nf4", "int4-weight")
+        return
+    settings = replace(
+        made.settings, num_frames=cell["num_frames"], num_inference_steps=cell["num_inference_steps"]
+    )  # fmt: skip
+    kept = dict.fromkeys(("text", "transformer", "decoder"), 1.0)
+    made = replace(made, settings=settings, rated=replace(rated, kept=kept))
+    plan = made.plan(140 * GB if cell["vram"] is None else parse_size(cell["vram"], ""), 60 * GB)
+    assert plan.seconds == pytest.approx(speed["video_seconds"], rel=0.08)
+    took, planned = speed["stages"], {stage.name: stage.seconds for stage in plan.stages}
+    assert planned["load transformer"] == pytest.approx(took["load transformer"], rel=0.2, abs=1.4)
+    assert planned["denoise"] == pytest.approx(took["denoise"], rel=0.08)
+
+
 def test_what_was_not_measured_has_no_time() -> None:
     assert cards.H200.rated("nf4", "bf16") is None and cards.H200.rated("fp8", "official") is None
     official = replace(asked("bf16", "int8"), attention="official", rated=cards.H200.rated("bf16", "official"))
@@ -404,12 +434,61 @@ def test_a_folder_s_disk_is_timed_once(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(rates, "disk_rate", lambda files: calls.append(files) or real(files))
     found = rates.folder_rate([file])
     assert found is not None and found > 1e6 and rates.folder_rate([file]) == found and len(calls) == 1
-    rated = rates.with_disk(cards.H200.rated("fp8", "int8"), [file])
+    monkeypatch.setattr(rates, "share_in_memory", lambda files: float(files == [file]))
+    parts = {"transformer": SimpleNamespace(files=[file]), "vae": SimpleNamespace(files=[])}
+    rated = rates.with_disk(cards.H200.rated("fp8", "int8"), cast(Any, parts))
     assert rated is not None and (rated.blocks.disk, rated.disk) == (found, "measured")
+    assert rated.kept == {"text": 0.0, "transformer": 1.0, "encoder": 0.0, "decoder": 0.0}
     small = tmp_path / "small" / "model.safetensors"
     small.parent.mkdir()
     small.write_bytes(b"0")
     assert rates.folder_rate([small]) is None and rates.folder_rate([]) is None
+
+
+def test_what_is_in_memory_is_told_by_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all bytes, whatever file they are in; of what is not the user's own nothing is known."""
+    large, small, empty = (tmp_path / name for name in ("large", "small", "empty"))
+    large.write_bytes(bytes(3 * cached.WINDOWS * cached.WINDOW // 2))
+    small.write_bytes(bytes(5000))
+    empty.write_bytes(b"")
+    asked: list[tuple[int, int]] = []
+
+    def told(handle: int, start: int, length: int) -> tuple[int, int]:
+        asked.append((start, length))
+        return (10, 40) if os.fstat(handle).st_size > 5000 else (2, 2)
+
+    monkeypatch.setattr(cached, "_pages", told)
+    total = large.stat().st_size + 5000
+    there = cached.share_in_memory([large, small, empty])
+    assert there == pytest.approx((large.stat().st_size / 4 + 5000) / total)
+    starts = sorted(start for start, length in asked if length == cached.WINDOW)
+    assert len(starts) == cached.WINDOWS and starts[0] == 0
+    assert starts[-1] + cached.WINDOW > 0.97 * large.stat().st_size
+    assert cached.share_in_memory([tmp_path / "none"]) == cached.share_in_memory([]) == 0
+    monkeypatch.setattr(cached.os, "geteuid", lambda: large.stat().st_uid + 1)
+    monkeypatch.setattr(cached.os, "access", lambda *_: False)
+    assert cached.share_in_memory([large]) == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux")
+def test_a_file_just_written_is_in_memory(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(3 << 20))
+    assert cached.share_in_memory([file]) == 1
+
+
+def test_what_is_in_memory_is_read_faster() -> None:
+    found = asked("fp8", "int8", timed=True)
+    assert found.rated is not None
+    cold, half, warm = (
+        replace(found, rated=replace(found.rated, kept={"transformer": share})).plan(80 * GB) for share in (0, 0.5, 1)
+    )
+    seconds = [plan.stage("load transformer").seconds for plan in (cold, half, warm)]
+    assert seconds[0] == pytest.approx(cold.stage("load transformer").disk / found.rated.blocks.disk)
+    assert seconds[1] == pytest.approx((seconds[0] + seconds[2]) / 2) and seconds[2] < seconds[0] / 5
+    assert cold.stage("text") == warm.stage("text")
+    assert "100% of the transformer's files is in the system's cache already" in str(warm)
+    assert "cache" not in str(cold)
 
 
 def test_timing_a_disk_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
