@@ -75,11 +75,13 @@ class PlacedTransformer:
             others = [i for i in streamed if i not in self.from_files]
             more = (others[i] for i in spread(len(others), plan.disk - len(self.from_files)))
             self.from_files = tuple(sorted((*self.from_files, *more)))
+        slabs: dict[int, HostSlab] = {}
         if self.streamer is not None:
-            self.streamer.close()
+            # What waits in pinned memory goes on waiting there: to pin it anew takes seconds, and twice the memory.
+            slabs = self.streamer.close(keep=[i for i in streamed if i not in self.from_files])
             self.streamer = None
         release_memory(self.device)
-        self.attach(plan, streamed, {})
+        self.attach(plan, streamed, slabs)
 
     def attach(self, plan: BlockPlan, streamed: tuple[int, ...], slabs: Mapping[int, HostSlab]) -> None:
         """Makes the streamer for blocks that are already where ``plan`` wants them, or on the device."""

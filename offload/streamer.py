@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -407,10 +407,11 @@ class BlockStreamer:
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def close(self) -> None:
+    def close(self, keep: Collection[int] = ()) -> dict[int, HostSlab]:
         """Ends all copies and reads and gives slots and pinned memory back.
 
-        The blocks keep their values, in host memory; those from files have none.
+        The blocks keep their values, in host memory; those from files have none. Slabs of the blocks in ``keep`` stay
+        pinned, for the streamer that comes next: they are returned, by index, and are the caller's to close.
         """
         self._closed = True
         if self._unclosed is not None:
@@ -419,12 +420,18 @@ class BlockStreamer:
         if self._reads is not None:
             self._reads.close()
         self._slots = []
+        kept: dict[int, HostSlab] = {}
         for item in self.streamed:
             if item.in_slots:  # a pass may be under way
                 item.put(item.host)
             item.in_slots.clear()
-            if item.slab is not None:
+            if item.slab is None:
+                continue
+            if item.index in keep:
+                kept[item.index] = item.slab
+            else:
                 item.slab.close()
+        return kept
 
 
 def _let_go(lane: Lane, reads: BlockReads | None, slabs: Sequence[HostSlab]) -> None:

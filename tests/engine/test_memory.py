@@ -480,9 +480,13 @@ def test_a_kept_transformer_moves_on() -> None:
     streamed = placed.streamed
     pipe.vram = 40 * GB
     assert torch.equal(pipe("a red circle", seed=1, output_type="latent", **SMALL), want)
+    before = {item.index: item.slab for item in placed.streamer.streamed}
     placed.move(BlockPlan(6, 0, 0, 0))
     assert placed.streamed == streamed and placed.plan.slots == 1 and placed.plan.resident == 6 - len(streamed)
     placed.move(BlockPlan(0, 2, 0, 0, disk=4))
+    after = {item.index: item.slab for item in placed.streamer.streamed}
+    # Nothing is copied that is there already; what comes from files now gives its memory back.
+    assert all(slab is None if i in placed.from_files else slab is before.get(i, slab) for i, slab in after.items())
     assert len(placed.streamed) == 6 and len(placed.from_files) == placed.plan.disk == 4
     assert torch.equal(pipe("a red circle", seed=1, output_type="latent", **SMALL), want)
 

@@ -488,10 +488,13 @@ def test_slabs_that_a_loader_fills(tmp_path: Path) -> None:
         assert torch.equal(velocity, right)
     copied = {mark.source.data_ptr() for mark in lane.under_way if mark.source is not None}
     assert set(memory.values()) <= copied and streamer.streamed[0].slab is slabs[0]
-    streamer.close()
+    kept = streamer.close(keep=[1, 2, 3])
+    assert kept == {3: slabs[3]}  # of what had one
     fewer = BlockStreamer(
-        blocks, "cpu", streamed=range(LAYERS), files={2: stored(known.transformer_blocks, tmp_path)[2]}
-    )
+        blocks, "cpu", streamed=range(LAYERS), files={2: stored(known.transformer_blocks, tmp_path)[2]},
+        last=["attn2.wkv"], slabs=kept,
+    )  # fmt: skip
+    assert fewer.streamed[3].slab is slabs[3] and fewer.streamed[0].slab is not slabs[0]
     for velocity, right in zip(passes(model, fewer), want, strict=True):  # a block's values outlive its streamer
         assert torch.equal(velocity, right)
     fewer.close()
