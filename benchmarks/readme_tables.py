@@ -14,9 +14,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from solostep.benchmarks.readme_lines import attention_table, block_table, decoding_table, memory_table
 from solostep.benchmarks.report_data import Group, Row, make_groups, model_name, results_of, row_of
@@ -168,7 +167,7 @@ def budgets_table(root: Path) -> list[str]:
     heads = ["mode", "frames", "`--vram`", "seconds a step", "50 steps", "GPU peak", "host peak"]
     made = table(Table("budgets", "", [("", h) for h in heads], rows))
     made[0] = made[0].replace("\\`", "`")
-    told = [(run_title(r), [r.environment]) for r in results]
+    told = [(run_title(r), [r]) for r in results]
     return [*made, "", f"{_about(results)}.", *_calculated(rows), *_apart(told)]
 
 
@@ -184,12 +183,12 @@ def _marks(group: Group) -> list[str]:
 
 def _titled(group: Group, found: Table) -> list[str]:
     synthetic = ", synthetic weights" if group.synthetic else ""
-    told = [(row.name, [r.environment for r in results_of(group, row)]) for row in group.rows]
-    where = " and ".join(dict.fromkeys(environment_line(e) for _, environments in told for e in environments))
+    told = [(row.name, results_of(group, row)) for row in group.rows]
+    where = " and ".join(dict.fromkeys(environment_line(r.environment) for _, own in told for r in own))
     return [*table(found), f"{group.title}{synthetic}: {where}.", *_apart(told), ""]
 
 
-def _apart(told: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> list[str]:
+def _apart(told: Sequence[tuple[str, Sequence[Result]]]) -> list[str]:
     note = mixed(told)
     return ["", note] if note else []
 

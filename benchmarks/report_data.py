@@ -304,7 +304,7 @@ def _say_origins(group: Group, others: Sequence[Result]) -> None:
         group.notes.append(
             f"Seconds a step and memory from runs with other settings, on which they do not depend, {runs}."
         )
-    note = mixed([(name, [r.environment for r in found]) for name, found in told])
+    note = mixed(told)
     group.notes += [note] if note else []
 
 

@@ -333,7 +333,7 @@ def _budgets(title: str, rows: list[tuple[Result, Row]]) -> Budgets:
     lines = {name: points for name, points in lines.items() if len(points) > 1}
     unlimited = {name: value for name, value in unlimited.items() if name in lines}
     notes = [DAGGER, *([RESUMED] if any(row.resumed for _, row in rows) else [])]
-    told = mixed([(run_title(result), [result.environment]) for result, _ in rows])
+    told = mixed([(run_title(result), [result]) for result, _ in rows])
     notes += [told] if told else []
     return Budgets(
         title,

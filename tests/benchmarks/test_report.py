@@ -251,14 +251,22 @@ def test_rows_of_several_commits_are_said(tmp_path: Path):
 
 
 def test_most_rows_are_not_named_one_by_one():
-    """Where more than half are alike; a row of results of both kinds stands in part with each."""
-    old, new = {"commit": "abc1234"}, {"commit": "def5678"}
-    rows = [(f"mode {n}", [new]) for n in range(5)] + [("mode 5", [old]), ("mode 6", [new, old])]
+    """Where more than half are alike; a row of results of both kinds stands with each, by what it took from it."""
+
+    def one(commit: str, *levels: str) -> Result:
+        env = made.environment(commit=commit)
+        return Result.from_dict(made.make_result("nf4 · bf16 attention", levels=levels or ("speed",), env=env))
+
+    old, new = one("abc1234"), one("def5678")
+    rows = [(f"mode {n}", [new]) for n in range(5)]
+    rows += [("mode 5", [old]), ("mode 6", [new, old]), ("mode 7", [one("def5678", "teacher"), old])]
     said = mixed(rows)
     assert said is not None and said.endswith(
-        "With commit abc1234: mode 5; mode 6 (in part). With commit def5678: all others."
+        "With commit abc1234: mode 5; mode 6 (in part); mode 7 (speed). With commit def5678: everything else."
     )
     assert mixed(rows[:5]) is None
+    said = mixed([("a", [old]), rows[-1]])
+    assert said and said.endswith("With commit abc1234: a; mode 7 (speed). With commit def5678: mode 7 (drift).")
 
 
 def test_what_failed_is_said(tmp_path: Path):
