@@ -32,7 +32,8 @@ DRIFT: dict[str, Measure] = {
         "One step at a time from the reference's own latents: the relative L2 distance (|a - b| / |b|, b the "
         "reference) of "
         "the guided velocity that the mode predicts. Errors do not add up over steps, so it tells modes apart best; "
-        "the median is over steps and pairs.",
+        "the median is over steps and pairs. Of drawn weights some steps alone may have been measured, from drawn "
+        "latents, as is said there.",
     ),
     "free": Measure(
         "latents at the end",
@@ -65,7 +66,13 @@ DRIFT: dict[str, Measure] = {
         "PSNR of the mean squared error of all frames together, equal frames among them; infinite where all are the "
         "same.",
     ),
-    "ssim": Measure("SSIM", "", "higher", "Structural similarity of the frames; 1 is the same."),
+    "ssim": Measure(
+        "SSIM",
+        "",
+        "higher",
+        "Structural similarity of the frames as ffmpeg takes it: in windows of 8x8 pixels, all alike, and not in the "
+        "Gaussian ones of its authors; 1 is the same.",
+    ),
     "vmaf": Measure(
         "VMAF",
         "",

@@ -243,7 +243,9 @@ def heat_map(group: Group) -> Plot | None:
         "Error of each block",
         "; ".join(worst),
         "What a block adds to its input, on the input that the reference recorded; medians over pairs, steps and "
-        "branches, on a logarithmic scale. The numbers are in the table below.",
+        "branches, on a logarithmic scale."
+        + (f" Measured at {measured_steps(group)}." if group.levels else "")
+        + " The numbers are in the table below.",
         draw,
     )
 

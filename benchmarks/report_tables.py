@@ -21,7 +21,7 @@ from solostep.benchmarks.report_measures import (
 )
 from solostep.benchmarks.report_origins import mixed
 from solostep.benchmarks.report_verdicts import Verdict
-from solostep.benchmarks.results import Result
+from solostep.benchmarks.results import Result, environment_key
 from solostep.benchmarks.statistics import Interval, fewest
 
 RESUMED = (
@@ -40,7 +40,7 @@ def calculated(rows: Sequence[tuple[str, Row]]) -> list[str]:
         return []
     return [
         "† calculated, not run to the end: the other stages as measured, and so many times "
-        f"{_timed(counts)} (the first step apart). All other times were measured as they stand."
+        f"{_timed(counts)}. All other times were measured as they stand."
     ]
 
 
@@ -48,10 +48,10 @@ def _timed(counts: Mapping[int, Sequence[str]]) -> str:
     """The step that times are calculated from; ``counts``: the names of rows by how many of their steps were timed."""
     if len(counts) == 1:
         (n,) = counts
-        return "the one step that was timed" if n == 1 else f"the median of {n} timed steps"
+        return "the one step that was timed after the first" if n == 1 else f"the median of {n} steps after the first"
     most = max(counts, key=lambda n: len(counts[n]))
     some = [f"{n} in {'; '.join(names)}" for n, names in counts.items() if n != most]
-    return f"the median of the timed steps ({', '.join(some)}, {'one' if most == 1 else most} in all others)"
+    return f"the median of the steps after the first ({', '.join(some)}, {'one' if most == 1 else most} in all others)"
 
 
 def text_precisions(rows: Sequence[tuple[str, Row]]) -> list[str]:
@@ -457,18 +457,27 @@ def flat(environment: Mapping[str, Any], prefix: str = "") -> list[tuple[str, st
 
 
 def environments(results: Sequence[Result]) -> list[tuple[list[tuple[str, str]], list[Result]]]:
-    """Each environment once, with the results from it; of clocks the least and the most of its runs. What else differs
-    from run to run (date, command) is left to files."""
-    found: dict[str, tuple[list[tuple[str, str]], list[Result], dict[str, list[str]]]] = {}
+    """Each environment once, with the results from it. What differs between its runs and does not make another one
+    (which card of several, clocks, a path) is told as all that they say of it; date and command are left to files."""
+    found: dict[str, list[Result]] = {}
     for result in results:
-        steady = flat({k: v for k, v in result.environment.items() if k not in ("date", "command", "clocks")})
-        told = result.environment.get("clocks") or {}
-        clocks = [(f"clocks {k.replace('_', ' ')}", f"{v:g}") for k, v in told.items() if isinstance(v, (int, float))]
-        own = found.setdefault(str(steady), (steady, [], {}))
-        own[1].append(result)
-        for name, text in clocks:
-            own[2].setdefault(name, []).append(text)
-    return [(steady + [(n, _range(t)) for n, t in clocks.items()], own) for steady, own, clocks in found.values()]
+        where = environment_key(result.environment) + environment_line(result.environment)
+        found.setdefault(where, []).append(result)
+    return [(_facts(own), own) for own in found.values()]
+
+
+def _facts(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """What the results of one environment say of it, by name."""
+    steady: dict[str, list[str]] = {}
+    clocks: dict[str, list[str]] = {}
+    for result in results:
+        for name, text in flat({k: v for k, v in result.environment.items() if k not in ("date", "command", "clocks")}):
+            steady.setdefault(name, []).append(text)
+        for name, value in (result.environment.get("clocks") or {}).items():
+            if isinstance(value, (int, float)):
+                clocks.setdefault(f"clocks {name.replace('_', ' ')}", []).append(f"{value:g}")
+    told = [(name, " or ".join(sorted(set(texts)))) for name, texts in steady.items()]
+    return told + [(name, _range(texts)) for name, texts in clocks.items()]
 
 
 def _range(texts: Sequence[str]) -> str:

@@ -292,6 +292,34 @@ def test_clocks_are_those_of_all_runs():
     assert len(own) == 2 and ("clocks sm mhz", "1545 to 1770") in facts
 
 
+def test_environments_are_counted_once(tmp_path: Path):
+    """Cards of one machine are one environment, another commit is another; page and list have the same number."""
+    told = [("abc1234", "0"), ("abc1234", "1"), ("def5678", "0")]
+    names = ("reference", "int8 · int8 attention", "nf4 · bf16 attention")
+    results = [
+        made.make_result(
+            name, levels=("speed",), env=made.environment(commit=commit, variables={"CUDA_VISIBLE_DEVICES": card})
+        )
+        for name, (commit, card) in zip(names, told, strict=True)
+    ]
+    made.write_results(tmp_path, results)
+    read_ones = read_results([tmp_path])
+    found = environments(read_ones)
+    assert sorted(len(own) for _, own in found) == [1, 2]
+    (facts,) = [dict(facts) for facts, own in found if len(own) == 2]
+    assert facts["variables CUDA VISIBLE DEVICES"] == "0 or 1"
+    text = page("t", read_ones, make_groups(read_ones))
+    assert "These results come from 2 environments." in text and text.count("<h3>Testcard 9000") == 2
+
+
+def test_folders_of_commands_are_explained(tmp_path: Path):
+    for command_, said in (("solostep bench -o .../x", True), ("solostep bench -o x", False)):
+        result = Result.from_dict(made.make_result("reference", env=made.environment(command=command_)))
+        lines, _ = markdown("t", [result], make_groups([result]))
+        for text in (page("t", [result], make_groups([result])), lines):
+            assert ("stands for folders of the machine that measured" in text) == said
+
+
 def test_times_join_the_drift_of_the_same_mode(tmp_path: Path):
     """Speed measured at other settings is the same mode's; a budget's is in the table of budgets alone."""
     mode = "int8 · int8 attention"
@@ -481,6 +509,27 @@ def test_headline_is_the_fastest_within_the_floor(demo: Path):
     assert [c.mode for c in claims] == ["int8 · int8 attention", "int8 · int8-fp8 attention", "nf4 · bf16 attention"]
     row = next(r for r in group.modes if r.name == claims[0].mode)
     assert number(row.step) in claims[0].text and gigabytes(row.gpu) in claims[0].text
+
+
+def test_headline_says_beside_what_a_mode_is_fast_and_how_far_off_it_is(demo: Path):
+    """Beside the official order and beside this engine in the same numbers; a small mode is not praised without its
+    drift."""
+    group = read(demo)[0]
+    _, fastest, least = headline(group)
+    rows = {row.name: row for row in group.rows}
+    (bf16,) = [row for row in group.modes if row.cell.precision == "bf16"]
+    steps = [rows[name].step for name in ("reference: bf16, official", bf16.name, fastest.mode)]
+    assert (
+        f"({steps[0] / steps[2]:.2f} times as fast as the official order in bf16, {steps[1] / steps[2]:.2f} times as "
+        f"fast as {bf16.name} here)" in fastest.text
+    )
+    assert "far above" not in fastest.text and "as fast as the reference" not in fastest.text
+    row = rows[least.mode]
+    assert least.title == "Least GPU memory" and amount("teacher", row.drift["teacher"].median) in least.text
+    assert row.verdict and f"{number(row.verdict.ratio)} times the floor" in least.text
+    assert least.text.endswith(" That is far above the floor.")
+    alone = Group(**{**vars(group), "rows": [bf16]})  # nothing to be beside
+    assert "times as fast" not in headline(alone)[0].text
 
 
 def test_seeds_of_one_prompt_count_once(tmp_path: Path):
