@@ -39,7 +39,8 @@ LIMITS = (
     "from it, not whether people like its videos less.",
     "Running freely, two right programs drift apart as well: read those numbers beside the noise floor and another "
     "seed's.",
-    "Drift on synthetic weights compares ways to compute at the real shape; a trained model's may be larger or smaller.",
+    "Drift on synthetic weights compares ways to compute at the real shape; that of a trained model may be larger or "
+    "smaller.",
     "Peaks of memory are those of the process that was measured; a desktop or another program takes its own besides.",
     "Times are of the card, driver and versions named here; other cards have another order of modes.",
 )

@@ -221,10 +221,8 @@ def of_few_steps(name: str, sigmas: tuple[float, ...], prompts: int = 1, **more:
 
 def test_a_few_steps_are_marks_by_their_noise_level():
     """No line joins them, and the caption says how many of the run's they are, and of which latents."""
-    for synthetic, latents in (
-        ({"generator": "x"}, "no points of a trajectory"),
-        (False, "the reference's own latents"),
-    ):
+    drawn, own = "drawn latents, which are no points of a trajectory", "the reference's own latents"
+    for synthetic, latents in (({"generator": "x"}, drawn), (False, own)):
         group = group_of(*(of_few_steps(name, (0.0, 0.79), synthetic=synthetic) for name in NAMES[1:]))
         assert group.drawn == bool(synthetic) and group.levels == [0.0, 0.79]
         plot = group_plots(group, "g")["teacher"]
