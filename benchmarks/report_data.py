@@ -331,9 +331,9 @@ def _say_origins(group: Group, others: Sequence[Result]) -> None:
         if timed is not None and any(timed is other for other in others):
             joined.setdefault(timed.cell.num_inference_steps, []).append(name)
     if joined:
-        runs = ", ".join(f"of {n} steps: {'; '.join(names)}" for n, names in joined.items())
+        runs = ". Of ".join(f"{n} steps: {'; '.join(names)}" for n, names in joined.items())
         group.notes.append(
-            f"Seconds a step and memory from runs with other settings, on which they do not depend, {runs}."
+            f"Seconds a step and memory from runs with other settings, on which they do not depend, of {runs}."
         )
     note = mixed(told)
     group.notes += [note] if note else []

@@ -42,7 +42,7 @@ LIMITS = (
     "Drift on synthetic weights compares ways to compute at the real shape; that of a trained model may be larger or "
     "smaller.",
     "Peaks of memory are those of the process that was measured; a desktop or another program takes its own besides.",
-    "Times are of the card, driver and versions named here; other cards have another order of modes.",
+    "Times are of the card, driver and versions named here; other cards may have another order of modes.",
 )
 
 
@@ -161,7 +161,7 @@ def settings_text(group: Group) -> str:
     return (
         f"{steps}, guidance {own['guidance_scale']:g}, time shift {own['time_shift']:g}; "
         f"{len(own['prompts'])} prompt{'s' * (len(own['prompts']) != 1)} with {len(own['seeds'])} "
-        f"seed{'s' * (len(own['seeds']) != 1)} each"
+        f"seed{'s' * (len(own['seeds']) != 1)}" + " each" * (len(own["prompts"]) != 1)
     )
 
 

@@ -102,6 +102,11 @@ DRIFT: dict[str, Measure] = {
 VIDEO = ("psnr", "psnr_video", "ssim", "vmaf", "xpsnr", "lpips", "flicker", "motion")
 
 OTHER: dict[str, str] = {
+    "mode": "The precision of the transformer's matrix products, then that of its attention. int8, fp8: 8 bits on both "
+    "sides of a product. int8-weight, fp8-weight, int4-weight, nf4: weights are stored so, and products are in bf16. "
+    "Attention: bf16, int8 (q k in int8, P V in bf16), int8-fp8 (P V in FP8), or official, which is the official order "
+    "of operations.",
+    "sigma": "The noise level of a step: 0 is noise, 1 is the video.",
     "seconds a step": "One denoising step with both guidance branches (up to a scale of 1 there is one, which the "
     "title says); the median of the steps that were timed, the first apart.",
     "50 steps, 15 steps": "A whole video from prompt to file with as many steps (15: Turbo). Marked † where it is "

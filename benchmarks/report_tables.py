@@ -23,6 +23,7 @@ from solostep.benchmarks.report_origins import mixed
 from solostep.benchmarks.report_verdicts import Verdict
 from solostep.benchmarks.results import Result, environment_key
 from solostep.benchmarks.statistics import Interval, fewest
+from solostep.engine.config import HOST_RAM, VRAM
 
 RESUMED = (
     "‡ run to the end in several processes, each of which went on where the one before was stopped: every step once, "
@@ -190,11 +191,14 @@ def steps_text(verdict: Verdict) -> str:
 
 
 def verdicts(group: Group) -> Table | None:
-    """Each mode beside the floor in every measure that it is judged by, and at how many steps it lies above."""
+    """Each mode beside the floor in every measure that it is judged by, and at how many steps it lies above. None: it
+    is not judged by several."""
     rows = [row for row in group.modes if row.verdict and row.verdict.parts]
     if not rows:
         return None
     measures = [m for m in DRIFT if any(m in row.verdict.parts for row in rows if row.verdict)]
+    if len(measures) < 2:  # the summary has it
+        return None
     heads = [("", "mode")]
     for m in measures:
         heads += [(DRIFT[m].label, "verdict"), (DRIFT[m].label, "times the floor")]
@@ -361,8 +365,8 @@ def _budgets(title: str, rows: list[tuple[Result, Row]]) -> Budgets:
             [
                 Cell(mode),
                 Cell(f"{cell.num_frames} × {cell.height}x{cell.width}"),
-                Cell(cell.vram or "none"),
-                Cell(cell.host_ram or "none"),
+                _budget(result, cell.vram, VRAM),
+                _budget(result, cell.host_ram, HOST_RAM),
                 Cell(number(row.step)),
                 whole_video(row, "50"),
                 whole_video(row, "15"),
@@ -390,6 +394,12 @@ def _budgets(title: str, rows: list[tuple[Result, Row]]) -> Budgets:
         unlimited,
         [result for result, _ in rows],
     )
+
+
+def _budget(result: Result, given: str | None, variable: str) -> Cell:
+    """A budget that was given, or else stood in the environment, as a run takes it."""
+    there = (result.environment.get("variables") or {}).get(variable)
+    return Cell(given or str(there), "" if given else f"by ${variable}") if given or there else Cell("none")
 
 
 def run_title(result: Result) -> str:

@@ -312,6 +312,18 @@ def test_environments_are_counted_once(tmp_path: Path):
     assert "These results come from 2 environments." in text and text.count("<h3>Testcard 9000") == 2
 
 
+def test_a_budget_of_the_environment_is_one(tmp_path: Path):
+    """A run without --host-ram stays in $SOLOSTEP_HOST_RAM, so its row does not say that it had none."""
+    env = made.environment(variables={"SOLOSTEP_HOST_RAM": "60GB"})
+    rows = [made.make_result("int8 · int8 attention", levels=("speed",), vram="8GB", host_ram=h, env=e)
+            for h, e in ((None, env), ("4GB", env), (None, None))]  # fmt: skip
+    results = [Result.from_dict(row) for row in rows]
+    (found,) = budgets([(r, row_of([r])) for r in results])
+    place = [name for _, name in found.table.heads].index("host budget")
+    cells = [row[place] for row in found.table.rows]
+    assert sorted(cells, key=str) == sorted([Cell("60GB", "by $SOLOSTEP_HOST_RAM"), Cell("4GB"), Cell("none")], key=str)
+
+
 def test_folders_of_commands_are_explained(tmp_path: Path):
     for command_, said in (("solostep bench -o .../x", True), ("solostep bench -o x", False)):
         result = Result.from_dict(made.make_result("reference", env=made.environment(command=command_)))

@@ -255,7 +255,8 @@ def test_one_step_is_a_sentence_and_no_curve():
         f"Drift: of 1 prompt at {few}: no interval, so small differences between modes mean nothing. "
         "– was not measured."
     ]
-    assert report_html.settings_text(group).startswith(f"{few}, guidance 1.5")
+    assert report_html.settings_text(group) == f"{few}, guidance 1.5, time shift 3; 1 prompt with 1 seed"
+    assert not any(s.title.startswith("Beside the noise floor") for s in sections(group, {}))  # one measure: above
     claim = headline(group)[0]
     assert f"1 prompt at {few}, is too few for an interval" in claim.text and claim.title.endswith("by one prompt")
     assert "No result of the reference" not in " ".join(group.notes)  # each pass has computed it
