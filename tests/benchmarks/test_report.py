@@ -140,6 +140,7 @@ def test_page_says_the_numbers(demo: Path, demo_page: str):
         if row.gpu:
             assert gigabytes(row.gpu) in text and gigabytes(row.driver) in text
     assert "indistinguishable from the floor" in text and "times the floor" in text and "†" in text
+    assert "in windows of 8x8 pixels" in text  # ffmpeg's SSIM, as video_metrics.py takes it
     assert "A <title> & more" in text and "<title> & more" not in demo_page
     assert "test prompt 0 with <b>marks</b> & signs" in text and "<b>marks" not in demo_page
     assert 'solostep bench <made up> & "test data"' in text
@@ -266,6 +267,9 @@ def test_most_rows_are_not_named_one_by_one():
     )
     assert mixed(rows[:5]) is None
     said = mixed([("a", [old]), rows[-1]])
+    bare = Result.from_dict(made.make_result("nf4 · bf16 attention", levels=("blocks",)) | {"drift": None})
+    said_ = mixed([("a", [old]), ("b", [new, bare])])
+    assert said_ and said_.endswith("With commit abc1234: a; b (in part). With commit def5678: b (in part).")
     assert said and said.endswith("With commit abc1234: a; mode 7 (speed). With commit def5678: mode 7 (drift).")
 
 
@@ -294,22 +298,21 @@ def test_clocks_are_those_of_all_runs():
 
 def test_environments_are_counted_once(tmp_path: Path):
     """Cards of one machine are one environment, another commit is another; page and list have the same number."""
-    told = [("abc1234", "0"), ("abc1234", "1"), ("def5678", "0")]
-    names = ("reference", "int8 · int8 attention", "nf4 · bf16 attention")
-    results = [
-        made.make_result(
-            name, levels=("speed",), env=made.environment(commit=commit, variables={"CUDA_VISIBLE_DEVICES": card})
-        )
-        for name, (commit, card) in zip(names, told, strict=True)
-    ]
+    told = [("abc1234", "0", 16), ("abc1234", "1", 16), ("def5678", "0", 16), ("def5678", "0", 8)]
+    names = ("reference", "int8 · int8 attention", "nf4 · bf16 attention", "fp8 · int8 attention")
+    results = []
+    for name, (commit, card, cores) in zip(names, told, strict=True):
+        env = made.environment(commit=commit, variables={"CUDA_VISIBLE_DEVICES": card}, cores=cores)
+        results.append(made.make_result(name, levels=("speed",), env=env))
     made.write_results(tmp_path, results)
     read_ones = read_results([tmp_path])
     found = environments(read_ones)
-    assert sorted(len(own) for _, own in found) == [1, 2]
+    assert sorted(len(own) for _, own in found) == [1, 1, 2]  # other cores are another one, in an equal line
     (facts,) = [dict(facts) for facts, own in found if len(own) == 2]
     assert facts["variables CUDA VISIBLE DEVICES"] == "0 or 1"
     text = page("t", read_ones, make_groups(read_ones))
-    assert "These results come from 2 environments." in text and text.count("<h3>Testcard 9000") == 2
+    assert "These results come from 3 environments." in text and text.count("<h3>Testcard 9000") == 3
+    assert "and 1 more, " in text
 
 
 def test_a_budget_of_the_environment_is_one(tmp_path: Path):

@@ -265,6 +265,23 @@ def test_one_step_is_a_sentence_and_no_curve():
     assert note.startswith(f"Drift: medians over 8 prompts at {few}, 95 % intervals in brackets.")
 
 
+def test_captions_say_at_which_steps_drift_was_measured():
+    """Of seconds against drift and of blocks, which are looked at without the table's footnotes."""
+    results = []
+    for name in ("floor-order", INT8, NF4):
+        result = of_few_steps(name, (0.469,))
+        other = made.make_result(name, pairs=1, levels=("speed", "blocks"))
+        result |= {"speed": other["speed"], "memory": other["memory"]}
+        result["drift"] |= {"blocks": other["drift"]["blocks"]}
+        results.append(result)
+    plots = group_plots(group_of(*results), "g")
+    few = "1 of 50 steps (sigma 0.47), drawn latents"
+    assert plots["pareto teacher"].caption.endswith(f"Drift is of {few}, 1 prompt.")
+    assert f"Measured at {few}." in plots["blocks"].caption
+    whole = group_plots(group_of(*(made.make_result(name) for name in NAMES)), "g")
+    assert "Drift is of" not in whole["pareto teacher"].caption and "Measured at" not in whole["blocks"].caption
+
+
 def test_the_reference_is_missed_where_there_are_times():
     drift = [of_few_steps(name, (0.469,)) for name in NAMES[1:]]
     drawn = {"model": "a/folder", "synthetic": {"generator": "x", "seed": 0}}
