@@ -14,25 +14,25 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from solostep.benchmarks.readme_lines import attention_table, block_table, decoding_table, memory_table
 from solostep.benchmarks.report_data import Group, Row, make_groups, model_name, results_of, row_of
-from solostep.benchmarks.report_markdown import table
+from solostep.benchmarks.report_markdown import plain, table
 from solostep.benchmarks.report_measures import MISSING, cell_text, gigabytes, number
 from solostep.benchmarks.report_origins import mixed
 from solostep.benchmarks.report_tables import (
-    DAGGER,
     RESUMED,
     Cell,
     Table,
+    calculated,
     environment_line,
     gigabytes_of,
     mode_text,
     run_title,
     summary,
+    text_precisions,
     times_cell,
     whole_video,
 )
@@ -45,6 +45,8 @@ RESULTS = Path("benchmarks/results")
 PAGE = RESULTS / "report.html"
 FULL, DEMO = "h200", "demo"
 FULL_FRAMES = 204
+TIMES = ("†", "‡", "Step-LLM in ")
+"""How the footnotes of times begin, which a table of drift has no use for."""
 REGION = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- table: ([\w-]+) -->")
 
@@ -139,7 +141,7 @@ def drift_table(root: Path) -> list[str]:
                 [("", h) for h in heads],
                 rows,
                 marks,
-                [n for n in summary(group).footnotes if n not in (DAGGER, RESUMED)],
+                [n for n in summary(group).footnotes if not n.startswith(TIMES)],
             ),
         )
     return lines
@@ -151,9 +153,8 @@ def budgets_table(root: Path) -> list[str]:
     if not results:
         raise UsageError(f"{RESULTS / FULL} has no result with a --vram budget, which the table budgets is made from.")
     results.sort(key=lambda r: (mode_text(r), -r.cell.num_frames, gigabytes_of(r.cell.vram) or 0.0))
-    rows = []
-    for result in results:
-        row = row_of([result])
+    rows, named = [], [(run_title(result), row_of([result])) for result in results]
+    for result, (_, row) in zip(results, named, strict=True):
         rows.append(
             [
                 Cell(mode_text(result)),
@@ -168,8 +169,9 @@ def budgets_table(root: Path) -> list[str]:
     heads = ["mode", "frames", "`--vram`", "seconds a step", "50 steps", "GPU peak", "host peak"]
     made = table(Table("budgets", "", [("", h) for h in heads], rows))
     made[0] = made[0].replace("\\`", "`")
-    told = [(run_title(r), [r.environment]) for r in results]
-    return [*made, "", f"{_about(results)}.", *_calculated(rows), *_apart(told)]
+    notes = calculated(named) + [RESUMED] * any(row.resumed for _, row in named) + text_precisions(named)
+    notes = [line for note in notes for line in ("", plain(note))]
+    return [*made, *notes, "", f"{_about(results)}.", *_apart([(run_title(r), [r]) for r in results])]
 
 
 TABLES: dict[str, Callable[[Path], list[str]]] = {
@@ -184,12 +186,12 @@ def _marks(group: Group) -> list[str]:
 
 def _titled(group: Group, found: Table) -> list[str]:
     synthetic = ", synthetic weights" if group.synthetic else ""
-    told = [(row.name, [r.environment for r in results_of(group, row)]) for row in group.rows]
-    where = " and ".join(dict.fromkeys(environment_line(e) for _, environments in told for e in environments))
+    told = [(row.name, results_of(group, row)) for row in group.rows]
+    where = " and ".join(dict.fromkeys(environment_line(r.environment) for _, own in told for r in own))
     return [*table(found), f"{group.title}{synthetic}: {where}.", *_apart(told), ""]
 
 
-def _apart(told: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> list[str]:
+def _apart(told: Sequence[tuple[str, Sequence[Result]]]) -> list[str]:
     note = mixed(told)
     return ["", note] if note else []
 
@@ -198,11 +200,6 @@ def _about(results: Sequence[Result]) -> str:
     lines = dict.fromkeys(environment_line(r.environment) for r in results)
     models = ", ".join(dict.fromkeys(model_name(r) + (" (synthetic weights)" if r.synthetic else "") for r in results))
     return f"{models}: {' and '.join(lines)}"
-
-
-def _calculated(rows: Sequence[Sequence[Cell]]) -> list[str]:
-    shown = "".join(cell.text for row in rows for cell in row)
-    return ["† calculated from the median step."] * ("†" in shown) + [RESUMED] * ("‡" in shown)
 
 
 def _followed(row: Row) -> str:

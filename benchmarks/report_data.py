@@ -45,6 +45,8 @@ class Row:
 
     ``end_to_end``: seconds of a whole video by its steps, and whether they are calculated; ``resumed``: of those that
     were run to the end in several processes, the steps of each, as text.
+    ``text_precision``: of Step-LLM in the run that was timed.
+    ``sigmas``: of the steps whose errors were measured; ``drawn``: from latents that are no trajectory's (is_drawn).
     ``samples``: the values that ``drift`` is the medians of, by measure and pair. ``followed``: which aspects the video
     of each pair shows; ``lost``: the pairs, and aspects, that the reference's shows and this one's does not.
     """
@@ -55,6 +57,7 @@ class Row:
     ids: list[str] = field(default_factory=list)
     step: float | None = None
     steps_timed: int = 0
+    text_precision: str | None = None
     first_step: float | None = None
     end_to_end: dict[str, tuple[float, bool]] = field(default_factory=dict)
     resumed: dict[str, str] = field(default_factory=dict)
@@ -70,6 +73,7 @@ class Row:
     teacher_steps: list[Interval] = field(default_factory=list)
     free_steps: list[Interval] = field(default_factory=list)
     sigmas: list[float] = field(default_factory=list)
+    drawn: bool = False
     blocks: dict[str, float] = field(default_factory=dict)
     operators: dict[str, float] = field(default_factory=dict)
     block_samples: dict[str, Samples] = field(default_factory=dict)
@@ -143,6 +147,22 @@ class Group:
         return max((i.n for row in self.rows for i in row.drift.values()), default=0)
 
     @property
+    def drawn(self) -> bool:
+        """Whether all drift was measured from latents that were drawn and are no trajectory's."""
+        found = [row.drawn for row in self.rows if row.drift or row.blocks]
+        return bool(found) and all(found)
+
+    @property
+    def levels(self) -> list[float]:
+        """The noise levels (sigma) of the steps that teacher-forced errors are of, where those are not all steps of a
+        run; else none."""
+        steps = self.settings["num_inference_steps"] if self.settings else 0
+        rows = [row for row in self.rows if row.teacher_steps]
+        if all(len(row.teacher_steps) == steps for row in rows):
+            return []
+        return sorted({sigma for row in rows for sigma in row.sigmas})
+
+    @property
     def measured(self) -> bool:
         """Whether any drift was measured."""
         return any(row.drift or row.blocks for row in self.rows)
@@ -186,6 +206,17 @@ def _place(result: Result) -> str:
 def size_of(cell: Cell) -> tuple[int, int, int]:
     """Frames, height, width."""
     return cell.num_frames, cell.height, cell.width
+
+
+DRAWN_TEXT = "drawn text"
+"""How the prompts of drawn inputs begin."""
+
+
+def is_drawn(result: Result) -> bool:
+    """Whether drift was measured from latents that are noise mixed with a drawn field, and no points of a trajectory,
+    as full_size.py does with drawn weights. A run of `solostep bench` on such weights has a trajectory of its own."""
+    named = [str(pair["prompt"]).startswith(DRAWN_TEXT) for pair in result.pairs]
+    return bool(result.synthetic and result.drift and named and all(named))
 
 
 SETTINGS = ("num_inference_steps", "guidance_scale", "time_shift", "prompts", "seeds")
@@ -300,11 +331,11 @@ def _say_origins(group: Group, others: Sequence[Result]) -> None:
         if timed is not None and any(timed is other for other in others):
             joined.setdefault(timed.cell.num_inference_steps, []).append(name)
     if joined:
-        runs = ", ".join(f"of {n} steps: {'; '.join(names)}" for n, names in joined.items())
+        runs = ". Of ".join(f"{n} steps: {'; '.join(names)}" for n, names in joined.items())
         group.notes.append(
-            f"Seconds a step and memory from runs with other settings, on which they do not depend, {runs}."
+            f"Seconds a step and memory from runs with other settings, on which they do not depend, of {runs}."
         )
-    note = mixed([(name, [r.environment for r in found]) for name, found in told])
+    note = mixed(told)
     group.notes += [note] if note else []
 
 
@@ -361,14 +392,27 @@ def row_of(found: Sequence[Result]) -> Row:
         prompts = len(scored.cell.prompts)
         row.score = {k: Share(int(v[0]), int(v[1]), prompts) for k, v in scored.score.items() if k != "pairs"}
         row.followed = followed_by(scored.score, scored.pairs)
-    row.events = list(dict.fromkeys(str(event) for r in found for event in r.events))
+    row.events = list(dict.fromkeys(event for r in found for event in events_of(r)))
     for result in found:
         if result.frames and result.path and row.frames is None:
             row.frames = result.path.parent / Path(result.frames["file"]).name
     drifts = [r for r in found if r.drift]
     parts = {part: d[part] for r in reversed(drifts) if (d := r.drift) for part in d if d[part]}
     _add_drift(row, parts, drifts[0].pairs if drifts else [])
+    row.drawn = bool(drifts) and all(map(is_drawn, drifts))
     return row
+
+
+def events_of(result: Result) -> list[str]:
+    """What a run said, without what its plan had said before it: how it saves memory is no event then."""
+    from solostep.engine.decoding import how_decoded
+
+    plan, planned = result.plan or {}, []
+    if "decode_frames" in plan:
+        planned.append(f"Decoding {how_decoded(plan['decode_frames'], plan.get('decode_strips') or 1)},")
+    if (plan.get("frame_strips") or 1) > 1:
+        planned.append(f"The first frame is encoded in {plan['frame_strips']} strips,")
+    return [str(event) for event in result.events if not str(event).startswith(tuple(planned))]
 
 
 def _first(found: Sequence[Result], part: str) -> Any:
@@ -381,6 +425,7 @@ def _add_speed(row: Row, speed: Mapping[str, Any]) -> None:
     if steps:
         row.step = _middle(steps)
     row.steps_timed, row.step_times, row.first_step = len(steps), steps, first
+    row.text_precision = (speed.get("ran") or {}).get("text_precision")
     row.video_seconds, row.frames_written = speed.get("video_seconds"), speed.get("frames_written")
     row.stages = {name: float(s) for name, s in (speed.get("stages") or {}).items() if s is not None}
     for steps_wanted, found in (speed.get("end_to_end") or {}).items():
@@ -457,7 +502,7 @@ def _judge(group: Group) -> None:
             floor.verdict = Verdict("unknown", "what rounding alone does")
     if group.reference:
         group.reference.verdict = Verdict("unknown", "what all others are compared with")
-    else:
+    elif not group.drawn or any(row.step for row in group.rows):  # else its drift has the reference in every pass
         group.notes.append(
             "No result of the reference (role reference: precision bf16, attention official) is among these, so no "
             "mode "

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 
 from solostep.benchmarks.report_data import Group, Row
 from solostep.benchmarks.report_measures import DRIFT, amount, end_to_end, gigabytes, number, span, times_span
-from solostep.benchmarks.report_tables import lost_text
+from solostep.benchmarks.report_tables import lost_text, measured_steps
 from solostep.benchmarks.report_verdicts import Verdict, yardstick
 from solostep.benchmarks.statistics import fewest
 
 NEAR = 1.1
 """Without intervals: a median of at most so many times the floor's counts as near it."""
+FAR = 5.0
+"""More than so many times the floor is said to be far above it, so that a fast or small mode is not taken for a good
+one."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,17 @@ def _choice(group: Group) -> Claim:
         return Claim("No verdict", "", "No noise floor was measured, so these numbers do not say which drift is noise.")
     near = sorted((r for r in ratios if r.verdict and r.verdict.kind == "open" and _ratio(r) <= NEAR), key=cost)
     if near:
-        text = (
-            f"The fastest mode whose median error is at most {NEAR} times the floor's; {group.prompts} prompt"
-            f"{'s are' if group.prompts != 1 else ' is'} too few for an interval: {_numbers(group, near[0])}"
+        one = group.prompts == 1
+        at = f" at {measured_steps(group)}," if group.levels else ""
+        which = "The fastest" if near[0].step else "A"
+        few = (
+            f"{'1 prompt' if one else f'{group.prompts} prompts'}{at} {'is' if one else 'are'} too few for an interval"
         )
-        return Claim("Near the floor, by the medians", near[0].name, text)
+        text = (
+            f"{which} mode whose {'' if one else 'median '}error is at most {NEAR} times the floor's; {few}: "
+            f"{_numbers(group, near[0])}"
+        )
+        return Claim(f"Near the floor, by {'one prompt' if one else 'the medians'}", near[0].name, text)
     best = min(ratios, key=_ratio)
     why = "No mode here is within the noise floor"
     if any(r.verdict and r.verdict.kind == "open" for r in ratios):
@@ -76,11 +85,8 @@ def _ratio(row: Row) -> float:
 def _numbers(group: Group, row: Row) -> str:
     """The numbers of a mode in a line, each beside what it is compared with."""
     parts, reference = [], group.reference
-    ratio = group.ratio(row)
     if row.step:
-        parts.append(
-            f"{number(row.step)} s a step" + (f" ({ratio:.2f} times as fast as the reference)" if ratio else "")
-        )
+        parts.append(f"{number(row.step)} s a step" + _beside_bf16(group, row))
     if row.end_to_end.get("50"):
         parts.append(f"{end_to_end(row.end_to_end['50'], '50' in row.resumed)} for 50 steps")
     if row.gpu:
@@ -94,7 +100,19 @@ def _numbers(group: Group, row: Row) -> str:
         parts.append(f"{DRIFT[measure].label} {amount(measure, own.median)} {span(measure, own)}".rstrip() + beside)
     parts += _beside_floor(row.verdict) if row.verdict else []
     parts += [lost_text(row)] if row.lost else []
-    return ", ".join(parts) + "."
+    far = row.verdict and any((part.ratio or 0.0) > FAR for part in row.verdict.parts.values())
+    return ", ".join(parts) + "." + (" That is far above the floor." if far else "")
+
+
+def _beside_bf16(group: Group, row: Row) -> str:
+    """How many times as fast as the official order a mode is, and as this engine's own bf16, in brackets."""
+    ratio = group.ratio(row)
+    plain = [r for r in group.modes if r.step and (r.cell.precision, r.cell.attention) == ("bf16", "bf16")]
+    found = [f"{ratio:.2f} times as fast as the official order in bf16"] if ratio else []
+    if row.step and plain and row not in plain:
+        fastest = min(plain, key=lambda r: r.step or 0.0)
+        found.append(f"{(fastest.step or 0.0) / row.step:.2f} times as fast as {fastest.name} here")
+    return f" ({', '.join(found)})" if found else ""
 
 
 def _beside_floor(verdict: Verdict) -> list[str]:

@@ -26,16 +26,23 @@ from solostep.benchmarks.report_tables import (
     environment_line,
     environments,
     files,
+    measured_steps,
 )
-from solostep.benchmarks.results import Result
+from solostep.benchmarks.results import PATH, Result
 
+FOLDERS = (
+    f"{PATH} stands for folders of the machine that measured; a file of Python by its name alone is a module, run as "
+    "python -m solostep.benchmarks.NAME."
+)
 LIMITS = (
     "All distances are to one program's numbers, the official order of operations in bf16; they say how far a mode is "
     "from it, not whether people like its videos less.",
     "Running freely, two right programs drift apart as well: read those numbers beside the noise floor and another "
     "seed's.",
+    "Drift on synthetic weights compares ways to compute at the real shape; that of a trained model may be larger or "
+    "smaller.",
     "Peaks of memory are those of the process that was measured; a desktop or another program takes its own besides.",
-    "Times are of the card, driver and versions named here; other cards have another order of modes.",
+    "Times are of the card, driver and versions named here; other cards may have another order of modes.",
 )
 
 
@@ -76,11 +83,12 @@ def document(title: str, body: str) -> str:
 def _header(title: str, results: Sequence[Result], groups: Sequence[Group], with_budgets: bool) -> str:
     lines = list(dict.fromkeys(environment_line(r.environment) for r in results))
     made = f"<h1>{escape(title)}</h1>\n" + "".join(f'<p class="env">{escape(line)}</p>\n' for line in lines[:3])
-    if len(lines) > 3:
-        made += f'<p class="env">and {len(lines) - 3} more environments, <a href="#origin">below</a></p>\n'
-    if len(lines) > 1:
+    count = len(environments(results))
+    if count > len(lines[:3]):
+        made += f'<p class="env">and {count - len(lines[:3])} more, <a href="#origin">below</a></p>\n'
+    if count > 1:
         made += (
-            f'<p class="warn">These results come from {len(lines)} environments. Times of different cards never stand '
+            f'<p class="warn">These results come from {count} environments. Times of different cards never stand '
             "in one table; where rows of one differ in driver, versions or commit, a note beside it says which.</p>\n"
         )
     links = [(f"group-{i + 1}", group.title) for i, group in enumerate(groups)]
@@ -149,10 +157,11 @@ def settings_text(group: Group) -> str:
     own = group.settings
     if own is None:
         return ""
+    steps = measured_steps(group) or f"{own['num_inference_steps']} steps"
     return (
-        f"{own['num_inference_steps']} steps, guidance {own['guidance_scale']:g}, time shift {own['time_shift']:g}; "
+        f"{steps}, guidance {own['guidance_scale']:g}, time shift {own['time_shift']:g}; "
         f"{len(own['prompts'])} prompt{'s' * (len(own['prompts']) != 1)} with {len(own['seeds'])} "
-        f"seed{'s' * (len(own['seeds']) != 1)} each"
+        f"seed{'s' * (len(own['seeds']) != 1)}" + " each" * (len(own["prompts"]) != 1)
     )
 
 
@@ -330,7 +339,8 @@ def _origin(results: Sequence[Result]) -> str:
         count = f"{len(own)} result{'s' * (len(own) != 1)}"
         made += f"<h3>{escape(environment_line(own[0].environment))}: {count}</h3><dl>{rows}</dl>"
     lines = "\n".join(escape(command) for command in commands(results))
-    made += f"<h3>Commands</h3><pre>{lines or 'not recorded'}</pre>"
+    told = f"<p>{escape(FOLDERS)}</p>" if PATH in lines else ""
+    made += f"<h3>Commands</h3>{told}<pre>{lines or 'not recorded'}</pre>"
     title = f"The {len(results)} result files"
     return made + _section(Section(title, tables=(files(results),), folded=True)) + "</section>"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from solostep.benchmarks.report_data import Group
 from solostep.benchmarks.report_drawing import Plot
 from solostep.benchmarks.report_headline import headline
-from solostep.benchmarks.report_html import LIMITS, only_budgets, settings_text
+from solostep.benchmarks.report_html import FOLDERS, LIMITS, only_budgets, settings_text
 from solostep.benchmarks.report_measures import DRIFT, OTHER
 from solostep.benchmarks.report_plots import group_plots
 from solostep.benchmarks.report_runs import Run
@@ -25,7 +25,7 @@ from solostep.benchmarks.report_tables import (
     environments,
     files,
 )
-from solostep.benchmarks.results import Result
+from solostep.benchmarks.results import PATH, Result
 
 
 def markdown(
@@ -101,8 +101,9 @@ def _method(results: Sequence[Result]) -> list[str]:
     for found, own in environments(results):
         lines += [f"### {plain(environment_line(own[0].environment))}: {len(own)} result{'s' * (len(own) != 1)}", ""]
         lines += [*(f"- {plain(name)}: {plain(text)}" for name, text in found), ""]
-    lines += ["### Commands", ""]
-    lines += [f"    {command}" for command in commands(results)]
+    told = commands(results)
+    lines += ["### Commands", "", *([plain(FOLDERS), ""] if any(PATH in command for command in told) else [])]
+    lines += [f"    {command}" for command in told]
     return [*lines, "", *table(files(results)), ""]
 
 

@@ -32,7 +32,8 @@ DRIFT: dict[str, Measure] = {
         "One step at a time from the reference's own latents: the relative L2 distance (|a - b| / |b|, b the "
         "reference) of "
         "the guided velocity that the mode predicts. Errors do not add up over steps, so it tells modes apart best; "
-        "the median is over steps and pairs.",
+        "the median is over steps and pairs. Of drawn weights some steps alone may have been measured, from drawn "
+        "latents, as is said there.",
     ),
     "free": Measure(
         "latents at the end",
@@ -65,7 +66,13 @@ DRIFT: dict[str, Measure] = {
         "PSNR of the mean squared error of all frames together, equal frames among them; infinite where all are the "
         "same.",
     ),
-    "ssim": Measure("SSIM", "", "higher", "Structural similarity of the frames; 1 is the same."),
+    "ssim": Measure(
+        "SSIM",
+        "",
+        "higher",
+        "Structural similarity of the frames as ffmpeg takes it: in windows of 8x8 pixels, all alike, and not in the "
+        "Gaussian ones of its authors; 1 is the same.",
+    ),
     "vmaf": Measure(
         "VMAF",
         "",
@@ -95,6 +102,11 @@ DRIFT: dict[str, Measure] = {
 VIDEO = ("psnr", "psnr_video", "ssim", "vmaf", "xpsnr", "lpips", "flicker", "motion")
 
 OTHER: dict[str, str] = {
+    "mode": "The precision of the transformer's matrix products, then that of its attention. int8, fp8: 8 bits on both "
+    "sides of a product. int8-weight, fp8-weight, int4-weight, nf4: weights are stored so, and products are in bf16. "
+    "Attention: bf16, int8 (q k in int8, P V in bf16), int8-fp8 (P V in FP8), or official, which is the official order "
+    "of operations.",
+    "sigma": "The noise level of a step: 0 is noise, 1 is the video.",
     "seconds a step": "One denoising step with both guidance branches (up to a scale of 1 there is one, which the "
     "title says); the median of the steps that were timed, the first apart.",
     "50 steps, 15 steps": "A whole video from prompt to file with as many steps (15: Turbo). Marked † where it is "

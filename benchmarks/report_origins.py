@@ -6,13 +6,18 @@ measured here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from solostep.benchmarks.results import Result
 
 STEADY = ("driver", "cuda", "torch", "triton", "commit")
 """What one table's rows may differ in, beside the power limit."""
 MANY = 3
 """Rows that are named one by one, even where most are alike."""
+PARTS = ("speed", "drift", "score")
+"""What a row may take from each of its results; memory is shown of those alone that have a speed."""
 
 
 def facts(environment: Mapping[str, Any]) -> dict[str, str]:
@@ -22,30 +27,41 @@ def facts(environment: Mapping[str, Any]) -> dict[str, str]:
     return found | ({"power limit": f"{power:g} W"} if isinstance(power, (int, float)) and power else {})
 
 
-def mixed(rows: Sequence[tuple[str, Iterable[Mapping[str, Any]]]]) -> str | None:
-    """A sentence on rows, each with the environments of its results, that were not all measured alike; None: they were.
+def mixed(rows: Sequence[tuple[str, Sequence[Result]]]) -> str | None:
+    """A sentence on rows, each with its results, that were not all measured alike; None: they were.
 
-    A row of several results stands with each of them.
+    A row of several results stands with each of them, and which of its numbers came so is said where it can be told.
     """
-    told = [(name, [facts(environment) for environment in environments]) for name, environments in rows]
-    known = [name for name in (*STEADY, "power limit") if len({f.get(name) for _, all_ in told for f in all_}) > 1]
+    told = [(name, [(facts(result.environment), parts_of(result)) for result in results]) for name, results in rows]
+    known = [n for n in (*STEADY, "power limit") if len({f.get(n) for _, own in told for f, _ in own}) > 1]
     if not known:
         return None
-    found: dict[str, list[str]] = {}
-    for name, environments in told:
-        for each in environments:
+    found: dict[str, dict[str, set[str]]] = {}  # which parts of which rows, by where they were measured
+    for name, own in told:
+        for each, parts in own:
             where = ", ".join(f"{key} {each.get(key, 'unknown')}" for key in known)
-            if name not in found.setdefault(where, []):
-                found[where].append(name)
+            found.setdefault(where, {}).setdefault(name, set()).update(parts)
     most = next((where for where, names in found.items() if len(names) > max(MANY, len(told) / 2)), None)
-    several = [name for name, _ in told if sum(name in names for names in found.values()) > 1]
 
     def shown(where: str) -> str:
-        if where == most:
-            return "all others"
-        return "; ".join(name + " (in part)" * (name in several) for name in found[where])
+        return "everything else" if where == most else "; ".join(n + _in_part(n, where, found) for n in found[where])
 
-    ordered = sorted(found, key=lambda where: where == most)  # "all others" last
+    ordered = sorted(found, key=lambda where: where == most)  # "everything else" last
     return "These rows were not all measured alike, and differences between them may come from that. " + " ".join(
         f"With {where}: {shown(where)}." for where in ordered
     )
+
+
+def parts_of(result: Result) -> set[str]:
+    """What a result has of :data:`PARTS`."""
+    return {part for part in PARTS if getattr(result, part)}
+
+
+def _in_part(name: str, where: str, found: Mapping[str, Mapping[str, set[str]]]) -> str:
+    """Which numbers of a row were measured there, in brackets; nothing where all were."""
+    places = [parts[name] for parts in found.values() if name in parts]
+    if len(places) < 2:
+        return ""
+    if not all(places) or sum(map(len, places)) > len(set().union(*places)):  # one part from two places: which, is open
+        return " (in part)"
+    return f" ({', '.join(part for part in PARTS if part in found[where][name])})"

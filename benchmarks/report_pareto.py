@@ -25,6 +25,7 @@ from solostep.benchmarks.report_drawing import (
 )
 from solostep.benchmarks.report_labels import place_labels
 from solostep.benchmarks.report_measures import DRIFT, amount, gigabytes, number
+from solostep.benchmarks.report_tables import measured_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -156,6 +157,8 @@ def _pareto_caption(group: Group, measure: str, rows: Sequence[Row], floors: Seq
         parts.append("Hollow marks are the floor's own runs.")
     if group.reference and group.reference.step:
         parts.append("The reference has no drift; its mark on the lower axis is at its seconds a step.")
+    if measure == "teacher" and group.levels:
+        parts.append(f"Drift is of {measured_steps(group)}, {group.prompts} prompt{'s' * (group.prompts != 1)}.")
     return " ".join(parts)
 
 

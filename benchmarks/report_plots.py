@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from solostep.benchmarks.report_data import Group, Row
 from solostep.benchmarks.report_drawing import (
@@ -25,6 +25,7 @@ from solostep.benchmarks.report_drawing import (
 )
 from solostep.benchmarks.report_measures import amount, number
 from solostep.benchmarks.report_pareto import pareto
+from solostep.benchmarks.report_tables import measured_steps
 from solostep.benchmarks.report_verdicts import yardstick
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 
 def by_step(group: Group, kind: str, style: Mapping[str, Look]) -> Plot | None:
     """ "free": latents after each step of a video of its own; "teacher": each step from the reference's latents."""
+
+    if kind == "teacher" and group.levels:
+        return by_level(group, style)
 
     def series(row: Row) -> list[Interval]:
         return row.free_steps if kind == "free" else row.teacher_steps
@@ -100,10 +104,69 @@ def by_step(group: Group, kind: str, style: Mapping[str, Look]) -> Plot | None:
     )
 
 
+def by_level(group: Group, style: Mapping[str, Look]) -> Plot | None:
+    """Teacher-forced errors of a few steps of a run by their noise levels, as marks that no line joins. None: there is
+    but one level, which is told in words."""
+    rows = [r for r in group.modes if r.teacher_steps]
+    if len(group.levels) < 2 or not rows:
+        return None
+    rows.sort(key=lambda r: -r.teacher_steps[-1].median)
+    floors = [f for f in group.floors if f.teacher_steps]
+
+    def draw(width: str) -> Figure:
+        figure, panel = panel_of(width, 4.6 if width != NARROW else 4.2 + 0.2 * len(rows))
+        panel.set_yscale("log")
+        for i, row in enumerate(floors):
+            _marks(panel, row, color=MUTED, marker="_", markersize=26, label=None if i else "noise floor")
+        for row in rows:
+            look = style[row.name]
+            _marks(panel, row, color=look.colour, marker=look.marker, markersize=7, label=row.name)
+        panel.set_xlim(-0.04, max(group.levels) + 0.04)
+        panel.set_xlabel("sigma (noise level: 0 is noise, 1 is video)")
+        panel.set_ylabel("relative L2 to the reference")
+        log_axis(panel.yaxis)
+        name_lines(figure, panel, width, [(r.name, r.teacher_steps[-1].median, style[r.name].colour) for r in rows])
+        return figure
+
+    errors = [[f"{amount('teacher', i.median)} at {number(s, 2)}" for s, i in _levels(row)] for row in rows]
+    return Plot(
+        "teacher-steps",
+        "Error of single steps, by noise level",
+        "By sigma: " + "; ".join(f"{row.name} {', '.join(own)}" for row, own in zip(rows, errors, strict=True)),
+        f"{levels_text(group)} {_medians([i for row in rows for i in row.teacher_steps])}"
+        + ("; grey: the noise floor." if floors else "."),
+        draw,
+    )
+
+
+def levels_text(group: Group) -> str:
+    """A sentence on the few steps that teacher-forced errors are of; empty where they are of all."""
+    if not group.levels:
+        return ""
+    steps = measured_steps(group).removesuffix(", drawn latents")
+    start = "drawn latents, which are no points of a trajectory" if group.drawn else "the reference's own latents"
+    each = f"Each by itself, from {start}" if len(group.levels) > 1 else f"By itself, from {start}"
+    return f"{steps} {'were' if len(group.levels) > 1 else 'was'} measured. {each}: nothing adds up."
+
+
+def _levels(row: Row) -> list[tuple[float, Interval]]:
+    """Noise levels and errors that a logarithmic axis can show."""
+    return [(s, i) for s, i in zip(row.sigmas, row.teacher_steps, strict=True) if ends_of([i])[0] > 0]
+
+
+def _marks(panel: Axes, row: Row, color: str, **look: Any) -> None:
+    """A mark a noise level, with a stroke for its interval where it has one."""
+    for sigma, found in _levels(row):
+        panel.plot([sigma] * 2, ends_of([found]), color=color, linewidth=1, zorder=2)
+    panel.plot(*zip(*[(s, i.median) for s, i in _levels(row)], strict=True), color=color, linestyle="", **look)
+
+
 def _medians(found: Sequence[Interval]) -> str:
     """What lines are of; intervals are promised only where there are some."""
     prompts = max((i.n for i in found), default=0)
-    text = f"Medians over {prompts} prompt{'s' * (prompts != 1)}"
+    if prompts == 1:
+        return "Of 1 prompt, without intervals"
+    text = f"Medians over {prompts} prompts"
     return text + (", with 95 % intervals" if any(i.low is not None for i in found) else ", too few for intervals")
 
 
@@ -180,7 +243,9 @@ def heat_map(group: Group) -> Plot | None:
         "Error of each block",
         "; ".join(worst),
         "What a block adds to its input, on the input that the reference recorded; medians over pairs, steps and "
-        "branches, on a logarithmic scale. The numbers are in the table below.",
+        "branches, on a logarithmic scale."
+        + (f" Measured at {measured_steps(group)}." if group.levels else "")
+        + " The numbers are in the table below.",
         draw,
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from solostep.benchmarks.report_data import MODE, Group, results_of
+from solostep.benchmarks.report_data import MODE, Group, events_of, results_of
 from solostep.benchmarks.report_measures import DRIFT, MISSING, gigabytes, number, seconds
 from solostep.benchmarks.report_tables import Cell, Table, run_title, without_empty
 from solostep.benchmarks.results import Result
@@ -69,7 +69,7 @@ def run_of(title: str, results: Sequence[Result]) -> Run:
         title,
         plan_text(timed.plan) if timed else "",
         stages_beside(timed) if timed else None,
-        tuple(dict.fromkeys(str(event) for r in results for event in r.events)),
+        tuple(dict.fromkeys(event for r in results for event in events_of(r))),
         tuple(dict.fromkeys(str(c) for r in results if (c := r.environment.get("command")))),
         tuple(r.id for r in results),
     )
@@ -117,6 +117,8 @@ def _savings(plan: Mapping[str, Any]) -> list[str]:
         found.append(f"decoding {frames} latent frame{'s' * (frames != 1)} at a time")
     if strips > 1:
         found.append(f"decoding in {strips} strips")
+    if (plan.get("frame_strips") or 1) > 1:
+        found.append(f"the first frame encoded in {plan['frame_strips']} strips")
     return found
 
 
@@ -174,13 +176,17 @@ def trajectory(group: Group) -> Table | None:
     heads += [("free runs", "diverged"), ("free runs", "from step")]
     steps = group.settings["num_inference_steps"] if group.settings else None
     limit = f" by more than {limits[0] * 100:g} % (relative L2)" if limits else ""
-    notes = [
-        "Cosine: of the angle between a teacher-forced step's velocity and the reference's; 1 is the same direction. "
-        f"Diverged: free runs whose latents came to differ from the reference's{limit}; from step: the first such one"
-        + (f" of {steps}" if steps else "")
-        + ", the median of those runs."
-    ]
-    return without_empty(Table("trajectory", "Along the trajectory", heads, rows, marks, notes))
+    cosine = (
+        "Cosine: of the angle between a teacher-forced step's velocity and the reference's; 1 is the same direction."
+    )
+    diverged = f"Diverged: free runs whose latents came to differ from the reference's{limit}"
+    begun = "; from step: the first such one" + (f" of {steps}" if steps else "") + ", the median of those runs"
+    made = without_empty(Table("trajectory", "Along the trajectory", heads, rows, marks))
+    there = {name for _, name in made.heads}
+    parts = [cosine] if "median cosine" in there else []
+    parts += [diverged + (begun if "from step" in there else "") + "."] if "diverged" in there else []
+    made.footnotes.append(" ".join(parts))
+    return made
 
 
 def _cosines(result: Result, teacher: Mapping[str, Any]) -> list[tuple[float, str]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from solostep.benchmarks.report_data import Group, row_of
 from solostep.benchmarks.report_drawing import Plot
 from solostep.benchmarks.report_plots import budgets as budgets_plot
+from solostep.benchmarks.report_plots import levels_text
 from solostep.benchmarks.report_runs import Run, budget_runs, missing_metrics, runs, trajectory
 from solostep.benchmarks.report_tables import Table, blocks, budgets, operators, scores, stages, summary, verdicts
 from solostep.benchmarks.results import Result
@@ -52,7 +53,12 @@ def sections(group: Group, plots: Mapping[str, Plot]) -> list[Section]:
         Section("All modes", tables=(summary(group),), notes=tuple(missing_metrics(group)), sortable=True),
         Section("Beside the noise floor, measure by measure", tables=_there(verdicts(group)), folded=True),
         Section("Seconds against drift", drawn("pareto teacher", "pareto blocks", "pareto free")),
-        Section("Drift, step by step", drawn("teacher", "free"), _there(trajectory(group))),
+        Section(
+            "Drift of single steps" if group.levels else "Drift, step by step",
+            drawn("teacher", "free"),
+            _there(trajectory(group)),
+            () if "teacher" in plots else tuple(filter(None, [levels_text(group)])),
+        ),
         Section("Drift, block by block", drawn("blocks")),
         Section("The numbers of the blocks", tables=_there(blocks(group), operators(group)), folded=True),
         Section("Frames beside the reference's", pictures=True),

@@ -21,19 +21,71 @@ from solostep.benchmarks.report_measures import (
 )
 from solostep.benchmarks.report_origins import mixed
 from solostep.benchmarks.report_verdicts import Verdict
-from solostep.benchmarks.results import Result
+from solostep.benchmarks.results import Result, environment_key
 from solostep.benchmarks.statistics import Interval, fewest
-
-DAGGER = (
-    "† calculated, not run to the end: the other stages as measured, and so many times the median step. "
-    "All other times were measured as they stand."
-)
-
+from solostep.engine.config import HOST_RAM, VRAM
 
 RESUMED = (
     "‡ run to the end in several processes, each of which went on where the one before was stopped: every step once, "
     "loading once, and no time between them."
 )
+
+
+def calculated(rows: Sequence[tuple[str, Row]]) -> list[str]:
+    """What † means, where rows have it: from how many timed steps their whole videos are. Empty where none has."""
+    counts: dict[int, list[str]] = {}
+    for name, row in rows:
+        if any(extrapolated for _, extrapolated in row.end_to_end.values()):
+            counts.setdefault(row.steps_timed, []).append(name)
+    if not counts:
+        return []
+    return [
+        "† calculated, not run to the end: the other stages as measured, and so many times "
+        f"{_timed(counts)}. All other times were measured as they stand."
+    ]
+
+
+def _timed(counts: Mapping[int, Sequence[str]]) -> str:
+    """The step that times are calculated from; ``counts``: the names of rows by how many of their steps were timed."""
+    if len(counts) == 1:
+        (n,) = counts
+        return "the one step that was timed after the first" if n == 1 else f"the median of {n} steps after the first"
+    most = max(counts, key=lambda n: len(counts[n]))
+    some = [f"{n} in {'; '.join(names)}" for n, names in counts.items() if n != most]
+    return f"the median of the steps after the first ({', '.join(some)}, {'one' if most == 1 else most} in all others)"
+
+
+def text_precisions(rows: Sequence[tuple[str, Row]]) -> list[str]:
+    """In what Step-LLM's weights were, where any timed row had them in other numbers than the model's own 16 bits."""
+    timed = [(name, row.text_precision or "bf16") for name, row in rows if row.step is not None]
+    found = {precision: [n for n, own in timed if own == precision] for precision in dict.fromkeys(p for _, p in timed)}
+    if len(found) == 1:
+        (own,) = found
+        return [] if own == "bf16" else [f"Step-LLM in {own} in all rows that have a time."]
+    return [f"Step-LLM in {own}: {'; '.join(names)}." for own, names in found.items() if own != "bf16"]
+
+
+def measured_steps(group: Group) -> str:
+    """``1 of 50 steps (sigma 0.469), drawn latents``: where teacher-forced errors are of a few steps; else empty."""
+    if not group.levels or group.settings is None:
+        return ""
+    steps = f"{len(group.levels)} of {group.settings['num_inference_steps']} steps"
+    return f"{steps} (sigma {listed([number(sigma, 2) for sigma in group.levels])})" + ", drawn latents" * group.drawn
+
+
+def listed(texts: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
+
+
+def _drift_note(group: Group) -> str:
+    """Over what the drift is, and whether that makes an interval."""
+    where = f" at {measured_steps(group)}" if group.levels else ""
+    where += ", the median of those" if len(group.levels) > 1 else ""
+    if group.prompts == 1:
+        return f"Drift: of 1 prompt{where}: no interval, so small differences between modes mean nothing. "
+    known = "95 % intervals in brackets. " if group.prompts >= fewest() else "too few for intervals. "
+    return f"Drift: medians over {group.prompts} prompts{where}, {known}"
 
 
 @dataclass(frozen=True)
@@ -77,17 +129,13 @@ def summary(group: Group) -> Table:
     heads += [("video beside the reference's", DRIFT[m].label) for m in VIDEO]
     rows = [_summary_row(group, row) for row in group.rows]
     marks = ["" if row.role == "mode" else "reference" if row.role == "reference" else "floor" for row in group.rows]
-    notes = []
-    if any(extrapolated for row in group.rows for _, extrapolated in row.end_to_end.values()):
-        notes.append(DAGGER)
+    named = [(row.name, row) for row in group.rows]
+    notes = calculated(named)
     if any(row.resumed for row in group.rows):
         notes.append(RESUMED)
+    notes += text_precisions(named)
     if group.measured:
-        notes.append(
-            f"Drift: medians over {group.prompts} prompt{'s' * (group.prompts != 1)}, "
-            + ("95 % intervals in brackets. " if group.prompts >= fewest() else "too few for intervals. ")
-            + f"{MISSING} was not measured."
-        )
+        notes.append(f"{_drift_note(group)}{MISSING} was not measured.")
     if any(row.verdict and row.verdict.ratio is not None and len(row.verdict.parts) > 1 for row in group.modes):
         measure = next(iter(next(r.verdict.parts for r in group.modes if r.verdict and r.verdict.parts)))
         notes.append(f"Times the floor: of the {DRIFT[measure].label}. Other measures may lie further above theirs.")
@@ -143,11 +191,14 @@ def steps_text(verdict: Verdict) -> str:
 
 
 def verdicts(group: Group) -> Table | None:
-    """Each mode beside the floor in every measure that it is judged by, and at how many steps it lies above."""
+    """Each mode beside the floor in every measure that it is judged by, and at how many steps it lies above. None: it
+    is not judged by several."""
     rows = [row for row in group.modes if row.verdict and row.verdict.parts]
     if not rows:
         return None
     measures = [m for m in DRIFT if any(m in row.verdict.parts for row in rows if row.verdict)]
+    if len(measures) < 2:  # the summary has it
+        return None
     heads = [("", "mode")]
     for m in measures:
         heads += [(DRIFT[m].label, "verdict"), (DRIFT[m].label, "times the floor")]
@@ -314,8 +365,8 @@ def _budgets(title: str, rows: list[tuple[Result, Row]]) -> Budgets:
             [
                 Cell(mode),
                 Cell(f"{cell.num_frames} × {cell.height}x{cell.width}"),
-                Cell(cell.vram or "none"),
-                Cell(cell.host_ram or "none"),
+                _budget(result, cell.vram, VRAM),
+                _budget(result, cell.host_ram, HOST_RAM),
                 Cell(number(row.step)),
                 whole_video(row, "50"),
                 whole_video(row, "15"),
@@ -332,8 +383,9 @@ def _budgets(title: str, rows: list[tuple[Result, Row]]) -> Budgets:
             lines.setdefault(line, []).append((gigabytes_of(cell.vram) or 0.0, row.step or 0.0))
     lines = {name: points for name, points in lines.items() if len(points) > 1}
     unlimited = {name: value for name, value in unlimited.items() if name in lines}
-    notes = [DAGGER, *([RESUMED] if any(row.resumed for _, row in rows) else [])]
-    told = mixed([(run_title(result), [result.environment]) for result, _ in rows])
+    named = [(run_title(result), row) for result, row in rows]
+    notes = [*calculated(named), *([RESUMED] if any(row.resumed for _, row in rows) else []), *text_precisions(named)]
+    told = mixed([(run_title(result), [result]) for result, _ in rows])
     notes += [told] if told else []
     return Budgets(
         title,
@@ -342,6 +394,12 @@ def _budgets(title: str, rows: list[tuple[Result, Row]]) -> Budgets:
         unlimited,
         [result for result, _ in rows],
     )
+
+
+def _budget(result: Result, given: str | None, variable: str) -> Cell:
+    """A budget that was given, or else stood in the environment, as a run takes it."""
+    there = (result.environment.get("variables") or {}).get(variable)
+    return Cell(given or str(there), "" if given else f"by ${variable}") if given or there else Cell("none")
 
 
 def run_title(result: Result) -> str:
@@ -409,18 +467,27 @@ def flat(environment: Mapping[str, Any], prefix: str = "") -> list[tuple[str, st
 
 
 def environments(results: Sequence[Result]) -> list[tuple[list[tuple[str, str]], list[Result]]]:
-    """Each environment once, with the results from it; of clocks the least and the most of its runs. What else differs
-    from run to run (date, command) is left to files."""
-    found: dict[str, tuple[list[tuple[str, str]], list[Result], dict[str, list[str]]]] = {}
+    """Each environment once, with the results from it. What differs between its runs and does not make another one
+    (which card of several, clocks, a path) is told as all that they say of it; date and command are left to files."""
+    found: dict[str, list[Result]] = {}
     for result in results:
-        steady = flat({k: v for k, v in result.environment.items() if k not in ("date", "command", "clocks")})
-        told = result.environment.get("clocks") or {}
-        clocks = [(f"clocks {k.replace('_', ' ')}", f"{v:g}") for k, v in told.items() if isinstance(v, (int, float))]
-        own = found.setdefault(str(steady), (steady, [], {}))
-        own[1].append(result)
-        for name, text in clocks:
-            own[2].setdefault(name, []).append(text)
-    return [(steady + [(n, _range(t)) for n, t in clocks.items()], own) for steady, own, clocks in found.values()]
+        where = environment_key(result.environment) + environment_line(result.environment)
+        found.setdefault(where, []).append(result)
+    return [(_facts(own), own) for own in found.values()]
+
+
+def _facts(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """What the results of one environment say of it, by name."""
+    steady: dict[str, list[str]] = {}
+    clocks: dict[str, list[str]] = {}
+    for result in results:
+        for name, text in flat({k: v for k, v in result.environment.items() if k not in ("date", "command", "clocks")}):
+            steady.setdefault(name, []).append(text)
+        for name, value in (result.environment.get("clocks") or {}).items():
+            if isinstance(value, (int, float)):
+                clocks.setdefault(f"clocks {name.replace('_', ' ')}", []).append(f"{value:g}")
+    told = [(name, " or ".join(sorted(set(texts)))) for name, texts in steady.items()]
+    return told + [(name, _range(texts)) for name, texts in clocks.items()]
 
 
 def _range(texts: Sequence[str]) -> str:

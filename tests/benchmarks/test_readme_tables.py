@@ -46,6 +46,11 @@ def test_the_readme_is_up_to_date():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.count("<!-- table: ") >= 2 and stale(readme, ROOT) == []
     assert (ROOT / PAGE).exists() and not page_is_stale(ROOT)
+    page = (ROOT / PAGE).read_text(encoding="utf-8")
+    assert "<h3>Seconds against drift</h3><figure>" in page
+    maps = re.findall(r'<svg class="plot wide"[^>]*aria-label="Error of each block\..*?</svg>', page, re.DOTALL)
+    cells = [plot.partition("QuadMesh")[2].partition("</g>")[0].count("<path") for plot in maps]
+    assert any(n and n % 48 == 0 for n in cells)  # of the real shape: a cell a block, a row a mode
     cheap = re.sub(r"<!-- table: (?:drift|modes) -->.*?<!-- /table -->", "", readme, flags=re.DOTALL)
     assert stale(cheap.replace(" GiB |", " GB |"), ROOT) == ["decoding", "block"]
     assert stale(cheap.replace("| int8, hopper | 1", "| int8, hopper | 2"), ROOT) == ["attention"]
@@ -91,6 +96,29 @@ def test_what_the_tables_say(root: Path):
     assert "noise floor: another order" in drift and "another seed" in drift
     rows = [line for line in budgets.splitlines() if line.startswith("| int8 · int8-fp8 attention |")]
     assert [line.split(" | ")[1:3] for line in rows[:2]] == [["204", "8GB"], ["204", "12GB"]] and len(rows) == 12
+
+
+def test_what_numbers_rest_on_stands_below_the_tables(root: Path):
+    """One prompt at one step, one timed step, the text encoder's precision; each where it matters."""
+    folder = root / "benchmarks" / "results" / "h200"
+    for path in folder.iterdir():
+        path.unlink()
+    levels, results = ("speed", "teacher"), []
+    for vram in (None, "12GB"):
+        result = made.make_result("int8 · int8 attention", steps=2, pairs=1, levels=levels, num_frames=204, vram=vram,
+                                  num_inference_steps=50)  # fmt: skip
+        result["speed"] |= {"ran": {"text_precision": "int8"}, "step_seconds": result["speed"]["step_seconds"][:1]}
+        teacher = result["drift"]["teacher"]
+        teacher |= {"sigmas": [0.469], **{k: [row[:1] for row in teacher[k]] for k in ("error", "cosine")}}
+        results.append(result)
+    made.write_results(folder, results)
+    modes, budgets = (updated(f"<!-- table: {name} -->\n<!-- /table -->\n", root) for name in ("modes", "budgets"))
+    for text in (modes, budgets):
+        assert "so many times the one step that was timed after the first" in text
+        assert "Step-LLM in int8 in all rows" in text
+    assert "Drift: of 1 prompt at 1 of 50 steps (sigma 0.47): no interval, so small differences" in modes
+    drift = updated("<!-- table: drift -->\n<!-- /table -->\n", root)
+    assert "†" not in drift and "Step-LLM" not in drift
 
 
 def test_a_run_that_was_made_is_not_told_as_calculated(root: Path):

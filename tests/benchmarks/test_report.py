@@ -140,6 +140,7 @@ def test_page_says_the_numbers(demo: Path, demo_page: str):
         if row.gpu:
             assert gigabytes(row.gpu) in text and gigabytes(row.driver) in text
     assert "indistinguishable from the floor" in text and "times the floor" in text and "†" in text
+    assert "in windows of 8x8 pixels" in text  # ffmpeg's SSIM, as video_metrics.py takes it
     assert "A <title> & more" in text and "<title> & more" not in demo_page
     assert "test prompt 0 with <b>marks</b> & signs" in text and "<b>marks" not in demo_page
     assert 'solostep bench <made up> & "test data"' in text
@@ -251,14 +252,25 @@ def test_rows_of_several_commits_are_said(tmp_path: Path):
 
 
 def test_most_rows_are_not_named_one_by_one():
-    """Where more than half are alike; a row of results of both kinds stands in part with each."""
-    old, new = {"commit": "abc1234"}, {"commit": "def5678"}
-    rows = [(f"mode {n}", [new]) for n in range(5)] + [("mode 5", [old]), ("mode 6", [new, old])]
+    """Where more than half are alike; a row of results of both kinds stands with each, by what it took from it."""
+
+    def one(commit: str, *levels: str) -> Result:
+        env = made.environment(commit=commit)
+        return Result.from_dict(made.make_result("nf4 · bf16 attention", levels=levels or ("speed",), env=env))
+
+    old, new = one("abc1234"), one("def5678")
+    rows = [(f"mode {n}", [new]) for n in range(5)]
+    rows += [("mode 5", [old]), ("mode 6", [new, old]), ("mode 7", [one("def5678", "teacher"), old])]
     said = mixed(rows)
     assert said is not None and said.endswith(
-        "With commit abc1234: mode 5; mode 6 (in part). With commit def5678: all others."
+        "With commit abc1234: mode 5; mode 6 (in part); mode 7 (speed). With commit def5678: everything else."
     )
     assert mixed(rows[:5]) is None
+    said = mixed([("a", [old]), rows[-1]])
+    bare = Result.from_dict(made.make_result("nf4 · bf16 attention", levels=("blocks",)) | {"drift": None})
+    said_ = mixed([("a", [old]), ("b", [new, bare])])
+    assert said_ and said_.endswith("With commit abc1234: a; b (in part). With commit def5678: b (in part).")
+    assert said and said.endswith("With commit abc1234: a; mode 7 (speed). With commit def5678: mode 7 (drift).")
 
 
 def test_what_failed_is_said(tmp_path: Path):
@@ -282,6 +294,45 @@ def test_clocks_are_those_of_all_runs():
     runs = [made.make_result("reference", env=made.environment(clocks={"sm_mhz": mhz})) for mhz in (1545.0, 1770.0)]
     ((facts, own),) = environments([Result.from_dict(run) for run in runs])
     assert len(own) == 2 and ("clocks sm mhz", "1545 to 1770") in facts
+
+
+def test_environments_are_counted_once(tmp_path: Path):
+    """Cards of one machine are one environment, another commit is another; page and list have the same number."""
+    told = [("abc1234", "0", 16), ("abc1234", "1", 16), ("def5678", "0", 16), ("def5678", "0", 8)]
+    names = ("reference", "int8 · int8 attention", "nf4 · bf16 attention", "fp8 · int8 attention")
+    results = []
+    for name, (commit, card, cores) in zip(names, told, strict=True):
+        env = made.environment(commit=commit, variables={"CUDA_VISIBLE_DEVICES": card}, cores=cores)
+        results.append(made.make_result(name, levels=("speed",), env=env))
+    made.write_results(tmp_path, results)
+    read_ones = read_results([tmp_path])
+    found = environments(read_ones)
+    assert sorted(len(own) for _, own in found) == [1, 1, 2]  # other cores are another one, in an equal line
+    (facts,) = [dict(facts) for facts, own in found if len(own) == 2]
+    assert facts["variables CUDA VISIBLE DEVICES"] == "0 or 1"
+    text = page("t", read_ones, make_groups(read_ones))
+    assert "These results come from 3 environments." in text and text.count("<h3>Testcard 9000") == 3
+    assert "and 1 more, " in text
+
+
+def test_a_budget_of_the_environment_is_one(tmp_path: Path):
+    """A run without --host-ram stays in $SOLOSTEP_HOST_RAM, so its row does not say that it had none."""
+    env = made.environment(variables={"SOLOSTEP_HOST_RAM": "60GB"})
+    rows = [made.make_result("int8 · int8 attention", levels=("speed",), vram="8GB", host_ram=h, env=e)
+            for h, e in ((None, env), ("4GB", env), (None, None))]  # fmt: skip
+    results = [Result.from_dict(row) for row in rows]
+    (found,) = budgets([(r, row_of([r])) for r in results])
+    place = [name for _, name in found.table.heads].index("host budget")
+    cells = [row[place] for row in found.table.rows]
+    assert sorted(cells, key=str) == sorted([Cell("60GB", "by $SOLOSTEP_HOST_RAM"), Cell("4GB"), Cell("none")], key=str)
+
+
+def test_folders_of_commands_are_explained(tmp_path: Path):
+    for command_, said in (("solostep bench -o .../x", True), ("solostep bench -o x", False)):
+        result = Result.from_dict(made.make_result("reference", env=made.environment(command=command_)))
+        lines, _ = markdown("t", [result], make_groups([result]))
+        for text in (page("t", [result], make_groups([result])), lines):
+            assert ("stands for folders of the machine that measured" in text) == said
 
 
 def test_times_join_the_drift_of_the_same_mode(tmp_path: Path):
@@ -473,6 +524,27 @@ def test_headline_is_the_fastest_within_the_floor(demo: Path):
     assert [c.mode for c in claims] == ["int8 · int8 attention", "int8 · int8-fp8 attention", "nf4 · bf16 attention"]
     row = next(r for r in group.modes if r.name == claims[0].mode)
     assert number(row.step) in claims[0].text and gigabytes(row.gpu) in claims[0].text
+
+
+def test_headline_says_beside_what_a_mode_is_fast_and_how_far_off_it_is(demo: Path):
+    """Beside the official order and beside this engine in the same numbers; a small mode is not praised without its
+    drift."""
+    group = read(demo)[0]
+    _, fastest, least = headline(group)
+    rows = {row.name: row for row in group.rows}
+    (bf16,) = [row for row in group.modes if row.cell.precision == "bf16"]
+    steps = [rows[name].step for name in ("reference: bf16, official", bf16.name, fastest.mode)]
+    assert (
+        f"({steps[0] / steps[2]:.2f} times as fast as the official order in bf16, {steps[1] / steps[2]:.2f} times as "
+        f"fast as {bf16.name} here)" in fastest.text
+    )
+    assert "far above" not in fastest.text and "as fast as the reference" not in fastest.text
+    row = rows[least.mode]
+    assert least.title == "Least GPU memory" and amount("teacher", row.drift["teacher"].median) in least.text
+    assert row.verdict and f"{number(row.verdict.ratio)} times the floor" in least.text
+    assert least.text.endswith(" That is far above the floor.")
+    alone = Group(**{**vars(group), "rows": [bf16]})  # nothing to be beside
+    assert "times as fast" not in headline(alone)[0].text
 
 
 def test_seeds_of_one_prompt_count_once(tmp_path: Path):

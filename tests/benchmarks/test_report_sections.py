@@ -11,19 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from solostep.benchmarks import report_html, report_markdown
+from solostep.benchmarks import full_size, report_html, report_markdown
 from solostep.benchmarks.bench import result_table
 from solostep.benchmarks.cell_frames import put_together, write_frames
-from solostep.benchmarks.report_data import Group, make_groups
+from solostep.benchmarks.report_data import Group, is_drawn, make_groups
 from solostep.benchmarks.report_drawing import NARROW, looks
+from solostep.benchmarks.report_headline import headline
 from solostep.benchmarks.report_pareto import pareto
 from solostep.benchmarks.report_pictures import gallery
 from solostep.benchmarks.report_plots import by_step, group_plots
 from solostep.benchmarks.report_runs import missing_metrics, plan_text, runs, trajectory
 from solostep.benchmarks.report_sections import budget_sections, sections
 from solostep.benchmarks.report_style import SCRIPT
-from solostep.benchmarks.report_tables import Table, environments
+from solostep.benchmarks.report_tables import Table, environments, summary
 from solostep.benchmarks.results import Result, read_results
 
 _spec = importlib.util.spec_from_file_location("report_fixtures", Path(__file__).with_name("report_fixtures.py"))
@@ -95,6 +97,9 @@ def test_folded_parts_open_for_print_and_close_again():
 
 def test_plan_beside_what_was_taken(tmp_path: Path):
     results = [made.make_result(INT8, levels=("speed",), vram=v) for v in ("8GB", "24GB")]
+    results[0]["events"].append("Decoding 2 frames at a time in 8 strips, for want of memory.")
+    results[0]["plan"] |= {"frame_strips": 4}
+    results[0]["events"].append("The first frame is encoded in 4 strips, for want of memory.")
     results.append(made.make_result(INT8, levels=("speed",)))
     read = [Result.from_dict(r) for r in results]
     ((first, second),) = budget_sections(read)
@@ -113,7 +118,11 @@ def test_plan_beside_what_was_taken(tmp_path: Path):
     assert (
         column(run.stages, "forecast", "host peak")[2] == "20.0 GB" and "beside the program" in run.stages.footnotes[0]
     )
-    assert run.events == ("Decoding 4 frames at a time, for want of memory.",) and second.runs[2].events == ()
+    assert "the first frame encoded in 4 strips" in run.plan
+    # What the plan said before is no event; another way of decoding is.
+    said = "Decoding 2 frames at a time in 8 strips, for want of memory."
+    assert run.events == (said,) and second.runs[1].events == second.runs[2].events == ()
+    assert column(first.tables[0], "events") == [said, "", ""]
     assert second.runs[2].plan == "" and plan_text(None) == ""  # nothing was planned, and nothing is claimed
     assert second.runs[2].stages is not None and ("seconds", "forecast") not in second.runs[2].stages.heads
 
@@ -196,6 +205,133 @@ def test_captions_promise_intervals_only_where_there_are_some():
         for plot in (by_step(group, "free", style), by_step(group, "teacher", style), pareto(group, "free", style)):
             assert plot is not None and ("95 % intervals" in plot.caption) == promised
     assert "Medians over 2 prompts, too few for intervals" in group_plots(few, "g")["teacher"].caption
+
+
+def of_few_steps(name: str, sigmas: tuple[float, ...], prompts: int = 1, **more: Any) -> dict[str, Any]:
+    """Teacher-forced errors at some of 50 steps, as full_size.py writes them of drawn weights."""
+    drawn = {"model": "synthetic", "synthetic": {"generator": "x", "seed": 0}} | more
+    result = made.make_result(
+        name, pairs=prompts, steps=len(sigmas), levels=("teacher",), num_inference_steps=50, **drawn
+    )
+    if result["synthetic"]:
+        result["pairs"] = [{"prompt": f"drawn text {i + 1}", "seed": 0} for i in range(prompts)]
+    result["drift"]["teacher"]["sigmas"] = list(sigmas)
+    return result
+
+
+def test_a_few_steps_are_marks_by_their_noise_level():
+    """No line joins them, and the caption says how many of the run's they are, and of which latents."""
+    drawn, own = "drawn latents, which are no points of a trajectory", "the reference's own latents"
+    for synthetic, latents in (({"generator": "x"}, drawn), (False, own)):
+        group = group_of(*(of_few_steps(name, (0.0, 0.79), synthetic=synthetic) for name in NAMES[1:]))
+        assert group.drawn == bool(synthetic) and group.levels == [0.0, 0.79]
+        plot = group_plots(group, "g")["teacher"]
+        assert "2 of 50 steps (sigma 0 and 0.79) were measured" in plot.caption and latents in plot.caption
+        assert (
+            "Of 1 prompt, without intervals" in plot.caption and plot.title == "Error of single steps, by noise level"
+        )
+        (panel,) = plot.draw(NARROW).axes
+        marks = {line.get_label(): line for line in panel.lines if not str(line.get_label()).startswith("_")}
+        assert set(marks) == {"noise floor", INT8, NF4}
+        for line in marks.values():
+            assert line.get_linestyle() == "None" and list(line.get_xdata()) == [0.0, 0.79]
+        assert panel.get_xlabel().startswith("sigma") and "at 0.79" in plot.alt
+        titles = [s.title for s in sections(group, {})]
+        assert "Drift of single steps" in titles and "Drift, step by step" not in titles
+    whole = group_of(*(made.make_result(name) for name in NAMES))
+    plot = group_plots(whole, "g")["teacher"]
+    assert "Each step starts from the reference's own latents" in plot.caption and whole.levels == []
+    (panel,) = plot.draw(NARROW).axes
+    assert panel.get_xlabel() == "step" and "None" not in [line.get_linestyle() for line in panel.lines]
+
+
+def test_one_step_is_a_sentence_and_no_curve():
+    group = group_of(*(of_few_steps(name, (0.469,)) for name in NAMES[1:]))
+    assert "teacher" not in group_plots(group, "g")
+    (section,) = [s for s in sections(group, {}) if s.title == "Drift of single steps"]
+    assert section.notes[0].startswith("1 of 50 steps (sigma 0.47) was measured. By itself, from drawn latents, which")
+    few = "1 of 50 steps (sigma 0.47), drawn latents"
+    assert summary(group).footnotes == [
+        f"Drift: of 1 prompt at {few}: no interval, so small differences between modes mean nothing. "
+        "– was not measured."
+    ]
+    assert report_html.settings_text(group) == f"{few}, guidance 1.5, time shift 3; 1 prompt with 1 seed"
+    assert not any(s.title.startswith("Beside the noise floor") for s in sections(group, {}))  # one measure: above
+    claim = headline(group)[0]
+    assert f"1 prompt at {few}, is too few for an interval" in claim.text and claim.title.endswith("by one prompt")
+    assert "No result of the reference" not in " ".join(group.notes)  # each pass has computed it
+    several = group_of(*(of_few_steps(name, (0.469,), prompts=8) for name in NAMES[1:]))
+    (note,) = summary(several).footnotes
+    assert note.startswith(f"Drift: medians over 8 prompts at {few}, 95 % intervals in brackets.")
+
+
+def test_captions_say_at_which_steps_drift_was_measured():
+    """Of seconds against drift and of blocks, which are looked at without the table's footnotes."""
+    results = []
+    for name in ("floor-order", INT8, NF4):
+        result = of_few_steps(name, (0.469,))
+        other = made.make_result(name, pairs=1, levels=("speed", "blocks"))
+        result |= {"speed": other["speed"], "memory": other["memory"]}
+        result["drift"] |= {"blocks": other["drift"]["blocks"]}
+        results.append(result)
+    plots = group_plots(group_of(*results), "g")
+    few = "1 of 50 steps (sigma 0.47), drawn latents"
+    assert plots["pareto teacher"].caption.endswith(f"Drift is of {few}, 1 prompt.")
+    assert f"Measured at {few}." in plots["blocks"].caption
+    whole = group_plots(group_of(*(made.make_result(name) for name in NAMES)), "g")
+    assert "Drift is of" not in whole["pareto teacher"].caption and "Measured at" not in whole["blocks"].caption
+
+
+def test_the_reference_is_missed_where_there_are_times():
+    drift = [of_few_steps(name, (0.469,)) for name in NAMES[1:]]
+    drawn = {"model": "a/folder", "synthetic": {"generator": "x", "seed": 0}}
+    timed = made.make_result(INT8, levels=("speed",), pairs=1, steps=2, **drawn)
+    assert "No result of the reference" in " ".join(group_of(*drift, timed).notes)
+
+
+def test_drawn_inputs_are_known_by_their_prompts():
+    """Those that full_size.py writes of drawn weights; a run of solostep bench has a trajectory of its own."""
+    args = full_size.parser().parse_args(["drift", "-o", "x", "--texts", "2"])
+    subject = full_size.synthetic_subject(args, torch.device("cpu"))
+    pairs = [{"prompt": p, "seed": s} for p, s in zip(subject.prompts, subject.seeds, strict=True)]
+    result = made.make_result(INT8, pairs=2, synthetic=subject.synthetic)
+    assert not is_drawn(Result.from_dict(result))
+    assert is_drawn(Result.from_dict(result | {"pairs": pairs}))
+
+
+def test_only_columns_that_are_there_are_explained(five: list[dict[str, Any]]):
+    table = trajectory(group_of(of_few_steps(INT8, (0.0, 0.79))))
+    assert table is not None and table.footnotes[0].startswith("Cosine: ") and "iverged" not in table.footnotes[0]
+    for result in five[1:]:
+        result["drift"] |= {"teacher": None}
+        result["drift"]["free"]["diverged_at"] = [None] * 8
+    table = trajectory(group_of(*five))
+    assert table is not None and table.footnotes[0].startswith("Diverged: ") and "osine" not in table.footnotes[0]
+    assert "from step" not in table.footnotes[0]  # none has diverged
+
+
+def test_how_many_steps_were_timed_is_said(five: list[dict[str, Any]]):
+    def note() -> str:
+        return summary(group_of(*five)).footnotes[0]
+
+    assert "so many times the median of 11 steps after the first. All other" in note()
+    five[3]["speed"]["step_seconds"] = five[3]["speed"]["step_seconds"][:1]
+    assert f"so many times the median of the steps after the first (1 in {INT8}, 11 in all others). All other" in note()
+    for result in five:
+        result["speed"]["step_seconds"] = result["speed"]["step_seconds"][:1]
+    assert "so many times the one step that was timed after the first. All other" in note()
+
+
+def test_the_precision_of_the_text_encoder_is_said(five: list[dict[str, Any]]):
+    def notes() -> list[str]:
+        return [note for note in summary(group_of(*five)).footnotes if "Step-LLM" in note]
+
+    assert notes() == []
+    for result in five:
+        result["speed"]["ran"]["text_precision"] = "int8"
+    assert notes() == ["Step-LLM in int8 in all rows that have a time."]
+    five[3]["speed"]["ran"]["text_precision"] = "bf16"
+    assert notes() == [f"Step-LLM in int8: {'; '.join(r.name for r in group_of(*five).rows if r.name != INT8)}."]
 
 
 # --- the worst pair -----------------------------------------------------------------------------------------------
