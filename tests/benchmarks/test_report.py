@@ -195,7 +195,7 @@ def test_sizes_models_cards_and_settings_are_not_mixed(tmp_path: Path):
         made.make_result("int8 · int8 attention", model="some/folder/other"),
         made.make_result("int8 · int8 attention", env=made.environment("Another card")),
         made.make_result("int8 · int8 attention", steps=24),
-        made.make_result("int8 · int8 attention", synthetic={"generator": "x", "seed": 0}),
+        made.make_result("int8 · int8 attention", synthetic={"generator": "x", "seed": 0}) | {"id": "e" * 16},
     ]
     made.write_results(tmp_path, [one])
     for i, other in enumerate(others):
