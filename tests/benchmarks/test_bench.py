@@ -3,12 +3,15 @@ and what a stop leaves behind."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -303,6 +306,80 @@ def test_a_stop_keeps_what_is_done(bed: Bed, number: signal.Signals, monkeypatch
     assert not list(bed.folder.glob(".running*"))
     bed.behave()
     assert status(bed.run()) == ["skipped", "done", "done"]
+
+
+RUN = """
+import sys
+from pathlib import Path
+from solostep.benchmarks import runner
+from solostep.benchmarks.bench import Shown
+from solostep.benchmarks.matrix import Options, build
+matrix = build(Options(
+    device="cpu", model=sys.argv[3], precision=("int8", "fp8"), n=1, steps=(2,), roles=("mode",), levels=("teacher",)
+))
+list(runner.Runner(matrix, Path(sys.argv[1]), Shown(), command=(sys.executable, sys.argv[2]), jobs=2).run())
+"""
+SILENT = """
+import os, time
+from pathlib import Path
+from solostep.benchmarks import cell
+
+def measure(spec, work, *_, **more):
+    mark = Path(work) / str(os.getpid())
+    work.mkdir(exist_ok=True)
+    mark.touch()
+    try:
+        time.sleep(600)
+    except KeyboardInterrupt:
+        mark.write_text("stopped")
+        raise
+
+cell.measure = measure
+cell.main()
+"""
+TINY = Path(__file__).resolve().parents[1] / "golden" / "tiny-stepvideo-t2v"
+
+
+def runs_on(pid: int) -> bool:
+    """Whether a process is there, and is not only what is left of one that nobody waited for."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def until(true: Callable[[], bool], seconds: float = 120) -> bool:
+    late = time.monotonic() + seconds
+    while not (found := true()) and time.monotonic() < late:
+        time.sleep(0.05)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a signal of Linux")
+def test_cells_end_with_a_runner_that_is_killed(tmp_path: Path):
+    """They say nothing, so no broken pipe ends them; and they end as by Ctrl-C, which keeps what they have."""
+    script, work = tmp_path / "silent.py", tmp_path / "results" / "cache"
+    script.write_text(SILENT)
+    call = [sys.executable, "-c", RUN, str(tmp_path / "results"), str(script), str(TINY)]
+    pids: list[int] = []
+    with subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            assert until(lambda: process.poll() is not None or len(list(work.glob("[0-9]*"))) == 2)
+            pids = [int(mark.name) for mark in work.glob("[0-9]*")]
+            assert len(pids) == 2 and all(map(runs_on, pids))
+            process.kill()
+            assert until(lambda: not any(map(runs_on, pids)), 30)
+            assert [mark.read_text() for mark in work.glob("[0-9]*")] == ["stopped"] * 2
+        finally:
+            process.kill()
+            for pid in filter(runs_on, pids):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a signal of Linux")
+def test_a_cell_whose_runner_is_gone_does_not_begin(tmp_path: Path):
+    call = [sys.executable, "-m", "solostep.benchmarks.cell", "none.json", str(tmp_path / "a.json"), "--parent", "1"]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.returncode == 130 and "none.json" not in done.stderr
 
 
 # --- the command --------------------------------------------------------------------------------------------------
