@@ -53,7 +53,10 @@ from solostep.engine.request import describe_device
 from solostep.engine.runtime import host_peak, numerics, pick_device, release_memory
 from solostep.quant.four_bit import expanded_by_torch
 
-MODES = ("bf16/bf16", "int8/int8", "int8/int8-fp8", "fp8/int8", "int8-weight/bf16", "fp8-weight/bf16", "nf4/bf16")
+MODES = (
+    "bf16/bf16", "int8/int8", "int8/int8-fp8", "fp8/int8", "int8-weight/bf16", "fp8-weight/bf16", "nf4/bf16",
+    "int4-weight/bf16",
+)  # fmt: skip
 SYNTHETIC = "synthetic"
 PER_PASS = 4
 MEASURING = ("lockstep.py", "drift_*.py", "floors.py", "full_size.py", "synthetic*.py")
