@@ -190,11 +190,8 @@ def bench(
 
 
 def _called() -> list[str]:
-    """The command line; as a module it has the name by which it is called."""
-    if Path(sys.argv[0]).name in ("bench.py", "__main__.py"):
-        known = {"bench.py": "python -m solostep.benchmarks.bench", "__main__.py": "solostep"}
-        return [*known[Path(sys.argv[0]).name].split(), *sys.argv[1:]]
-    return sys.argv
+    """The command line; `python -m solostep` has the name of the program."""
+    return ["solostep", *sys.argv[1:]] if Path(sys.argv[0]).name == "__main__.py" else sys.argv
 
 
 # --- options ------------------------------------------------------------------------------------------------------

@@ -36,8 +36,9 @@ from typing import Any
 
 import torch
 
+from solostep.benchmarks.cell_card import sampling, summary
 from solostep.benchmarks.entry import exit_code
-from solostep.benchmarks.environment import environment
+from solostep.benchmarks.environment import clocks_of, environment
 from solostep.benchmarks.lockstep import FLOORS, Lockstep, Mode
 from solostep.benchmarks.matrix import code_identity
 from solostep.benchmarks.results import read_json, same_measurement, write_json, write_result
@@ -228,10 +229,13 @@ def run_passes(
         )  # fmt: skip
         if made.parked:
             print("Residual streams wait in host memory.", file=sys.stderr, flush=True)
-        drifts = made.run()
+        with sampling(samples.device) as sampled:
+            sampled.busy = True
+            drifts = made.run()
         seconds = time.perf_counter() - start
+        of_pass = {"seconds": seconds, "modes": len(missing), "samples": sampled.samples}
         for drift in drifts:
-            values = {name: getattr(drift, name) for name in FIELDS} | {"seconds": seconds, "modes": len(missing)}
+            values = {name: getattr(drift, name) for name in FIELDS} | of_pass
             write_json(pass_file(root, key, drift.mode, t), values)
         del made, drifts
         release_memory(samples.device)
@@ -374,7 +378,8 @@ def write_mode(
     values = joined(samples, whole, len(subject.prompts))
     plain = expanded_by_torch([mode.precision], device)
     events = list(dict.fromkeys([one["note"] for one in whole if one["note"]] + ([plain] if plain else [])))
-    result = result_of(subject, mode, values, where, identity, seconds, device, events)
+    running = summary([sample for one in whole for sample in one["samples"]])
+    result = result_of(subject, mode, values, clocks_of(where, running), identity, seconds, device, events)
     return write_result(result_file(root, mode, identity), result)
 
 
