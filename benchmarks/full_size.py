@@ -14,10 +14,11 @@ A pass takes up to --per-pass modes through all blocks at one noise level, and i
 done; a mode's result is written when its last pass is. Stopped or killed, the same command goes on behind the last
 pass, and a further mode is all that is computed when one is added.
 
-Cost on one H200 at 204 frames, both branches of one text: 0.8 s a block in the official order, for each pass, and 0.4
-to 0.65 s a mode, twice with own streams; times 48 blocks and the noise levels, so that a pass of four modes takes about
-four minutes. 51 frames take an eighth. --texts N takes N times as long and N times the memory of streams; one text
-gives numbers, but no interval. Memory: see lockstep.py.
+Cost on one H200, both branches of one text: at 204 frames 0.8 s a block in the official order, for each pass, and 0.4
+to 0.65 s a mode, both with errors of blocks and with own streams; times 48 blocks and the noise levels. As recorded,
+with own streams alone, the first pass (both floors and two modes) took 342 s, one of four more modes 191 s and one of a
+single mode 90 s; at 51 frames, with all errors, a pass of four modes took 66 s. --texts N takes N times as long and N
+times the memory of streams; one text gives numbers, but no interval. Memory: see lockstep.py.
 """
 
 from __future__ import annotations

@@ -6,8 +6,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -25,6 +27,7 @@ from typer.testing import CliRunner
 from solostep.benchmarks import bench, report_html, runner
 from solostep.benchmarks import cell as cell_module
 from solostep.benchmarks.matrix import Matrix, Options, build, weights_identity
+from solostep.benchmarks.readme_tables import FULL, RESULTS, ROOT, results_in
 from solostep.benchmarks.results import FAILED, read_result, read_results
 from solostep.benchmarks.runner import Outcome, Runner, spec_of
 from solostep.engine.errors import UsageError
@@ -413,6 +416,19 @@ def test_the_command(bed: Bed, call: Any, monkeypatch: pytest.MonkeyPatch):
     assert found.environment["command"] == "solostep bench --precision int8"  # without the place of the program
     assert found.cell.seeds == (1,)
     assert "6 there already" in call("--precision", "int8,fp8", "--seeds", "1", "--dry-run").stdout
+
+
+def test_the_costs_are_those_that_were_recorded():
+    """Seconds a step in the help, beside the results that are kept."""
+    found = {}
+    for result in results_in(ROOT / RESULTS / FULL):
+        if result.speed and result.cell.num_frames == 204 and result.cell.vram is None:
+            found[result.label] = statistics.median(result.speed["step_seconds"])
+    if not found:
+        pytest.skip("no results beside this code")
+    told = [float(number) for number in re.findall(r"([0-9.]+) s\b", bench.COSTS)]
+    weights = statistics.mean(s for label, s in found.items() if re.match("[a-z0-9]+-weight|nf4", label))
+    assert told == pytest.approx([found["reference"], found["fp8 · int8 attention"], weights], rel=0.03)
 
 
 @pytest.mark.parametrize(
