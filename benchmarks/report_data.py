@@ -451,12 +451,13 @@ def _median(samples: Samples) -> float:
 def _judge(group: Group) -> None:
     for row in group.modes:
         row.verdict = judge(row, group.floors)
-        row.lost = lost(row.followed, group.reference.followed) if group.reference else None
     for floor in group.floors:
         if floor.drift:
             floor.verdict = Verdict("unknown", "what rounding alone does")
     if group.reference:
         group.reference.verdict = Verdict("unknown", "what all others are compared with")
+        for row in [*group.modes, *group.floors]:
+            row.lost = lost(row.followed, group.reference.followed)
     else:
         group.notes.append(
             "No result of the reference (role reference: precision bf16, attention official) is among these, so no "
