@@ -39,12 +39,12 @@ QUICK: dict[str, Any] = {"steps": ["3"], "n": 2, "seeds": "1", "precision": ["in
 COSTS = """Costs. The unit is one video: the reference takes one for each prompt and seed, and one more for each \
 prompt where there is only one seed; each mode and each of the two floors takes two of them (a run left to itself, and \
 one step by step along the reference) and a few steps for the single blocks. On one H200 a step of 204 frames at \
-544x992 takes 38 s in the official bf16 and 24 s in fp8 with int8 attention: with 50 steps and the 8 prompts of the \
-default, about eight hours for the reference and its other seeds and six for each mode. Shorter (--frames 17 --steps \
-10) it is minutes, and so is --levels speed with few --steps. On a smaller card what does not fit waits in host memory \
-or on disk: see `solostep plan`, and give it --vram to compare budgets. References stay in DIR/cache (--dry-run says \
-how much disk they take) and may be deleted afterwards. On a CPU the demo model is what is practical: --quick, which \
-has too few prompts for intervals, and so for a verdict."""
+544x992 takes 38.7 s in the official bf16, 22.6 s in fp8 with int8 attention, and 31 s with weights alone quantized: \
+with 50 steps and the 8 prompts of the default, about nine hours for the reference and its other seeds, and five to \
+seven for each mode. Shorter (--frames 17 --steps 10) it is minutes, and so is --levels speed with few --steps. On a \
+smaller card what does not fit waits in host memory or on disk: see `solostep plan`, and give it --vram to compare \
+budgets. References stay in DIR/cache (--dry-run says how much disk they take) and may be deleted afterwards. On a CPU \
+the demo model is what is practical: --quick, which has too few prompts for intervals, and so for a verdict."""
 _T = TypeVar("_T")
 
 
@@ -190,11 +190,8 @@ def bench(
 
 
 def _called() -> list[str]:
-    """The command line; as a module it has the name by which it is called."""
-    if Path(sys.argv[0]).name in ("bench.py", "__main__.py"):
-        known = {"bench.py": "python -m solostep.benchmarks.bench", "__main__.py": "solostep"}
-        return [*known[Path(sys.argv[0]).name].split(), *sys.argv[1:]]
-    return sys.argv
+    """The command line; `python -m solostep` has the name of the program."""
+    return ["solostep", *sys.argv[1:]] if Path(sys.argv[0]).name == "__main__.py" else sys.argv
 
 
 # --- options ------------------------------------------------------------------------------------------------------

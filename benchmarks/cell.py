@@ -34,7 +34,7 @@ from solostep.benchmarks.cell_card import Card
 from solostep.benchmarks.cell_frames import put_together, write_frames
 from solostep.benchmarks.cell_spec import WRITING, Cell, read_spec
 from solostep.benchmarks.cell_speed import driver_before, timed_run
-from solostep.benchmarks.cell_state import State, plain, terminated_like_interrupted
+from solostep.benchmarks.cell_state import INTERRUPTED, State, ends_with, plain, terminated_like_interrupted
 from solostep.benchmarks.cell_video import Compared, by_metric
 from solostep.benchmarks.matrix import code_identity
 from solostep.benchmarks.reference import Recorder, Recording, References, device_kind, record_run
@@ -58,8 +58,6 @@ from solostep.quant.four_bit import expanded_by_torch
 Say = Callable[[str, int, int], None]
 FREE = {"made as": "a free run"}
 """Identity of a recording in the state of a cell: all that it depends on is that of the state."""
-INTERRUPTED = 130
-"""Exit code after Ctrl-C or SIGTERM."""
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
@@ -476,7 +474,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("spec", type=Path, help='a JSON file with the key "cell"')
     parser.add_argument("output", type=Path, help="where the measured keys go; frames beside it")
     parser.add_argument("--work", type=Path, help="where references are kept (default: in the cache folder)")
+    parser.add_argument("--parent", type=int, help="the process that started this one, and with which it ends")
     args = parser.parse_args(arguments)
+    if args.parent is not None:
+        ends_with(args.parent)
     work = args.work or cache_dir() / "bench"
     try:
         spec = read_spec(args.spec)
@@ -493,7 +494,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(str(error), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print(f"Stopped; what is done is kept in {work}, and the same command goes on with it.", file=sys.stderr)
+        with contextlib.suppress(BrokenPipeError):  # nobody listens any more
+            print(f"Stopped; what is done is kept in {work}, and the same command goes on with it.", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

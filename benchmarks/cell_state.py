@@ -11,9 +11,12 @@ removes the folder. Disk: at most one recording (1.4 GB for 50 steps of 204 fram
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
+import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,10 @@ from solostep.benchmarks.reference import CODE, held, sweep
 from solostep.benchmarks.results import read_json, write_json
 from solostep.engine.errors import OutputError, SolostepError, UsageError
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM."""
+PR_SET_PDEATHSIG = 1
+"""Of Linux: the signal for a process whose parent ends."""
 CELLS = "cells"
 """Folder below that of work."""
 ANEW = "began-anew"
@@ -128,6 +135,21 @@ def terminated_like_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def ends_with(parent: int) -> None:
+    """Has this process get SIGTERM when ``parent``, the process that started it, ends in whatever way: killed, that can
+    stop nobody, and a cell that goes on would hold the card. On Linux; elsewhere this does nothing. There it is the end
+    of the thread that started it, which has to wait for it.
+
+    Raises:
+        SystemExit: the parent has ended already.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
+    if os.getppid() != parent:
+        sys.exit(INTERRUPTED)
 
 
 def plain(value: Any, where: str = "") -> Any:

@@ -2,8 +2,9 @@
 
 A drift counts as changed where the interval of its change, taken pair by pair (the same prompt and noise before and
 after), leaves out no change; prompt following, where a sign test over the prompts that changed says so. A time counts
-as changed where the median step differs by more than three times what single steps of both runs do. What too few
-prompts or steps were measured for is said to be that, and so is what only one of the two has measured. Cost: reading
+as changed where both have six steps at least, and the median step differs by more than three times what single steps of
+both runs do. What too few prompts or steps were measured for is said to be that, and so is what only one of the two has
+measured. Cost: reading
 the files and their bootstraps. Error: none is added.
 """
 
@@ -25,7 +26,7 @@ from solostep.benchmarks.statistics import fewest, overlaps, sign_test, spread
 from solostep.engine.errors import UsageError
 
 MARGIN = 0.03
-"""Of memory, and of times of fewer than six steps: a smaller difference is taken for noise of the measurement."""
+"""Of memory: a smaller difference is taken for noise of the measurement."""
 LEAST = 0.01
 """Of times: two runs differ by as much although the steps of each are alike."""
 SHOWN = ("teacher", "free", "psnr", "vmaf")
@@ -174,9 +175,9 @@ def table(found: Comparison) -> Table:
         rows.append(row)
     notes = [
         "Outside of noise: drift whose change, pair by pair, has an interval (95 %) without 0, or as a ratio without "
-        "1; prompt following, where the prompts that changed went one way (sign test, 5 %); seconds a step that differ "
-        f"by more than three times the spread of single steps, and {LEAST * 100:g} % at least (with fewer than "
-        f"{fewest()} steps: by more than {MARGIN * 100:g} %); memory by more than {MARGIN * 100:g} %."
+        "1; prompt following, where the prompts that changed went one way (sign test, 5 %); seconds a step of "
+        f"{fewest()} steps and more that differ by more than three times the spread of single steps, and "
+        f"{LEAST * 100:g} % at least; memory by more than {MARGIN * 100:g} %."
     ]
     return without_empty(
         Table("compare", f"Before: {found.names[0]}; after: {found.names[1]}", heads, rows, footnotes=notes)
@@ -194,7 +195,7 @@ def outside(change: Change) -> list[str]:
     flags = []
     a, b = change.before, change.after
     margin = speed_margin(a, b)
-    if change.speed is not None and not 1 / (1 + margin) <= change.speed <= 1 + margin:
+    if change.speed is not None and margin is not None and not 1 / (1 + margin) <= change.speed <= 1 + margin:
         word = "faster" if change.speed > 1 else "slower"
         times = change.speed if change.speed > 1 else 1 / change.speed
         flags.append(f"{times:.2f}× {word}")
@@ -223,9 +224,9 @@ def untold(change: Change) -> list[str]:
     found = []
     if prompts < fewest():
         found.append(f"drift: {prompts} prompt{'s' * (prompts != 1)}, {fewest()} make an interval")
-    steps = min(a.steps_timed, b.steps_timed)
-    if change.speed is not None and steps < fewest() and a.step_times != b.step_times:
-        found.append(f"seconds a step: {steps} timed, held against {MARGIN * 100:g} %")
+    if change.speed is not None and speed_margin(a, b) is None and a.step_times != b.step_times:
+        steps = min(len(a.step_times), len(b.step_times))
+        found.append(f"seconds a step: {steps} timed, too few steps to tell; {fewest()} show their spread")
     return found
 
 
@@ -240,10 +241,11 @@ def one_sided(change: Change) -> list[str]:
     return found
 
 
-def speed_margin(a: Row, b: Row) -> float:
-    """How far apart median steps may be, relative: by the spread of the single steps of both runs."""
+def speed_margin(a: Row, b: Row) -> float | None:
+    """How far apart median steps may be, relative: by the spread of the single steps of both runs. None: too few of
+    them tell a spread."""
     if min(len(a.step_times), len(b.step_times)) < fewest() or not a.step or not b.step:
-        return MARGIN
+        return None
     return max(LEAST, 3 * math.hypot(spread(a.step_times) / a.step, spread(b.step_times) / b.step))
 
 

@@ -1,6 +1,6 @@
 """What a measurement was made on: card, driver, clocks, processor, memory, versions, commit, command, date.
 
-Clocks are those of the moment, unless the run has told its own (cell_card.py); the card's memory is all of it. Cost:
+Clocks are those of the moment, until the run has told its own (cell_card.py); the card's memory is all of it. Cost:
 one call of nvidia-smi, 50 ms. Nothing here starts a CUDA context beyond what torch needs to name the card.
 """
 
@@ -66,18 +66,25 @@ def _without_folder(part: str) -> str:
 
 
 def clocks_of(environment: Mapping[str, Any], running: Mapping[str, Any] | None) -> dict[str, Any]:
-    """An environment with the clocks of the run itself, where it told them, in the place of an idle card's."""
-    if running is None:
+    """An environment with the clocks of the run itself, where it told them, in the place of an idle card's; else
+    without the SM clock, which is of some other moment. What the card may do (its power limit) stays."""
+    clocks = environment.get("clocks")
+    if running is None and not clocks:
         return dict(environment)
-    return {**environment, "clocks": {**(environment.get("clocks") or {}), **running}}
+    kept = {name: value for name, value in (clocks or {}).items() if name != "sm_mhz"}
+    return {**environment, "clocks": {**kept, **(running or {})}}
 
 
 def shown(command: Sequence[str] | str | None = None) -> str:
-    """A command as one would type it; programs and files without the folder they lie in, which is the machine's own."""
+    """A command as one would type it; programs and files without the folder they lie in, which is the machine's own. A
+    module of the benchmarks is called by its name."""
     if isinstance(command, str):
         return command
     program, *rest = command or sys.argv
-    return shlex.join([Path(program).name, *map(_without_folder, rest)])
+    path, called = Path(program), [Path(program).name]
+    if path.suffix == ".py" and path.resolve().parent == Path(__file__).resolve().parent:
+        called = ["python", "-m", f"solostep.benchmarks.{path.stem}"]
+    return shlex.join([*called, *map(_without_folder, rest)])
 
 
 def _card(device: torch.device) -> dict[str, Any]:

@@ -14,10 +14,11 @@ A pass takes up to --per-pass modes through all blocks at one noise level, and i
 done; a mode's result is written when its last pass is. Stopped or killed, the same command goes on behind the last
 pass, and a further mode is all that is computed when one is added.
 
-Cost on one H200 at 204 frames, both branches of one text: 0.8 s a block in the official order, for each pass, and 0.4
-to 0.65 s a mode, twice with own streams; times 48 blocks and the noise levels, so that a pass of four modes takes about
-four minutes. 51 frames take an eighth. --texts N takes N times as long and N times the memory of streams; one text
-gives numbers, but no interval. Memory: see lockstep.py.
+Cost on one H200, both branches of one text: at 204 frames 0.8 s a block in the official order, for each pass, and 0.4
+to 0.65 s a mode, both with errors of blocks and with own streams; times 48 blocks and the noise levels. As recorded,
+with own streams alone, the first pass (both floors and two modes) took 342 s, one of four more modes 191 s and one of a
+single mode 90 s; at 51 frames, with all errors, a pass of four modes took 66 s. --texts N takes N times as long and N
+times the memory of streams; one text gives numbers, but no interval. Memory: see lockstep.py.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ from typing import Any
 
 import torch
 
+from solostep.benchmarks.cell_card import sampling, summary
 from solostep.benchmarks.entry import exit_code
-from solostep.benchmarks.environment import environment
+from solostep.benchmarks.environment import clocks_of, environment
 from solostep.benchmarks.lockstep import FLOORS, Lockstep, Mode
 from solostep.benchmarks.matrix import code_identity
 from solostep.benchmarks.results import read_json, same_measurement, write_json, write_result
@@ -53,7 +55,10 @@ from solostep.engine.request import describe_device
 from solostep.engine.runtime import host_peak, numerics, pick_device, release_memory
 from solostep.quant.four_bit import expanded_by_torch
 
-MODES = ("bf16/bf16", "int8/int8", "int8/int8-fp8", "fp8/int8", "int8-weight/bf16", "fp8-weight/bf16", "nf4/bf16")
+MODES = (
+    "bf16/bf16", "int8/int8", "int8/int8-fp8", "fp8/int8", "int8-weight/bf16", "fp8-weight/bf16", "nf4/bf16",
+    "int4-weight/bf16",
+)  # fmt: skip
 SYNTHETIC = "synthetic"
 PER_PASS = 4
 MEASURING = ("lockstep.py", "drift_*.py", "floors.py", "full_size.py", "synthetic*.py")
@@ -225,10 +230,13 @@ def run_passes(
         )  # fmt: skip
         if made.parked:
             print("Residual streams wait in host memory.", file=sys.stderr, flush=True)
-        drifts = made.run()
+        with sampling(samples.device) as sampled:
+            sampled.busy = True
+            drifts = made.run()
         seconds = time.perf_counter() - start
+        of_pass = {"seconds": seconds, "modes": len(missing), "samples": sampled.samples}
         for drift in drifts:
-            values = {name: getattr(drift, name) for name in FIELDS} | {"seconds": seconds, "modes": len(missing)}
+            values = {name: getattr(drift, name) for name in FIELDS} | of_pass
             write_json(pass_file(root, key, drift.mode, t), values)
         del made, drifts
         release_memory(samples.device)
@@ -371,7 +379,8 @@ def write_mode(
     values = joined(samples, whole, len(subject.prompts))
     plain = expanded_by_torch([mode.precision], device)
     events = list(dict.fromkeys([one["note"] for one in whole if one["note"]] + ([plain] if plain else [])))
-    result = result_of(subject, mode, values, where, identity, seconds, device, events)
+    running = summary([sample for one in whole for sample in one["samples"]])
+    result = result_of(subject, mode, values, clocks_of(where, running), identity, seconds, device, events)
     return write_result(result_file(root, mode, identity), result)
 
 

@@ -339,11 +339,12 @@ def _of_clip(base: Cell, options: Options, folder: ModelFolder, device: torch.de
     budget = {"vram": _largest(options.vram), "host_ram": _largest(options.host_ram)}
     official = replace(base, role="reference", attention=OFFICIAL, **budget)
     drift = tuple(x for x in base.levels if x in DRIFT)
+    floor = tuple(x for x in base.levels if x in (*DRIFT, "score"))  # whether rounding alone loses a prompt
     if stored is None:
         others = {
             "reference": official,
-            "floor-order": replace(official, role="floor-order", levels=drift),
-            "floor-backend": replace(official, role="floor-backend", levels=drift),
+            "floor-order": replace(official, role="floor-order", levels=floor),
+            "floor-backend": replace(official, role="floor-backend", levels=floor),
             "other-seed": replace(
                 official,
                 role="other-seed",

@@ -36,7 +36,7 @@ from solostep.benchmarks.report_tables import (
     times_cell,
     whole_video,
 )
-from solostep.benchmarks.results import Result, read_results
+from solostep.benchmarks.results import Result, read_results, results_below
 from solostep.engine.errors import SolostepError, UsageError, first_line
 from solostep.engine.files import replacing
 
@@ -52,17 +52,8 @@ OPENING = re.compile(r"<!-- table: ([\w-]+) -->")
 
 
 def results_in(folder: Path) -> list[Result]:
-    """The results of a folder and those below it; none where it does not exist."""
-    if not folder.is_dir():
-        return []
-    found: list[Result] = []
-    for place in [folder, *sorted(p for p in folder.rglob("*") if p.is_dir())]:
-        try:
-            found += read_results([place])
-        except UsageError as error:
-            if "holds no result" not in str(error):
-                raise
-    return found
+    """The results of a folder and those below it; none where it does not exist, or has none."""
+    return read_results(results_below(folder))
 
 
 # --- the tables ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ A measurement is a command of its own, with its own log below OUT/logs, a limit 
 it has ended well. Run again, what is marked is passed over, and what failed or was cut is tried again; a bench goes on
 from the step it was cut at. With --seconds everything is ended then, and only what goes on later is begun without the
 time to end. Several cards share the list: each takes the first measurement that may begin. They should be alike, and
-nothing else should run on them.
+nothing else should run on them. All of it takes one H200 about three hours: every precision at 204 frames and shorter
+clips, and within budgets of the card's memory; drift at the released size and of the demo; kernels and decoding.
 """
 
 from __future__ import annotations
@@ -75,6 +76,12 @@ def speed_job(
     return Job(name, command, seconds, needs, resumes=True)
 
 
+def drift_job(name: str, seconds: float, *options: str) -> Job:
+    """Drift of all modes and floors at the released size, on weights that are drawn as it goes."""
+    command = (*PYTHON, "solostep.benchmarks.full_size", "drift", *options, "-o", f"{{out}}/h200/{name}")
+    return Job(name, command, seconds, resumes=True)
+
+
 def whole_job(
     name: str, seconds: float, budgets: tuple[str, ...], *options: str, to: str = "whole-h200", stored: bool = False
 ) -> Job:  # fmt: skip
@@ -101,11 +108,13 @@ def kernels_job(tokens: int, seconds: float) -> Job:
     return Job(name.replace("-h200", ""), (*PYTHON, "solostep.benchmarks.kernels", *options), seconds)
 
 
-LONG = ("--frames", "204")
+LONG, SHORT = ("--frames", "204"), ("--frames", "136,102,51")
+BUDGETS = "48GB,24GB,16GB,12GB"
+WEIGHTS = "int8-weight,fp8-weight,nf4,int4-weight"
+"""Precisions of weights alone."""
 LATENTS = ("--latents-only", "--cached-texts")
 MORE = ("--steps", "6", *LATENTS)
 """Of clips whose second step still prepares what later ones repeat."""
-FULL_SIZE = (*PYTHON, "solostep.benchmarks.full_size", "drift")
 DEMO = (
     *BENCH, "--device", "cuda", "-n", "32", "--seeds", "4", "--levels", "blocks,teacher,free,video,score",
     "--jobs", "12", "-o", "{out}/demo",
@@ -118,18 +127,21 @@ JOBS: tuple[Job, ...] = (
         "fifty", 1050, *LONG, "--precision", "int8", "--attention", "int8-fp8", steps=50,
         needs=(MODEL, "tests-attention"),
     ),
-    Job(
-        "drift-204",
-        (*FULL_SIZE, "--frames", "204", "--times", "1", "--what", "own", "-o", "{out}/h200/drift-204"), 480,
-        resumes=True,
-    ),
+    drift_job("drift-204", 650, *LONG, "--times", "1", "--what", "own"),
     Job("demo", (*DEMO, "--precision", "bf16,int8,fp8,int8-weight,fp8-weight,nf4,int4-weight"), 480, resumes=True),
     kernels_job(75_888, 340),
     speed_job("budgets", 560, *LONG, "--precision", "int8", "--vram", "80GB,48GB,24GB,16GB,12GB,8GB"),
     speed_job("weights", 320, *LONG, "--precision", "int8-weight,fp8-weight,nf4", "--vram", "none"),
     speed_job("resident", 330, *LONG, "--precision", "int8,fp8,bf16", "--vram", "none"),
     speed_job("reference", 115, *LONG, "--precision", "int8", roles="reference"),
-    speed_job("short", 330, "--frames", "136,102,51", "--precision", "int8", "--vram", "48GB,12GB"),
+    speed_job("short", 330, *SHORT, "--precision", "int8", "--vram", "48GB,12GB"),
+    speed_job("int4", 110, *LONG, "--precision", "int4-weight", "--vram", "none"),
+    speed_job("budgets-16", 760, *LONG, "--precision", "fp8,bf16", "--vram", BUDGETS),
+    speed_job("budgets-weights", 1440, *LONG, "--precision", WEIGHTS, "--vram", BUDGETS),
+    speed_job("short-rest", 780, *SHORT, "--precision", f"bf16,fp8,{WEIGHTS}", "--vram", "none"),
+    speed_job("short-int8", 390, *SHORT, "--precision", "int8", "--vram", "none,24GB,16GB"),
+    # Six texts, which is the fewest that make an interval.
+    drift_job("drift-texts", 450, "--frames", "51", "--times", "1", "--texts", "6", "--what", "own"),
     Job(MODEL_FP8, (*PYTHON, "solostep.benchmarks.synthetic", "{model}-fp8", "--precision", "fp8"), 65),
     # Blocks come from files in the form in which they are computed only.
     whole_job("files", 130, ("12GB",), *LONG, *LATENTS, "--host-ram", "4GB", stored=True, to="files-h200"),
@@ -146,9 +158,7 @@ JOBS: tuple[Job, ...] = (
     ),
     speed_job("bf16", 130, *LONG, "--precision", "bf16", "--vram", "80GB"),
     Job("block", (*WIDTH, "block", "--repeats", "3", "-o", "{out}/block-h200.jsonl"), 120),
-    Job(
-        "drift-51", (*FULL_SIZE, "--frames", "51", "--times", "2", "-o", "{out}/h200/drift"), 230, resumes=True,
-    ),
+    drift_job("drift-51", 350, "--frames", "51", "--times", "2"),
     Job("folds", (*PYTHON, "solostep.benchmarks.fp8_sums", "--card", "-o", "{out}/folds-h200.jsonl"), 90),
     Job("demo-fast", (*DEMO, "--precision", "int8", "--attention", "int8-fp8"), 90, ("demo",), resumes=True),
     kernels_job(5_007, 110),

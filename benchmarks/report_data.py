@@ -496,12 +496,13 @@ def _median(samples: Samples) -> float:
 def _judge(group: Group) -> None:
     for row in group.modes:
         row.verdict = judge(row, group.floors)
-        row.lost = lost(row.followed, group.reference.followed) if group.reference else None
     for floor in group.floors:
         if floor.drift:
             floor.verdict = Verdict("unknown", "what rounding alone does")
     if group.reference:
         group.reference.verdict = Verdict("unknown", "what all others are compared with")
+        for row in [*group.modes, *group.floors]:
+            row.lost = lost(row.followed, group.reference.followed)
     elif not group.drawn or any(row.step for row in group.rows):  # else its drift has the reference in every pass
         group.notes.append(
             "No result of the reference (role reference: precision bf16, attention official) is among these, so no "

@@ -11,8 +11,9 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from glob import escape
 from pathlib import Path
@@ -26,6 +27,8 @@ MARK = "solostep_bench"
 """The key by which such a file is known; its value is :data:`VERSION`."""
 FAILED = ".failed.json"
 """Behind the name of a cell that failed: why it did. No result, and passed over when a folder is read."""
+ASIDE = ("cache", "passes", "logs", "done")
+"""Folders below those of results that hold none: parts of measurements, outputs and marks."""
 ROLES = ("reference", "floor-backend", "floor-order", "mode", "other-seed")
 """The BF16 reference run in the official numerics; two equal computations in another order, between which and the
 reference lies the noise; a mode that is judged; and the reference with other seeds, which is as far as two good videos
@@ -408,7 +411,8 @@ def read_result(path: str | Path) -> Result:
 
 
 def result_files(places: Iterable[str | Path]) -> list[Path]:
-    """The results among files and in folders, each once. A folder's other JSON files are passed over, a file is not.
+    """The results among files and in folders and all below them, each once. A folder's other JSON files are passed
+    over, a file is not.
 
     Raises:
         UsageError: a place is not there, or a folder without any result.
@@ -420,11 +424,24 @@ def result_files(places: Iterable[str | Path]) -> list[Path]:
                 raise UsageError(f"{place} is not there; give results of `solostep bench`, or the folder of them.")
             files.append(place)
             continue
-        found = [p for p in sorted(place.glob("*.json")) if not p.name.startswith(".") and _is_result(p)]
+        found = results_below(place)
         if not found:
             raise UsageError(f"{place} holds no result; `solostep bench -o {place}` makes some.")
         files += found
     return list(dict.fromkeys(files))
+
+
+def results_below(place: Path) -> list[Path]:
+    """The results in a folder and below it; none where there is none, or no folder."""
+    return [path for path in _json_below(place) if _is_result(path)]
+
+
+def _json_below(place: Path) -> Iterator[Path]:
+    """The JSON files of a folder, then those of the folders below it, by name. Nothing whose name begins with a dot, no
+    folder of :data:`ASIDE`, and no link to a folder, which might lead back."""
+    for folder, names, files in os.walk(place):
+        names[:] = sorted(name for name in names if not name.startswith(".") and name not in ASIDE)
+        yield from (Path(folder, f) for f in sorted(files) if f.endswith(".json") and not f.startswith("."))
 
 
 def _is_result(path: Path) -> bool:
@@ -438,18 +455,36 @@ def _is_result(path: Path) -> bool:
 
 
 def read_results(places: Iterable[str | Path]) -> list[Result]:
-    """All results of files and folders.
+    """All results of files and of folders and all below them; a measurement that is there in several copies, once.
 
     Raises:
-        UsageError: as :func:`read_result` and :func:`result_files`.
+        UsageError: as :func:`read_result` and :func:`result_files`; two files that hold one measurement are not equal.
     """
-    return [read_result(path) for path in result_files(places)]
+    places = list(map(Path, places))
+    found: dict[tuple[str, str], Result] = {}
+    for path in result_files(places):
+        try:
+            result = read_result(path)
+        except UsageError as error:
+            if path in places:  # asked for by name
+                raise
+            raise UsageError(
+                f"{path} is no result that can be read; delete it or move it elsewhere. What is wrong: {error}"
+            ) from None
+        first = found.setdefault((result.id, environment_key(result.environment)), result)
+        if first != result:
+            raise UsageError(
+                f"{first.path} and {path} hold the same measurement, {result.id}, with other numbers; delete one of "
+                "them or move it elsewhere."
+            )
+    return list(found.values())
 
 
 def failed_in(places: Iterable[str | Path], results: Sequence[Result] = ()) -> list[str]:
     """A line for each cell of these folders that failed, and that is not among the results: which, and why."""
     lines, there = [], [result.cell.as_dict() for result in results]
-    for path in (p for place in map(Path, places) if place.is_dir() for p in sorted(place.glob(f"*{FAILED}"))):
+    folders = [place for place in map(Path, places) if place.is_dir()]
+    for path in dict.fromkeys(p for place in folders for p in _json_below(place) if p.name.endswith(FAILED)):
         with contextlib.suppress(UsageError):
             told = read_json(path)
             if isinstance(told, dict) and {"label", "error"} <= set(told) and told.get("cell") not in there:

@@ -2,9 +2,9 @@
 first and then several at a time.
 
 A process of its own: no cell sees the memory, the allocator or the compiled kernels of another, and one that
-crashes takes nothing with it. A result is there once it is whole. Run again, a folder's finished cells are passed over:
-those of the same identity, versions and machine. One that was stopped goes on where it was. What failed is kept beside
-the results and tried again.
+crashes takes nothing with it; where the runner itself is killed, they end as well (Linux). A result is there once it
+is whole. Run again, a folder's finished cells are passed over: those of the same identity, versions and machine. One
+that was stopped goes on where it was. What failed is kept beside the results and tried again.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ class Runner:
             spec, out = Path(scratch) / "spec.json", Path(scratch) / "result.json"
             write_json(spec, spec_of(planned, str(self.matrix.device), self.rates))
             lines: list[str] = []
-            call = [*self.command, str(spec), str(out), "--work", str(self.folder / WORK)]
+            call = [*self.command, str(spec), str(out), "--work", str(self.folder / WORK), "--parent", str(os.getpid())]
             code, late = self._watched(call, lines, lambda line: self.show.status(f"{head}: {line}"))
             seconds = time.monotonic() - start
             if self.stopped:  # not a failure of the cell

@@ -168,7 +168,7 @@ def make_result(
         result["speed"] = _speed(step * mode["time"], rng, steps, full_cell["num_frames"])
         result["memory"] = _memory(memory * mode["memory"], full_cell["vram"])
         result["memory"]["stages"] = _stages(result)
-    if "score" in levels and mode.get("role", "reference") == "reference":  # floors and other seeds have none
+    if "score" in levels and mode.get("role") != "other-seed":
         result["score"] = score(len(the_pairs), lost)
     return result
 

@@ -3,12 +3,17 @@ and what a stop leaves behind."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +27,7 @@ from typer.testing import CliRunner
 from solostep.benchmarks import bench, report_html, runner
 from solostep.benchmarks import cell as cell_module
 from solostep.benchmarks.matrix import Matrix, Options, build, weights_identity
+from solostep.benchmarks.readme_tables import FULL, RESULTS, ROOT, results_in
 from solostep.benchmarks.results import FAILED, read_result, read_results
 from solostep.benchmarks.runner import Outcome, Runner, spec_of
 from solostep.engine.errors import UsageError
@@ -305,6 +311,80 @@ def test_a_stop_keeps_what_is_done(bed: Bed, number: signal.Signals, monkeypatch
     assert status(bed.run()) == ["skipped", "done", "done"]
 
 
+RUN = """
+import sys
+from pathlib import Path
+from solostep.benchmarks import runner
+from solostep.benchmarks.bench import Shown
+from solostep.benchmarks.matrix import Options, build
+matrix = build(Options(
+    device="cpu", model=sys.argv[3], precision=("int8", "fp8"), n=1, steps=(2,), roles=("mode",), levels=("teacher",)
+))
+list(runner.Runner(matrix, Path(sys.argv[1]), Shown(), command=(sys.executable, sys.argv[2]), jobs=2).run())
+"""
+SILENT = """
+import os, time
+from pathlib import Path
+from solostep.benchmarks import cell
+
+def measure(spec, work, *_, **more):
+    mark = Path(work) / str(os.getpid())
+    work.mkdir(exist_ok=True)
+    mark.touch()
+    try:
+        time.sleep(600)
+    except KeyboardInterrupt:
+        mark.write_text("stopped")
+        raise
+
+cell.measure = measure
+cell.main()
+"""
+TINY = Path(__file__).resolve().parents[1] / "golden" / "tiny-stepvideo-t2v"
+
+
+def runs_on(pid: int) -> bool:
+    """Whether a process is there, and is not only what is left of one that nobody waited for."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def until(true: Callable[[], bool], seconds: float = 120) -> bool:
+    late = time.monotonic() + seconds
+    while not (found := true()) and time.monotonic() < late:
+        time.sleep(0.05)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a signal of Linux")
+def test_cells_end_with_a_runner_that_is_killed(tmp_path: Path):
+    """They say nothing, so no broken pipe ends them; and they end as by Ctrl-C, which keeps what they have."""
+    script, work = tmp_path / "silent.py", tmp_path / "results" / "cache"
+    script.write_text(SILENT)
+    call = [sys.executable, "-c", RUN, str(tmp_path / "results"), str(script), str(TINY)]
+    pids: list[int] = []
+    with subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            assert until(lambda: process.poll() is not None or len(list(work.glob("[0-9]*"))) == 2)
+            pids = [int(mark.name) for mark in work.glob("[0-9]*")]
+            assert len(pids) == 2 and all(map(runs_on, pids))
+            process.kill()
+            assert until(lambda: not any(map(runs_on, pids)), 30)
+            assert [mark.read_text() for mark in work.glob("[0-9]*")] == ["stopped"] * 2
+        finally:
+            process.kill()
+            for pid in filter(runs_on, pids):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a signal of Linux")
+def test_a_cell_whose_runner_is_gone_does_not_begin(tmp_path: Path):
+    call = [sys.executable, "-m", "solostep.benchmarks.cell", "none.json", str(tmp_path / "a.json"), "--parent", "1"]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.returncode == 130 and "none.json" not in done.stderr
+
+
 # --- the command --------------------------------------------------------------------------------------------------
 
 
@@ -336,6 +416,19 @@ def test_the_command(bed: Bed, call: Any, monkeypatch: pytest.MonkeyPatch):
     assert found.environment["command"] == "solostep bench --precision int8"  # without the place of the program
     assert found.cell.seeds == (1,)
     assert "6 there already" in call("--precision", "int8,fp8", "--seeds", "1", "--dry-run").stdout
+
+
+def test_the_costs_are_those_that_were_recorded():
+    """Seconds a step in the help, beside the results that are kept."""
+    found = {}
+    for result in results_in(ROOT / RESULTS / FULL):
+        if result.speed and result.cell.num_frames == 204 and result.cell.vram is None:
+            found[result.label] = statistics.median(result.speed["step_seconds"])
+    if not found:
+        pytest.skip("no results beside this code")
+    told = [float(number) for number in re.findall(r"([0-9.]+) s\b", bench.COSTS)]
+    weights = statistics.mean(s for label, s in found.items() if re.match("[a-z0-9]+-weight|nf4", label))
+    assert told == pytest.approx([found["reference"], found["fp8 · int8 attention"], weights], rel=0.03)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 
 from solostep.benchmarks import cell_card, cell_speed
 from solostep.benchmarks.cell_card import cards, number_of, sampling, summary, taken
-from solostep.benchmarks.environment import clocks_of, variables
+from solostep.benchmarks.environment import clocks_of, shown, variables
 
 SMI = """#!{python} -S
 import sys
@@ -98,7 +98,19 @@ def test_an_environment_has_the_clocks_of_the_run() -> None:
     idle = {"clocks": {"sm_mhz": 210.0, "power_limit_w": 700.0}, "card": "x"}
     made = clocks_of(idle, {"sm_mhz": 1410.0, "samples": 3})
     assert made == {"clocks": {"sm_mhz": 1410.0, "power_limit_w": 700.0, "samples": 3}, "card": "x"}
-    assert clocks_of(idle, None) == idle
+    assert clocks_of(idle, None) == {"clocks": {"power_limit_w": 700.0}, "card": "x"}
+    assert clocks_of({"clocks": None}, None) == {"clocks": None}  # no card
+
+
+def test_a_module_is_called_by_its_name() -> None:
+    """So that a recorded command can be typed, but for folders of the machine."""
+    place = Path(cell_card.__file__).parent
+    assert shown([str(place / "full_size.py"), "drift", "-o", "/a/b/c"]) == (
+        "python -m solostep.benchmarks.full_size drift -o .../c"
+    )
+    assert shown(["/usr/bin/solostep", "bench", "-m", "a b"]) == "solostep bench -m 'a b'"
+    assert shown(["/some/where/full_size.py", "drift"]) == "full_size.py drift"
+    assert shown("as it is") == "as it is"
 
 
 def test_variables_without_secrets_and_folders() -> None:

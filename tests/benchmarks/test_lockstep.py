@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from solostep.benchmarks import full_size
+from solostep.benchmarks.cell_card import Sampling
 from solostep.benchmarks.floors import permute
 from solostep.benchmarks.lockstep import FLOORS, Lockstep, Mode, Streams, compared, shared
 from solostep.benchmarks.results import read_result
@@ -223,6 +226,19 @@ def test_passes_of_few_modes_are_kept_one_by_one(
         assert wrong[0] in capsys.readouterr().err
 
 
+def clocks_by_pass(*clocks: float) -> Any:
+    """In the place of a card's: a sample in each pass, of this clock, if the pass said that it was busy."""
+    left = list(clocks)
+
+    @contextlib.contextmanager
+    def sampling(device: torch.device) -> Iterator[Sampling]:
+        found = Sampling([])
+        yield found
+        found.samples += [(left.pop(0), 600.0, 50.0)] if found.busy else []
+
+    return sampling
+
+
 def test_the_command_writes_results_goes_on_and_adds_modes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,9 +256,13 @@ def test_the_command_writes_results_goes_on_and_adds_modes(
     assert len(mode.drift["blocks"]["error"]) == 2
     assert len(mode.drift["blocks"]["samples"]) == 4
     assert len(mode.drift["teacher"]["error"][0]) == len(mode.drift["teacher"]["sigmas"]) == 2
+    assert mode.environment["clocks"] is None  # of no card
+    monkeypatch.setattr(full_size, "sampling", clocks_by_pass(1980.0, 1500.0))
     assert full_size.main([*call, "--mode", "fp8/bf16"]) == 0
     assert passes == [3, 3, 1, 1]
     assert len(list(tmp_path.glob("*.json"))) == 4
+    (clocks,) = (r.environment["clocks"] for p in tmp_path.glob("fp8*.json") if (r := read_result(p)))
+    assert clocks["samples"] == 2 and (clocks["sm_mhz"], clocks["sm_mhz_least"]) == (1740, 1500)
     assert "is there already" in capsys.readouterr().err
     assert full_size.main([*call, "--times", "99"]) == 2
     assert "--times" in capsys.readouterr().err

@@ -70,7 +70,10 @@ def test_roles_and_levels():
     assert of(precision=("int8",), levels=("speed",)) == [("reference", "reference"), ("mode", "int8 · official")]
     assert of(precision=("int8",), roles=("mode",)) == [("mode", "int8 · official")]
     made = build(Options(device="cpu", precision=("int8",), levels=("score", "free")))
-    assert [p.cell.levels for p in made.planned][1:3] == [("free",), ("free",)]  # a floor's prompts are the reference's
+    assert {p.cell.role: p.cell.levels for p in made.planned} == {
+        "reference": ("free", "score"), "floor-order": ("free", "score"), "floor-backend": ("free", "score"),
+        "other-seed": ("free",), "mode": ("free", "score"),
+    }  # fmt: skip
 
 
 def test_defaults_give_intervals():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections import Counter
@@ -13,6 +14,7 @@ import pytest
 
 from solostep.benchmarks import record
 from solostep.benchmarks.record import Job, Recording
+from solostep.benchmarks.statistics import fewest
 from solostep.engine.errors import UsageError
 
 
@@ -81,6 +83,87 @@ def test_what_goes_on_later_is_cut_at_the_end(tmp_path: Path, monkeypatch: pytes
     assert not Recording([replace(long, resumes=True)], tmp_path, tmp_path / "model", seconds=2).run(["0"])
     assert 1 < time.monotonic() - start < 30
     assert sorted(ran(tmp_path)) == ["long"] and not list((tmp_path / "done").iterdir())
+
+
+def test_two_cards_work_at_what_goes_on_later_and_are_cut_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each waits for the other to have begun, which a single card would never see, and then for longer than there is;
+    the same list goes on with both."""
+    monkeypatch.setattr(record, "LEAST", 1.0)
+
+    def meeting(name: str, other: str) -> Job:
+        waits = (
+            f"place = r'{tmp_path}/'; "
+            f"[time.sleep(0.01) for _ in range(3000) if not os.path.exists(place + '{other}.ran')]; "
+            f"open(place + '{name}.met', 'w').close(); time.sleep(600)"
+        )
+        return replace(job(name, waits, seconds=1000), resumes=True)
+
+    jobs = [meeting("one", "two"), meeting("two", "one")]
+    start = time.monotonic()
+    recording = Recording([*jobs, job("late", seconds=1000)], tmp_path, tmp_path / "model", seconds=8)
+    assert not recording.run(["0", "1"])
+    assert 7 < time.monotonic() - start < 60
+    assert sorted(p.stem for p in tmp_path.glob("*.met")) == ["one", "two"]
+    assert sorted(ran(tmp_path).values()) == ["0", "1"] and not list((tmp_path / "done").iterdir())
+    assert [left.name for left in recording.waiting] == ["late"] and not recording.running
+    ended = [replace(job(name, seconds=1000), resumes=True) for name in ("one", "two")]
+    assert Recording(ended, tmp_path, tmp_path / "model", seconds=100).run(["0", "1"])
+
+
+def of_program(name: str) -> list[Job]:
+    return [made for made in record.JOBS if made.command[2] == f"solostep.benchmarks.{name}"]
+
+
+def test_all_precisions_are_recorded_at_all_lengths_and_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what `bench` makes of the commands, which are right as options; each of a folder of its own."""
+    import typer
+    from typer.testing import CliRunner
+
+    from solostep.benchmarks import bench, matrix
+
+    asked: list[matrix.Options] = []
+
+    def build(options: matrix.Options) -> None:
+        matrix.check_options(options)
+        asked.append(options)
+        raise UsageError("seen")
+
+    monkeypatch.setattr(matrix, "build", build)
+    app = typer.Typer()
+    bench.register(app)
+    jobs = of_program("bench")
+    for made in jobs:
+        assert "seen" in CliRunner().invoke(app, list(made.command[3:])).output
+    assert len(asked) == len(jobs)
+    cells = {
+        (frames, precision, vram)
+        for options in asked
+        for frames, precision, vram in itertools.product(options.frames, options.precision, options.vram)
+        if options.model is not None and "mode" in options.roles
+    }
+    precisions = ("bf16", "fp8", "int8", "int8-weight", "fp8-weight", "nf4", "int4-weight")
+    assert cells >= set(itertools.product((204, 136, 102, 51), precisions, (None,)))
+    assert cells >= set(itertools.product((204,), precisions, ("48GB", "24GB", "16GB", "12GB")))
+    assert cells >= set(itertools.product((136, 102, 51), ("int8",), (None, "48GB", "24GB", "16GB", "12GB")))
+    places = [made.command[made.command.index("-o") + 1] for made in (*jobs, *of_program("full_size"))]
+    assert [p for p, n in Counter(places).items() if n > 1] == ["{out}/demo"]  # modes of one reference
+
+
+def test_drift_is_of_all_modes() -> None:
+    """Commands that full_size reads; every precision, and texts enough for an interval."""
+    from solostep.benchmarks import full_size
+    from solostep.benchmarks.lockstep import Mode
+
+    read = {made.name: full_size.parser().parse_args(made.command[3:]) for made in of_program("full_size")}
+    assert set(read) == {"drift-204", "drift-51", "drift-texts"}
+    for name, args in read.items():
+        assert args.command == "drift" and args.mode is None and str(args.output) == f"{{out}}/h200/{name}"
+    assert read["drift-texts"].texts >= fewest()
+    assert {Mode.parse(mode).precision for mode in full_size.MODES} == {
+        "bf16", "int8", "fp8", "int8-weight", "fp8-weight", "nf4", "int4-weight"
+    }  # fmt: skip
 
 
 def test_every_command_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

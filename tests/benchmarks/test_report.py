@@ -24,11 +24,21 @@ from solostep.benchmarks.report_headline import headline
 from solostep.benchmarks.report_html import page
 from solostep.benchmarks.report_labels import covered, free_box, spread
 from solostep.benchmarks.report_markdown import markdown, plain
-from solostep.benchmarks.report_measures import Share, amount, end_to_end, gigabytes, number, seconds, share
+from solostep.benchmarks.report_measures import MISSING, Share, amount, end_to_end, gigabytes, number, seconds, share
 from solostep.benchmarks.report_origins import mixed
 from solostep.benchmarks.report_pictures import amplification, read_frames
 from solostep.benchmarks.report_plots import budgets as budgets_plot
-from solostep.benchmarks.report_tables import RESUMED, Cell, budgets, environments, gigabytes_of, summary, whole_video
+from solostep.benchmarks.report_tables import (
+    RESUMED,
+    Cell,
+    budgets,
+    environments,
+    followed,
+    gigabytes_of,
+    scores,
+    summary,
+    whole_video,
+)
 from solostep.benchmarks.results import Result, read_results
 from solostep.engine.errors import UsageError
 
@@ -196,7 +206,7 @@ def test_sizes_models_cards_and_settings_are_not_mixed(tmp_path: Path):
         made.make_result("int8 · int8 attention", model="some/folder/other"),
         made.make_result("int8 · int8 attention", env=made.environment("Another card")),
         made.make_result("int8 · int8 attention", steps=24),
-        made.make_result("int8 · int8 attention", synthetic={"generator": "x", "seed": 0}),
+        made.make_result("int8 · int8 attention", synthetic={"generator": "x", "seed": 0}) | {"id": "e" * 16},
     ]
     made.write_results(tmp_path, [one])
     for i, other in enumerate(others):
@@ -472,6 +482,22 @@ def test_pairs_are_matched_by_name(tmp_path: Path):
     made.write_results(tmp_path / "b", [mode, floor])
     after = read(tmp_path / "b")[0].modes[0].verdict
     assert before and after and before.times == after.times and before.times and before.times.n == 8
+
+
+def test_a_floor_loses_prompts_too_or_was_not_asked(tmp_path: Path):
+    """What rounding alone loses stands beside what modes do; older floors have no score, and say nothing of it."""
+    mode = "int8 · int8 attention"
+    older = made.make_result("floor-order") | {"score": None}
+    results = [made.make_result("reference"), made.make_result("floor-backend", lost=(2,)), older]
+    made.write_results(tmp_path, [*results, made.make_result(mode, lost=(2, 3))])
+    (group,) = read(tmp_path)
+    backend, order = sorted(group.floors, key=lambda row: row.role)
+    assert len(backend.lost or {}) == 1 and order.lost is None and len(group.modes[0].lost or {}) == 2
+    assert "7 of 8" in followed(backend).text and followed(backend).more.endswith("1 prompt lost")
+    assert followed(order).text == MISSING
+    (found,) = [table for table in [scores(group)] if table]
+    assert [row[0].text for row in found.rows] == ["reference: bf16, official", backend.name, mode]
+    assert any(note.startswith(f"Lost by {backend.name}: ") for note in found.footnotes)
 
 
 def test_prompts_that_are_lost(tmp_path: Path):

@@ -100,8 +100,14 @@ def test_times_are_held_against_the_spread_of_steps(tmp_path: Path):
     steady = [2.0 + 0.002 * (i % 3) for i in range(8)]
     (change,) = compare(*two(tmp_path / "b", [timed(steady)], [timed([1.02 * s for s in steady])])).changes
     assert outside(change) == ["1.02× slower"]
-    (change,) = compare(*two(tmp_path / "c", [timed([2.0])], [timed([2.04])])).changes
-    assert outside(change) == [] and untold(change) == ["seconds a step: 1 timed, held against 3 %"]
+    found = compare(*two(tmp_path / "c", [timed(steady[:2])], [timed([1.2 * s for s in steady])]))
+    (change,) = found.changes
+    assert outside(change) == [] and speed_margin(change.before, change.after) is None
+    (said,) = untold(change)
+    assert said == "seconds a step: 2 timed, too few steps to tell; 6 show their spread"
+    assert table(found).rows[0][1].text == "too few to tell"
+    enough = compare(*two(tmp_path / "d", [timed(steady[:6])], [timed([1.2 * s for s in steady[:6]])])).changes
+    assert outside(enough[0]) == ["1.20× slower"] and untold(enough[0]) == []
 
 
 def test_too_few_prompts_are_said(tmp_path: Path):

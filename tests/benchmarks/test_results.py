@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from solostep.benchmarks import results
-from solostep.benchmarks.results import Cell, environment_key, read_result, read_results, write_result
+from solostep.benchmarks.readme_tables import results_in
+from solostep.benchmarks.results import Cell, environment_key, read_result, read_results, write_json, write_result
 from solostep.engine.errors import OutputError, UsageError
 
 
@@ -119,7 +120,7 @@ def test_folders_hold_more_than_results(tmp_path: Path):
         read_results([tmp_path])
     with pytest.raises(UsageError, match="is not there"):
         read_results([tmp_path / "none"])
-    a, b = (write_result(tmp_path / f"{name}.json", example() | {"label": name}) for name in "ab")
+    a, b = (write_result(tmp_path / f"{name}.json", example() | {"label": name, "id": name * 16}) for name in "ab")
     (tmp_path / "other.json").write_text("{}")
     (tmp_path / f"c{results.FAILED}").write_text(json.dumps({"solostep_bench": 1}))
     assert [r.label for r in read_results([tmp_path])] == ["a", "b"]
@@ -127,8 +128,38 @@ def test_folders_hold_more_than_results(tmp_path: Path):
     with pytest.raises(UsageError, match="other.json"):
         read_results([tmp_path / "other.json"])  # asked for by name
     a.write_text('{"solostep_bench": 1, "id"')
-    with pytest.raises(UsageError, match="a.json"):
+    with pytest.raises(UsageError, match=r"a\.json is no result .*; delete it or move it elsewhere\. .*no JSON"):
         read_results([tmp_path])  # a damaged result does not drop out of a table without a word
+    with pytest.raises(UsageError, match="give a result of") as named:
+        read_results([a])
+    assert "delete" not in str(named.value)
+
+
+def test_folders_below_are_read_as_well(tmp_path: Path):
+    """As `record` lays them out: a folder for each measurement. What is no folder of results is passed over."""
+    (tmp_path / "loop").symlink_to(tmp_path)
+    for n, place in enumerate((".", "fifty", "short/more", "cache", "passes", "logs", "done", ".running-x")):
+        write_result(tmp_path / "h200" / place / "a.json", example() | {"label": place, "id": f"{n:016x}"})
+    write_json(tmp_path / "h200" / "short" / f"b{results.FAILED}", {"label": "nf4", "error": "no room"})
+    assert [r.label for r in read_results([tmp_path])] == [".", "fifty", "short/more"]
+    assert [r.label for r in results_in(tmp_path)] == [".", "fifty", "short/more"]
+    assert results.failed_in([tmp_path]) == [f"nf4 failed: no room (b{results.FAILED})"]
+    assert results_in(tmp_path / "h200" / "cache" / "none") == []
+    assert [r.label for r in read_results([tmp_path / "h200" / "cache"])] == ["cache"]  # asked for by name
+
+
+def test_a_measurement_in_two_files_is_one_result(tmp_path: Path):
+    one = example()
+    write_result(tmp_path / "a.json", one)
+    copy_of = write_result(tmp_path / "old" / "a.json", one)
+    (found,) = read_results([tmp_path])
+    assert found.path == tmp_path / "a.json"
+    elsewhere = write_result(tmp_path / "old" / "b.json", one | {"environment": {"card": "Another"}})
+    assert len(read_results([tmp_path])) == 2  # the same cell on another card
+    elsewhere.unlink()
+    write_json(copy_of, one | {"seconds": 9.0})
+    with pytest.raises(UsageError, match=r"a\.json and .*old.*a\.json hold the same measurement"):
+        read_results([tmp_path])
 
 
 def test_nothing_is_written_over(tmp_path: Path):
