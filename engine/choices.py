@@ -11,6 +11,7 @@ and nothing is examined.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -18,7 +19,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ QUICK_GEMMS = GEMMS[:2]
 QUICK_ROWS = 16_387
 """Rows of their products."""
 OPERATORS = "operators"
+LONG = 5.0
+"""Seconds of measuring after which it is said how many they were."""
 
 
 # ---------------------------------------------------------------- the cache of choices
@@ -252,14 +255,21 @@ def _is_as_then(verdict: Verdict, missing: str | None) -> bool:
     return (missing is None) != (verdict.status == "unavailable")
 
 
+@contextlib.contextmanager
+def told(what: str) -> Iterator[None]:
+    """Says what is measured now, and afterwards how long that took, if it was long."""
+    log.warning("%s, once for this card ...", what)
+    start = time.perf_counter()
+    yield
+    if (seconds := time.perf_counter() - start) >= LONG:
+        log.warning("... %s took %.0f s", what, seconds)
+
+
 def _measure_quickly(device: torch.device, mode: str, tokens: int) -> list[Verdict]:
     heads, length = fitting(device, tokens, QUICK_HEADS)
-    log.warning("measuring attention back ends for %s at %d tokens, once for this card ...", mode, length)
-    start = time.perf_counter()
     how = {"mode": mode, "tokens": length, "heads": heads, "budget_ms": QUICK_MS, "seed": fresh_seed()}
-    verdicts = _examined("attention", device, examine, **how)
-    seconds = time.perf_counter() - start
-    log.info("attention back ends for %s: %.1f s", mode, seconds)
+    with told(f"measuring attention back ends for {mode} at {length} tokens"):
+        verdicts = _examined("attention", device, examine, **how)
     warn_of_wrong("attention back end", verdicts)
     return verdicts
 
@@ -376,24 +386,20 @@ def product_choice(device: torch.device, kind: str) -> tuple[str, ...]:
 
 
 def _measure_products(device: torch.device, kind: str) -> list[Verdict]:
-    log.warning("measuring matrix products of %s, once for this card ...", kind)
-    start = time.perf_counter()
     rows = min(fitting_rows(device, shape, QUICK_ROWS) for shape in QUICK_GEMMS)
     how = {"kind": kind, "shapes": QUICK_GEMMS, "rows": rows, "budget_ms": QUICK_MS, "seed": fresh_seed()}
-    verdicts = _examined(
-        "products", device, lambda *of, **how: [*examine_products(*of, **how).verdicts.values()], **how
-    )
-    log.info("matrix products of %s: %.1f s", kind, time.perf_counter() - start)
+    with told(f"measuring matrix products of {kind}"):
+        verdicts = _examined(
+            "products", device, lambda *of, **how: [*examine_products(*of, **how).verdicts.values()], **how
+        )
     warn_of_wrong(f"matrix product {kind}", verdicts, "failed")
     return verdicts
 
 
 def _examine_operators(device: torch.device) -> list[Verdict]:
-    log.warning("examining the other kernels, once for this card ...")
-    start = time.perf_counter()
     refuse(device, ())
-    verdicts = _examined("operators", device, examine_operators, seed=fresh_seed())
-    log.info("the other kernels: %.1f s", time.perf_counter() - start)
+    with told("examining the other kernels"):
+        verdicts = _examined("operators", device, examine_operators, seed=fresh_seed())
     warn_of_wrong("the kernel of", verdicts, "failed")
     return verdicts
 

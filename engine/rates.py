@@ -30,7 +30,7 @@ from ..quant.linear import assign
 from ..quant.recipe import Recipe
 from .apart import measured_apart
 from .cached import share_in_memory
-from .choices import attention_choice, choices_key, settle, use_right_products
+from .choices import attention_choice, choices_key, settle, told, use_right_products
 from .config import CHUNK_FRAMES, CHUNK_LATENTS, CLIP_TOKENS, LLM_TOKENS, TransformerConfig, VAEConfig, cache_dir
 from .files import one_at_a_time, replacing
 from .machine import transfer_rates
@@ -134,8 +134,8 @@ _UNMEASURED: set[Path] = set()
 def _measure_and_keep(device: torch.device, mode: Mode, attention: str, file: Path) -> Rated | None:
     found = None
     try:
-        log.warning("measuring this card's speed for plans, once for this card and precision ...")
-        found = _measured(device, mode.recipe, attention)
+        with told("measuring for plans how fast this precision is"):
+            found = _measured(device, mode.recipe, attention)
     except Exception as error:  # whatever a driver or a compiler raises: a plan without times is better than no run
         log.warning("This card's speed could not be measured (%s); plans are without times.", reason_of(error))
     if found is None:
@@ -150,7 +150,6 @@ def _measure_and_keep(device: torch.device, mode: Mode, attention: str, file: Pa
 
 def _measured(device: torch.device, recipe: Recipe | None, attention: str) -> Rated:
     """By a process of its own, else by this one."""
-    start = time.perf_counter()
     # What the block needs to know is found out first, and said here.
     settle(device, () if recipe is None else kinds_of(kind for _, kind in recipe.rules))
     if attention != OFFICIAL:
@@ -159,9 +158,7 @@ def _measured(device: torch.device, recipe: Recipe | None, attention: str) -> Ra
     values = measured_apart(
         "rates", device, recipe=None if recipe is None else recipe.as_dict(), attention=attention
     )  # fmt: skip
-    found = measure(device, recipe, attention) if values is None else _rated(values)
-    log.info("this card's speed: %.1f s", time.perf_counter() - start)
-    return found
+    return measure(device, recipe, attention) if values is None else _rated(values)
 
 
 def measure(device: torch.device, recipe: Recipe | None, attention: str) -> Rated:

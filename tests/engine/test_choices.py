@@ -250,6 +250,17 @@ def test_size_classes_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- products and other kernels -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("seconds", "said"), [(4.9, []), (12.3, ["... measuring it took 12 s"])])
+def test_how_long_measuring_took_is_said(
+    seconds: float, said: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = iter((100.0, 100.0 + seconds))
+    monkeypatch.setattr(choices.time, "perf_counter", lambda: next(clock))
+    with choices.told("measuring it"):
+        assert caplog.messages == ["measuring it, once for this card ..."]
+    assert caplog.messages[1:] == said
+
+
 def test_products_are_measured_once_and_kept(card: FakeCard, notes: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
         settled = choices.settle(CARD, {"int8"})
