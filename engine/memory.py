@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -21,7 +22,20 @@ from .decoding import Decoding, by_speed, choose_decoding, first_choice, slower
 from .errors import SolostepError, UsageError
 from .forecast import where_blocks_stay
 from .models.vae_bytes_cpu import this_processor
-from .plan import CONTEXT, LONGEST_TEXT, MOST, PROGRAM, Limits, Plan, Rated, Use, as_placed, check_host, make_plan
+from .plan import (
+    CONTEXT,
+    LONGEST_TEXT,
+    MOST,
+    PROGRAM,
+    Limits,
+    Plan,
+    Rated,
+    Use,
+    as_placed,
+    check_host,
+    make_plan,
+    smallest,
+)
 from .precision import Mode
 from .progress import Progress, stage_of
 from .request import Job
@@ -31,6 +45,8 @@ from .streaming import NotPinned, PlacedTransformer, place
 from .text import LLMTokenizer
 from .units import parse_size
 
+PATIENCE = 3.0
+"""Seconds before what has run out of memory is tried again as it was."""
 SPARE = 200 << 20
 """Of a card's free memory, what is not planned with: kernels take some when they are first used."""
 Modes = Callable[[], tuple[Mode, Mode, str]]
@@ -325,16 +341,22 @@ class Memory:
 
     def spare(self, job: Job, say: Progress) -> PlacedTransformer:
         """Moves the transformer, which nobody else may hold, to a plan for nine tenths of the memory, or of what there
-        still is; if the host has no room for what leaves the card, it is loaded anew.
+        still is, or else to the smallest there is; if the host has no room for what leaves the card, it is loaded anew.
+        Where it is on the smallest already, a step may be repeated once as it is: who took the memory may be gone.
 
         Raises:
-            SolostepError: nothing smaller is possible.
+            SolostepError: there is less memory than any plan takes, or a repeated step had too little once more.
         """
         release_memory(self.device)
         if job.plan is None or self.placed is None:
             raise torch.OutOfMemoryError("there is nothing to give up")
-        room = min(int(job.plan.blocks.device * 0.9), self.room() + self.placed.device_bytes)
-        plan = self._plan_of(job, room, moves=True)
+        plan = self._smaller(job, job.plan, self.room() + self.placed.device_bytes)
+        if plan is None:
+            job.event(
+                f"Out of memory at step {job.saved.step + 1}: no plan takes less, and the step is repeated as it is."
+            )
+            time.sleep(PATIENCE)
+            return self.placed
         before = self.placed.plan.resident
         moved = self._move(plan, job, say)
         placed: PlacedTransformer = self.networks["transformer"]
@@ -345,6 +367,27 @@ class Memory:
             f"stay {where_blocks_stay(plan)}, where {before} did; the step is repeated."
         )
         return placed
+
+    def _smaller(self, job: Job, plan: Plan, room: int) -> Plan | None:
+        """A plan that takes less than ``plan``, in the room that there is; None for the same once more."""
+        try:
+            return self._plan_of(job, min(int(plan.blocks.device * 0.9), room), moves=True)
+        except SolostepError as error:
+            refused = error
+        itemsize = 4 if self.dtype == torch.float32 else 2
+        limits = Limits(MOST, None, plan.context, plan.program)
+        least = smallest(self.sizes, job.left, self.modes()[2], itemsize, limits)
+        if least > room:
+            raise refused
+        if least < plan.blocks.device:
+            return self._plan_of(job, least, moves=True)
+        if job.repeated == job.saved.step:
+            raise SolostepError(
+                f"Out of memory twice at step {job.saved.step + 1}, with the smallest plan there is; close other "
+                "programs that use this memory, or make a smaller or shorter clip (--height, --width, --frames)."
+            )
+        job.repeated = job.saved.step
+        return None
 
     def _load(self, job: Job, say: Progress) -> PlacedTransformer | None:
         """The transformer, loaded; None if its plan was too large for what there is. Then the job has a smaller one.

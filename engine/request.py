@@ -167,6 +167,8 @@ class Job:
     saved_at: Path | None = None
     save_failed: bool = False
     plan: Plan | None = None
+    repeated: int | None = None
+    """The step that was repeated as it was, as no plan takes less memory."""
     events: list[str] = field(default_factory=list)
     """What did not go as planned, for the record."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +21,7 @@ from .checkpoint import ModelFolder, load
 from .decoding import how_decoded
 from .errors import OutputError
 from .failures import steps_are_kept
-from .memory import Memory
+from .memory import PATIENCE, Memory
 from .models.vae import decode_chunks
 from .plan import first_frame
 from .precision import Mode
@@ -61,7 +62,7 @@ class Stages:
             for job in jobs:
                 job.event("Out of memory in the text encoders; they begin again alone.", quiet=job is not jobs[0])
 
-        return self._twice(encode, failed)
+        return self._again(encode, failed)
 
     def first_frame(self, job: Job, say: Progress) -> None:
         """Encodes the first frame, if there is one, before the DiT takes the memory."""
@@ -86,7 +87,7 @@ class Stages:
                 return first_frame_condition(encoder, image, settings, generator, strips, smaller).cpu()
 
         alone = "Out of memory while the first frame was encoded; it is encoded again alone."
-        job.condition = self._twice(encode, lambda: job.event(alone))
+        job.condition = self._again(encode, lambda: job.event(alone))
         release_memory(self.device)
         say("first frame", 1, 1)
 
@@ -94,18 +95,21 @@ class Stages:
         """Strips for the first frame, and the bytes that it takes so."""
         return first_frame(self.memory.sizes, job.request.settings, self.memory.room(), self.dtype.itemsize)
 
-    def _twice(self, work: Callable[[], T], failed: Callable[[], None]) -> T:
-        """Where other programs took memory: once more, with nothing else of ours on the device."""
-        try:
-            return work()
-        except (RuntimeError, MemoryError) as error:
-            if not ran_out(error):
-                raise
-        for name in ("transformer", "vae"):
-            self.memory.free(name, always=True)
-        release_memory(self.device)
-        failed()
-        return work()
+    def _again(self, work: Callable[[], T], failed: Callable[[], None]) -> T:
+        """Where other programs took memory: again with nothing else of ours on the device, and then twice more, after a
+        while each, as these programs may be gone."""
+        waits = [0.0, PATIENCE, PATIENCE]
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error) or not waits:
+                    raise
+            for name in ("transformer", "vae"):
+                self.memory.free(name, always=True)
+            release_memory(self.device)
+            failed()
+            time.sleep(waits.pop(0))
 
     def denoise(
         self, job: Job, embeddings: list[PromptEmbedding], attention: str, backend: str | None, ended: StepEnd | None,
@@ -165,7 +169,7 @@ class Stages:
             return job.saved.latents.to(self.device, dtype)
 
         said = "Out of memory while the VAE was loaded; it is loaded again alone."
-        latents = self._twice(begin, lambda: job.event(said))
+        latents = self._again(begin, lambda: job.event(said))
         with measured("decode and write", self.device, job.stages), sink as open_sink:
             say("decode", 0, total)
             room, done = self.memory.room(), 0

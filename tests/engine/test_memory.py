@@ -28,7 +28,7 @@ from solostep.engine.forecast import described
 from solostep.engine.interfaces import cli
 from solostep.engine.latents import SavedLatents
 from solostep.engine.models import vae
-from solostep.engine.plan import CONTEXT, Plan, Rated
+from solostep.engine.plan import CONTEXT, MOST, Limits, Plan, Rated, smallest
 from solostep.engine.request import Collect, Job
 from solostep.engine.sampling import GuidedVelocity
 from solostep.engine.streaming import more_of
@@ -57,6 +57,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def small_margin(monkeypatch: pytest.MonkeyPatch) -> None:
     """What libraries take of a card is more than the whole demo model; and budgets are not cut to what is free here."""
     monkeypatch.setattr(planner, "MARGIN", 40_000_000)
+    monkeypatch.setattr(memory, "PATIENCE", 0.0)
+    monkeypatch.setattr(stages, "PATIENCE", 0.0)
     monkeypatch.setattr(memory, "free_memory", lambda device: 100 * GB)
 
 
@@ -200,6 +202,36 @@ def test_a_step_that_ran_out_of_memory_is_repeated_with_less(
     assert record["plan"]["streamed_blocks"] > 0 and record["plan"]["budget_bytes"] <= 0.9 * whole
 
 
+def least_budget() -> int:
+    """The smallest that a run of the demo model can be made in."""
+    pipe = StepVideoPipeline.from_pretrained(device="cpu", vram="40GB")
+    limits = Limits(MOST, None, context=0, program=0)
+    return smallest(pipe.memory.sizes, pipe.request(PROMPT, **SETTINGS).settings, pipe.memory.modes()[2], 2, limits)
+
+
+def test_a_step_is_repeated_on_the_smallest_plan_where_a_tenth_less_is_too_little(
+    unlimited: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Just above the least: first the smallest plan, then, as nothing is smaller, once more with the same."""
+    least = least_budget()
+    fail_at(monkeypatch, {2, 3})
+    found, record = make(int(1.05 * least))
+    assert torch.equal(found, unlimited) and len(record["events"]) == 2
+    assert "blocks stay" in record["events"][0] and "repeated as it is" in record["events"][1]
+    assert record["plan"]["budget_bytes"] <= least
+
+
+def test_a_step_that_runs_out_twice_on_the_smallest_plan_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_at(monkeypatch, {2, 3})
+    with pytest.raises(SolostepError, match="Out of memory twice at step 2, with the smallest plan there is"):
+        make(least_budget())
+    fail_at(monkeypatch, {2, 4})  # not of the same step
+    pipe = StepVideoPipeline.from_pretrained(device="cpu", vram=least_budget())
+    request = pipe.request(PROMPT, seed=8, **SETTINGS | {"num_inference_steps": 3})
+    ((record, _),) = pipe.generate([request], None)
+    assert ["repeated as it is" in event for event in record["events"]] == [True, True]
+
+
 def fail_once(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, error: Exception = OUT_OF_MEMORY) -> None:
     real, left = getattr(module, name), [error]
 
@@ -212,7 +244,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, error: Ex
 
 
 @pytest.mark.parametrize("name", ["encode_prompts", "first_frame_condition"])
-def test_stages_before_the_transformer_are_tried_twice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_before_the_transformer_are_tried_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     image = torch.zeros(3, 64, 96) if name == "first_frame_condition" else None
     pipe = StepVideoPipeline.from_pretrained(TI2V if image is not None else T2V, device="cpu", cache=False)
 
@@ -226,6 +258,19 @@ def test_stages_before_the_transformer_are_tried_twice(name: str, monkeypatch: p
     fail_once(monkeypatch, stages, name, RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
     found, said = call()
     assert torch.equal(found, want) and len(said) == 1 and "Out of memory" in said[0] and "alone" in said[0]
+    real, left = getattr(stages, name), [OUT_OF_MEMORY] * 4
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        if left:
+            raise left.pop()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(stages, name, full)
+    with pytest.raises(SolostepError, match="ran out of memory"):  # four times are enough
+        call()
+    left += [OUT_OF_MEMORY] * 3
+    found, said = call()
+    assert torch.equal(found, want) and len(said) == 3 and not left
     fail_once(monkeypatch, stages, name, RuntimeError("an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal"):
         call()
@@ -446,7 +491,7 @@ def test_it_gives_up_when_nothing_is_left_to_give(monkeypatch: pytest.MonkeyPatc
     pipe = StepVideoPipeline.from_pretrained(device="cpu", vram=budgets()[1] + 1)
     fail_at(monkeypatch, set(range(2, 1000)))
     kept = tmp_path / "kept.latents.safetensors"
-    with pytest.raises(SolostepError, match="at least for 17 frames") as given_up:
+    with pytest.raises(SolostepError, match="Out of memory twice at step 2") as given_up:
         pipe("a red panda", seed=7, latents_path=kept, **SMALL)
     assert kept.exists() and f"; step 1 of 2 is kept in {kept}, and the same command" in str(given_up.value)
 
