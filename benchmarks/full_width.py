@@ -28,14 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from solostep.engine.checkpoint import load, open_component
 from solostep.engine.config import GenerationSettings, TransformerConfig, VAEConfig
 from solostep.engine.models.fused import FusedBlocks
 from solostep.engine.models.transformer import StepVideoTransformer, TransformerBlock, rope_table
 from solostep.engine.models.vae import Decoder, Encoder, HostFrames
-from solostep.engine.models.vae_bytes import decode_bytes
+from solostep.engine.models.vae_bytes import decode_bytes, encode_bytes
 from solostep.engine.quantization import linears
 from solostep.engine.rates import TEXT_TOKENS, quantized_block, random_weights, read_rate
 from solostep.engine.runtime import Stage, measured, numerics, pick_device
@@ -170,35 +170,37 @@ def _in_turns(
 
 
 def bench_vae(
-    settings: GenerationSettings, device: torch.device, repeats: int, decode: bool = True, at_once: int | None = None,
-    strips: int = 1,
+    settings: GenerationSettings, device: torch.device, repeats: int, at_once: int | None = None, strips: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Any]:  # fmt: skip
-    """One chunk of 17 frames through the full-width VAE; decoded whole, or by ``at_once`` frames and ``strips``. In
-    strips the first chunk pins host memory for all (``first_seconds``)."""
+    """One chunk of 17 frames through the full-width decoder: whole, or by ``at_once`` frames and ``strips``. In strips
+    the first chunk pins host memory for all (``first_seconds``). ``peak_above_gib`` is beside the weights and the
+    latents; the error against the whole chunk is relative L2, PSNR over the range of its values, and the largest
+    difference of any."""
     config = VAEConfig()
-    network = random_weights(lambda: Decoder(config) if decode else Encoder(config), device)
+    network = random_weights(lambda: Decoder(config), device).to(dtype)
     shape = (1, config.z_channels, 3, settings.latent_height, settings.latent_width)
-    if not decode:
-        shape = (1, 3, 17, settings.height, settings.width)
-    x = torch.randn(shape, device=device, dtype=torch.bfloat16)
-    out = network(x)
-    if not bool(torch.isfinite(out).all()):
-        raise RuntimeError("the VAE gave numbers that are not finite")
-    about: dict[str, Any] = {"output": list(out.shape)}
+    x = torch.randn(shape, device=device, dtype=dtype)
+    held = torch.cuda.memory_allocated(device)
+    out = _finite(network(x))
+    about: dict[str, Any] = {"output": list(out.shape), "dtype": type_of(dtype)}
     if at_once is None:
-        return timed(lambda: network(x), device, repeats) | about
-    error, frame, start = 0.0, 0, time.perf_counter()
+        return _beside(timed(lambda: network(x), device, repeats), held) | about
+    error, most, frame, start = 0.0, 0.0, 0, time.perf_counter()
     low, high = (float(v) for v in torch.aminmax(out))
     host = HostFrames(device) if strips > 1 else None
     for piece in network.slices(x, at_once, strips, host):
         difference = piece.float() - out[:, :, frame : frame + piece.shape[2]].float()
         error, frame = error + float(difference.square().sum()), frame + piece.shape[2]
+        most = max(most, float(difference.abs().max()))
+    size = dtype.itemsize
     about |= {
         "at_once": at_once,
         "strips": strips,
-        "counted_gib": round(decode_bytes(config, settings.height, settings.width, at_once, strips) / 2**30, 2),
+        "counted_gib": round(decode_bytes(config, settings.height, settings.width, at_once, strips, size) / 2**30, 2),
         "first_seconds": round(time.perf_counter() - start, 2),
         "error": float(f"{(error / float(out.float().square().sum())) ** 0.5:.2e}"),
+        "max_abs": float(f"{most:.2e}"),
         "psnr_db": round(10 * math.log10((high - low) ** 2 * out.numel() / error), 1) if error else "exact",
     }
     del out, difference
@@ -207,10 +209,49 @@ def bench_vae(
         for _ in network.slices(x, at_once, strips, host):
             pass
 
-    result = timed(run, device, repeats) | about
+    result = _beside(timed(run, device, repeats), held) | about
     if host is not None:
         host.close()
     return result
+
+
+def bench_encode(
+    settings: GenerationSettings, device: torch.device, repeats: int, strips: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, Any]:  # fmt: skip
+    """A first frame through the full-width encoder, whole or in strips; errors against the whole one, as above."""
+    config = VAEConfig()
+    network = random_weights(lambda: Encoder(config), device).to(dtype)
+    x = torch.randn((1, 3, 1, settings.height, settings.width), device=device, dtype=dtype)
+    held = torch.cuda.memory_allocated(device)
+    whole = _finite(network(x)).float()
+    difference = network.in_strips(x, strips).float() - whole
+    about = {
+        "output": list(whole.shape),
+        "dtype": type_of(dtype),
+        "strips": strips,
+        "counted_gib": round(encode_bytes(config, settings.height, settings.width, strips, dtype.itemsize) / 2**30, 2),
+        "error": float(f"{float(difference.norm() / whole.norm()):.2e}"),
+        "max_abs": float(f"{float(difference.abs().max()):.2e}"),
+    }
+    del whole, difference
+    return _beside(timed(lambda: network.in_strips(x, strips), device, repeats), held) | about
+
+
+def _finite(out: Tensor) -> Tensor:
+    if not bool(torch.isfinite(out).all()):
+        raise RuntimeError("the VAE gave numbers that are not finite")
+    return out
+
+
+def _beside(timing: dict[str, Any], held: int) -> dict[str, Any]:
+    """With the peak above what was ``held`` before the first run: what a first run keeps for later ones counts."""
+    return timing | {"peak_above_gib": round(timing["peak_gib"] - held / 2**30, 2)}
+
+
+def type_of(dtype: torch.dtype) -> str:
+    """``bf16`` or ``fp32``."""
+    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
 
 
 def wide_model(device: torch.device, precision: str, layers: int, host: Collection[int]) -> StepVideoTransformer:
@@ -459,10 +500,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--at-once", type=int, help="of `vae`: decode so many frames at a time, not a whole chunk")
-    parser.add_argument("--strips", type=int, default=1, help="with --at-once: divide frames into so many strips")
+    parser.add_argument(
+        "--strips", type=int, default=1, help="with --at-once, and of `vae-encode`: divide frames into so many strips"
+    )
     parser.add_argument("--variant", action="append", help="of `block`: linears/attention, such as int8/int8-fp8")
     parser.add_argument("--layers", type=int, help="blocks of the DiT: default 4 for `load`, 48 for `step`")
-    parser.add_argument("--precision", default="bf16", help="of `load` and `step`: bf16, int8, fp8 ...")
+    parser.add_argument(
+        "--precision", default="bf16", help="of `load` and `step`: bf16, int8, fp8 ...; of `vae`: bf16 or fp32"
+    )
     parser.add_argument("--attention", default="official", help="of `step`: official, bf16, int8, int8-fp8")
     parser.add_argument("--resident", type=int, help="of `step`: stream all blocks but so many")
     parser.add_argument("--slots", type=int, default=2, help="of `step`: places on the card for streamed blocks")
@@ -475,6 +520,7 @@ def main() -> None:
     device = pick_device("cuda")
     settings = GenerationSettings(num_frames=args.frames, height=args.height, width=args.width)
     clip = f"{settings.height}x{settings.width}x{settings.num_frames}"
+    dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
     for what in args.what:
         with numerics():
             if what == "block":
@@ -488,10 +534,10 @@ def main() -> None:
                 )  # fmt: skip
             elif what == "load":
                 result = bench_load(device, args.layers or 4, args.precision, args.on_load)
+            elif what == "vae":
+                result = bench_vae(settings, device, args.repeats, args.at_once, args.strips, dtype)
             else:
-                result = bench_vae(
-                    settings, device, args.repeats, what == "vae", args.at_once if what == "vae" else None, args.strips
-                )
+                result = bench_encode(settings, device, args.repeats, args.strips, dtype)
         torch.cuda.empty_cache()
         record({"what": what, "clip": clip, **result}, device, args.output)
 

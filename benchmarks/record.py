@@ -36,8 +36,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = (sys.executable, "-m")
 BENCH = (*PYTHON, "solostep.benchmarks.bench")
 SPEED = (*BENCH, "--levels", "speed", "-n", "1", "--seeds", "1")
+SYNTHETIC = (*PYTHON, "solostep.benchmarks.synthetic")
 WIDTH = (*PYTHON, "solostep.benchmarks.full_width")
-MODEL, MODEL_FP8 = "model", "model-fp8"
+MODEL, MODEL_FP8, MODEL_TEXT = "model", "model-fp8", "model-text"
+"""In bf16 with Step-LLM in int8; in fp8; and in fp8 with Step-LLM in bf16."""
 LEAST = 180.0
 """Seconds below which nothing is begun that would be cut."""
 SLACK = 1.6
@@ -99,6 +101,14 @@ def vae_jobs() -> Iterator[Job]:
     for frames, strips in ways:
         options = ("--at-once", str(frames), "--strips", str(strips)) if frames else ()
         yield Job(f"vae-{frames}-{strips}", (*WIDTH, "vae", *options, "-o", "{out}/vae-h200.jsonl"), 22)
+    exact = ("--precision", "fp32", "--repeats", "1", "-o", "{out}/vae-fp32-h200.jsonl")
+    for frames, strips in ((4, 1), (4, 8), (4, 16), (2, 16)):
+        options = ("--at-once", str(frames), "--strips", str(strips))
+        yield Job(f"vae-fp32-{frames}-{strips}", (*WIDTH, "vae", *options, *exact), 35)
+    for strips in (1, 4, 16):
+        options = ("--strips", str(strips), "-o", "{out}/encode-h200.jsonl")
+        yield Job(f"encode-{strips}", (*WIDTH, "vae-encode", *options), 15)
+        yield Job(f"encode-fp32-{strips}", (*WIDTH, "vae-encode", "--precision", "fp32", *options), 15)
 
 
 def kernels_job(tokens: int, seconds: float) -> Job:
@@ -120,7 +130,7 @@ DEMO = (
     "--jobs", "12", "-o", "{out}/demo",
 )  # fmt: skip
 JOBS: tuple[Job, ...] = (
-    Job(MODEL, (*PYTHON, "solostep.benchmarks.synthetic", "{model}"), 65),
+    Job(MODEL, (*SYNTHETIC, "{model}"), 65),
     tests_of("tests-attention", 90, "tests/kernels/test_attention_hopper.py", processes=8),
     # Its kernel is looked at first: a wrong one would cost twenty minutes.
     speed_job(
@@ -144,11 +154,22 @@ JOBS: tuple[Job, ...] = (
     speed_job("budgets-weights-rest", 850, *LONG, "--precision", WEIGHTS, "--vram", "16GB,48GB"),
     # Six texts, which is the fewest that make an interval.
     drift_job("drift-texts", 450, "--frames", "51", "--times", "1", "--texts", "6", "--what", "own"),
-    Job(MODEL_FP8, (*PYTHON, "solostep.benchmarks.synthetic", "{model}-fp8", "--precision", "fp8"), 65),
+    Job(MODEL_FP8, (*SYNTHETIC, "{model}-fp8", "--precision", "fp8"), 65),
     # Blocks come from files in the form in which they are computed only.
     whole_job("files", 130, ("12GB",), *LONG, *LATENTS, "--host-ram", "4GB", stored=True, to="files-h200"),
     # The same model from pinned memory: the SHA-256 of the latents has to be the same.
     whole_job("files-pinned", 100, ("12GB",), *LONG, *LATENTS, stored=True, to="files-h200"),
+    # And with all of it on the card, and in the least that there is: attention in groups, small chunks.
+    whole_job("files-beside", 170, ("80GB", "5.6GB"), *LONG, *LATENTS, stored=True, to="files-h200"),
+    # To an mp4 with the decoder in strips of four frames, which takes less than 3 GB.
+    speed_job("budgets-8", 95, *LONG, "--precision", "int8", "--vram", "8GB"),
+    Job(MODEL_TEXT, (*SYNTHETIC, "{model}-text", "--precision", "fp8", "--text-precision", "bf16"), 110),
+    Job(
+        "text-bf16",
+        (*PYTHON, "solostep.benchmarks.whole_pipeline", "run", "{model}-text", "--vram", "8GB", "--frames", "17",
+         "--latents-only", "-o", "{out}/text-h200.jsonl"),
+        60, (MODEL_TEXT,),
+    ),
     # What streaming costs: beside the least computation of this size, beside the most, and where copies take longer by
     # the plan (0.40 s a step for 0.14).
     whole_job("whole-17", 80, ("80GB", "8GB"), "--frames", "17", *MORE),
@@ -272,7 +293,7 @@ class Recording:
 
     def _is_there(self, job: Job) -> bool:
         """A model is there or not, whatever a mark says that came from another machine."""
-        if job.name in (MODEL, MODEL_FP8):
+        if job.name in (MODEL, MODEL_FP8, MODEL_TEXT):
             return self.model.with_name(self.model.name + job.name.removeprefix(MODEL)).is_dir()
         return self._mark(job).exists()
 
