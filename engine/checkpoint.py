@@ -12,6 +12,7 @@ All of it is checked from headers before anything is loaded; loading one network
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -254,6 +255,9 @@ def check_preset(name: str | None) -> None:
         raise UsageError(f"--preset {name} is unknown; choose one of {', '.join(PRESETS)}.")
 
 
+log = logging.getLogger("solostep")
+
+
 def _preset(root: Path, source: str, transformer: Component, own: Mapping[str, Any], name: str | None) -> Preset:
     """Which of the three released models this is.
 
@@ -272,6 +276,9 @@ def _preset(root: Path, source: str, transformer: Component, own: Mapping[str, A
                 f"{root / 'model_index.json'}: unknown preset {name!r} in its solostep section; "
                 f"make it one of {', '.join(PRESETS)}."
             )
+    elif own.get("defaults"):
+        kept = ", ".join(own["defaults"])
+        log.warning("--preset %s: model_index.json of this model has defaults of its own, which stay: %s", name, kept)
     return PRESETS[name].updated(own.get("defaults", {}), str(root / "model_index.json"))
 
 

@@ -85,7 +85,10 @@ def check_asked(
 def filled_in(preset: Preset, given: Mapping[str, Any], image_to_video: bool) -> GenerationSettings:
     """Settings of a clip; what is not given, or None, comes from the preset."""
     values = {n: given[n] if given.get(n) is not None else getattr(preset, n) for n in SETTINGS}
-    return GenerationSettings(**values, max_frames=preset.max_frames, image_to_video=image_to_video)
+    notes = ()
+    if given.get("motion_score") is not None and not image_to_video:
+        notes = ("motion_score has no effect: it is of image-to-video models.",)
+    return GenerationSettings(**values, max_frames=preset.max_frames, image_to_video=image_to_video, notes=notes)
 
 
 class FrameSink(Protocol):

@@ -309,12 +309,14 @@ def test_turbo_is_known_by_its_origin(file: str, model: Path) -> None:
     assert open_model(model).preset == PRESETS["turbo"]
 
 
-def test_turbo_is_known_by_model_index(model: Path) -> None:
+def test_turbo_is_known_by_model_index(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     change_index(model, preset="turbo", defaults={"num_inference_steps": 4, "height": 32}, note="Mind this.")
     opened = open_model(model)
     assert (opened.preset.name, opened.preset.num_inference_steps, opened.preset.height) == ("turbo", 4, 32)
     assert (opened.preset.time_shift, opened.preset.width) == (PRESETS["turbo"].time_shift, PRESETS["turbo"].width)
-    assert opened.note == "Mind this."
+    assert opened.note == "Mind this." and not caplog.messages
+    assert open_model(model, "t2v").preset.num_inference_steps == 4
+    assert "defaults of its own, which stay: num_inference_steps, height" in caplog.text
     with pytest.raises(UsageError, match="t3v is unknown"):
         open_model(model, "t3v")
 

@@ -210,6 +210,9 @@ def test_presets_and_their_texts(pipe: StepVideoPipeline) -> None:
     assert (raw.prompt, raw.negative) == ("a cat", "")
     turbo = StepVideoPipeline.from_pretrained(T2V, device="cpu", preset="turbo").request("a cat").settings
     assert (turbo.num_inference_steps, turbo.guidance_scale, turbo.time_shift) == (15, 5.0, 17.0)
+    assert pipe.request("a cat").settings.notes == ()
+    (note,) = pipe.request("a cat", motion_score=15).settings.notes
+    assert "motion_score has no effect" in note
     conditioned = StepVideoPipeline.from_pretrained(TI2V, device="cpu").model.preset
     assert (conditioned.name, conditioned.num_frames) == ("ti2v", 102)
     with pytest.raises(CheckpointError, match="speed"):
