@@ -3,9 +3,9 @@
     python -m solostep.benchmarks.readme_tables            # brings every region up to date
     python -m solostep.benchmarks.readme_tables --check    # exit code 1 where one is not, or the page of results is not
 
-A region is what stands between `<!-- table: NAME -->` and `<!-- /table -->`; NAME is one of `modes` (the full size on
-one card), `budgets` (the same, in memory budgets), `drift` (the demo model), and those of readme_lines.py: `block`,
-`attention`, `decoding`, `memory`.
+A region is what stands between `<!-- table: NAME -->` and `<!-- /table -->`; NAME is one of `choice` (the mode to take
+first, in budgets), `modes` (the full size on one card), `budgets` (the same, in memory budgets), `drift` (the demo
+model), and those of readme_lines.py: `block`, `attention`, `decoding`, `memory`.
 What was not measured is a dash.
 """
 
@@ -45,6 +45,8 @@ RESULTS = Path("benchmarks/results")
 PAGE = RESULTS / "report.html"
 FULL, DEMO = "h200", "demo"
 FULL_FRAMES = 204
+CHOICE = ("int8", "int8")
+"""Precision and attention of the mode to take first."""
 TIMES = ("†", "‡", "Step-LLM in ")
 """How the footnotes of times begin, which a table of drift has no use for."""
 REGION = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
@@ -165,9 +167,34 @@ def budgets_table(root: Path) -> list[str]:
     return [*made, *notes, "", f"{_about(results)}.", *_apart([(run_title(r), [r]) for r in results])]
 
 
+def choice_table(root: Path) -> list[str]:
+    """What the mode that README names first takes in budgets of the card, at the full length."""
+    chosen = [
+        r for r in results_in(root / RESULTS / FULL)
+        if r.speed and r.cell.vram and r.role == "mode" and r.cell.num_frames == FULL_FRAMES
+        and (r.cell.precision, r.cell.attention) == CHOICE
+    ]  # fmt: skip
+    if not chosen:
+        raise UsageError(f"{RESULTS / FULL} has no result of {' and '.join(CHOICE)} with a --vram budget.")
+    chosen.sort(key=lambda r: -(gigabytes_of(r.cell.vram) or 0.0))
+    rows = [
+        [
+            Cell(str(result.cell.vram)),
+            Cell(f"{number(row.step)} s"),
+            Cell(gigabytes(row.gpu)),
+            Cell(gigabytes(row.host)),
+        ]
+        for result, row in ((r, row_of([r])) for r in chosen)
+    ]
+    heads = ["`--vram`", "a step", "of the card", "of host memory"]
+    made = table(Table("choice", "", [("", h) for h in heads], rows))
+    return [made[0].replace("\\`", "`"), *made[1:]]
+
+
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     "modes": modes_table, "drift": drift_table, "budgets": budgets_table, "block": block_table,
     "decoding": decoding_table, "attention": attention_table, "memory": memory_table,
+    "choice": choice_table,
 }  # fmt: skip
 
 

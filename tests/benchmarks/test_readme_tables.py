@@ -63,6 +63,8 @@ def root(tmp_path: Path) -> Path:
     """A checkout's README with every region, and results for them."""
     results = tmp_path / "benchmarks" / "results"
     made.full_size_set(results / "h200")
+    small = made.make_result("int8 · int8 attention", steps=2, levels=("speed",), num_frames=204, vram="16GB")
+    made.write_results(results / "h200", [small])
     made.demo_set(results / "demo" / "some-card", frames=False)
     for name in (BLOCK, DECODING, WHOLE, FILES, *KERNELS):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -97,6 +99,8 @@ def test_what_the_tables_say(root: Path):
     assert "noise floor: another order" in drift and "another seed" in drift
     rows = [line for line in budgets.splitlines() if line.startswith("| int8 · int8-fp8 attention |")]
     assert [line.split(" | ")[1:3] for line in rows[:2]] == [["204", "8GB"], ["204", "12GB"]] and len(rows) == 12
+    choice = text.split("<!-- table: choice -->")[1].split("<!-- /table -->")[0].splitlines()
+    assert [line.split(" | ")[0] for line in choice if line.startswith("| 1")] == ["| 16GB"]
 
 
 def test_what_numbers_rest_on_stands_below_the_tables(root: Path):
