@@ -63,6 +63,9 @@ def report(
         return
     if not results:
         raise UsageError("No results were given; give result files of solostep bench, or the folder that holds them.")
+    from solostep.benchmarks.results import result_files
+
+    result_files(results)  # what is not there is said before what is in the way
     if output is None and markdown is None:
         output = Path(PAGE)
     page = None if output is None else check_place(output, "--output", overwrite)

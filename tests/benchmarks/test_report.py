@@ -701,6 +701,8 @@ def test_markdown_folder_with_plots(tmp_path: Path):
     assert "indistinguishable from the floor" in rows[0]
     again = run(str(demo), "--markdown", str(tmp_path / "out"))
     assert again.exit_code == 2 and "--overwrite" in again.output
+    none = run(str(tmp_path / "nowhere"), "--markdown", str(tmp_path / "out"))
+    assert none.exit_code == 2 and "nowhere is not there" in " ".join(none.output.split())
     only = run(str(demo), "--markdown", str(tmp_path / "only.md"))
     assert only.exit_code == 0 and "![" not in (tmp_path / "only.md").read_text(encoding="utf-8")
 
