@@ -226,7 +226,7 @@ def _plan_within(
     use: Use, device: int, host: int | None,
 ) -> Plan:  # fmt: skip
     """Raises BudgetError where nothing fits."""
-    clip = clip_of(sizes, settings, itemsize, use.text_tokens)
+    clip = replace(clip_of(sizes, settings, itemsize, use.text_tokens), on_card=limits.on_card)
     network, rates = sizes.network, Rates() if rated is None else rated.blocks
     if attention == OFFICIAL:  # its blocks keep nothing of the text, so all of each has to come at every step
         network = replace(network, dropped=0)

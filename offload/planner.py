@@ -32,6 +32,13 @@ LEAST = 4.0
 """Bytes a value that cross-attention takes, and the head behind the last block."""
 MARGIN = 300 << 20
 """What cuBLAS, cuDNN and the allocator's rounding take: 0.2 to 0.26 GB on an H200."""
+CPU_VALUES = {2.0: 28.0, 1.0: 92.0}
+"""On a CPU, bytes for each of the S d values in 16 bits (twice that in 32) at the peak of a step, both streams counted,
+by Network.rows: 8-bit products are emulated there, with sums in 32 bits. Whatever is spared, as there is no other
+order of operations."""
+CPU_MARGIN = 48 << 20
+"""And beside them. With its weights the demo model took 10 to 68 MB less than all this (17 to 68 frames, 96x96 to
+640x640)."""
 CHUNK = 18_972
 """Tokens that go through the feed-forward at a time: a quarter of 204 frames at 544x992."""
 SMALL_CHUNK = CHUNK // 4
@@ -66,6 +73,7 @@ class Clip:
     text: int = 397
     itemsize: int = 2
     """Bytes of a value that is not quantized."""
+    on_card: bool = True
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,8 @@ def activation_bytes(network: Network, clip: Clip, attention: str, savings: Savi
             a_value = network.rows + OUTPUT + (a_value - OUTPUT) / savings.head_groups
         block = max(a_value * values, LEAST * values, FEED_FORWARD * values * min(savings.chunk / clip.tokens, 1))
         text = 2 * clip.itemsize * clip.text * clip.width * (network.blocks * clip.rows if savings.keep_text else 1)
+    if not clip.on_card:
+        return int(CPU_VALUES[network.rows] * values + text) + CPU_MARGIN
     streams = 2 * values * (1 if savings.park else clip.rows)
     return int(block + streams + text) + MARGIN
 

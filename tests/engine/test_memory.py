@@ -56,7 +56,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def small_margin(monkeypatch: pytest.MonkeyPatch) -> None:
     """What libraries take of a card is more than the whole demo model; and budgets are not cut to what is free here."""
-    monkeypatch.setattr(planner, "MARGIN", 40_000_000)
+    monkeypatch.setattr(planner, "CPU_MARGIN", 40_000_000)
     monkeypatch.setattr(memory, "PATIENCE", 0.0)
     monkeypatch.setattr(stages, "PATIENCE", 0.0)
     monkeypatch.setattr(memory, "free_memory", lambda device: 100 * GB)
