@@ -397,11 +397,14 @@ def test_budgets_are_checked_where_they_are_set() -> None:
         pipe.plan(host_ram="12GB", num_frames=17)
 
 
-def test_on_a_cpu_host_memory_alone_is_no_budget(caplog: pytest.LogCaptureFixture) -> None:
+def test_on_a_cpu_host_memory_alone_is_no_budget(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is said, once, and nothing is planned as if it were one."""
     pipe, free = (StepVideoPipeline.from_pretrained(T2V, device="cpu", host_ram=count) for count in ("1MB", None))
     log = logging.getLogger("solostep")
-    log.addHandler(caplog.handler)  # the command line keeps its records to itself
+    monkeypatch.setattr(log, "propagate", False)  # as after a command, whichever test ran before
+    log.addHandler(caplog.handler)
     try:
         for _ in range(2):
             assert pipe.plan(**CLIP).stages == free.plan(**CLIP).stages
