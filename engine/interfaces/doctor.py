@@ -73,6 +73,9 @@ def print_report(out: Console, found: dict[str, Any]) -> None:
     if not out.is_terminal:
         out.width = 160  # a file has no width; cut names help nobody
     _facts(out, found)
+    if found["gpu"] is None:
+        _runs(out, found)
+        return
     for entry in found["attention"]:
         out.print()
         size_of = "" if entry["tokens"] is None else f": {entry['tokens']:,} tokens, {entry['heads']} heads"
@@ -95,7 +98,7 @@ def _facts(out: Console, found: dict[str, Any]) -> None:
     table.add_column(overflow="fold")
     host, gpu = found["host"], found["gpu"]
     if gpu is None:
-        table.add_row("card", "none in use")
+        table.add_row("card", "none that torch sees")
     else:
         more = [f"compute capability {gpu['capability']}", f"{gpu['processors']} multiprocessors"]
         more += [str(gpu[key]) for key in ("power_limit", "clock") if gpu[key]]
@@ -126,6 +129,30 @@ def _facts(out: Console, found: dict[str, Any]) -> None:
         speed = f" at {pinned['bytes_per_second'] / 1e9:.1f} GB/s" if pinned["bytes_per_second"] else ""
         table.add_row("pinned memory", escape(f"{size(pinned['largest_bytes'])}{speed}; {pinned['stopped']}"))
     out.print(table)
+
+
+def _runs(out: Console, found: dict[str, Any]) -> None:
+    """What runs without a card, where nothing is examined, and what a card would need."""
+    of_attention = {f"attention, {entry['mode']}": entry["chosen"] for entry in found["attention"]}
+    of_products = {f"products, {kind}": own["chosen"][0] for kind, own in found["products"].items() if own["chosen"]}
+    table = Table(show_header=False, show_edge=False, pad_edge=False, box=None)
+    for name, chosen in (of_attention | of_products).items():
+        which = "" if chosen == "torch" else f" ({chosen})"
+        table.add_row(f"[bold]{escape(name)}[/bold]", f"by torch{which}, not examined")
+    out.print()
+    out.print(table)
+    missing = [
+        (f"attention {entry['mode']} {v['backend']}", v) for entry in found["attention"] for v in entry["verdicts"]
+    ]
+    missing += [(f"product {entry['backend']}", entry) for entry in found["gemm"]]
+    reasons: dict[str, list[str]] = {}
+    for name, verdict in missing:
+        if verdict["status"] == "unavailable":
+            reasons.setdefault(verdict["reason"], []).append(name)
+    for reason, names in reasons.items():
+        out.print(f"not used, as {escape(reason)}: {escape(', '.join(names))}", soft_wrap=True, highlight=False)
+    for note in found["notes"]:
+        out.print(f"[yellow]note:[/yellow] {escape(note)}", soft_wrap=True, highlight=False)
 
 
 def _verdicts(out: Console, title: str, entry: dict[str, Any]) -> None:
