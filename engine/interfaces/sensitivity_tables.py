@@ -25,10 +25,16 @@ def print_tables(console: Console, found: Mapping[str, Any], formats: Sequence[s
     _say(console, "\nError of a block's output with one linear quantized, relative to what the block adds")
     _say(console, "(in brackets: of the linear's own output); root mean square over the blocks")
     console.print(_by_kind(table, formats))
-    _say(console, f"\nThe {top} most sensitive linears of each format")
+    _say(
+        console,
+        f"\nThe {top} most sensitive linears of each format, by block: error of the linear's own output, of what",
+    )
+    _say(console, "the block adds (beside it in bf16), and of the residual stream; bytes that the format saves")
     console.print(_ranked(table, formats, top))
     _say(console, f"\nFrom end to end: relative error of the {'velocity' if _timed(found) else 'output'}")
     console.print(_end_to_end(table, found))
+    if any("time" in entry for entry in found["end_to_end"]):
+        _say(console, "time: of all products, where bf16 is 1")
 
 
 def _say(console: Console, text: str) -> None:
@@ -60,13 +66,13 @@ def _by_kind(table: Table, formats: Sequence[str]) -> RichTable:
 
 
 def _ranked(table: Table, formats: Sequence[str], top: int) -> RichTable:
-    made = _new(["format", "linear"], ["own output", "block's update", "residual stream", "bf16's update", "saved"])
+    made = _new(["format", "linear"], ["output", "update", "in bf16", "stream", "saved"])
     for name in formats:
         for i, x in enumerate(table.ranked(name)[:top]):
             e = x.errors[name]
             made.add_row(
-                escape(name) if i == 0 else "", escape(x.path), percent(e.output), percent(e.update),
-                percent(e.stream), percent(x.errors[UNQUANTIZED].update), size(x.saved(name)),
+                escape(name) if i == 0 else "", f"{x.block}: {escape(x.kind)}", percent(e.output), percent(e.update),
+                percent(x.errors[UNQUANTIZED].update), percent(e.stream), size(x.saved(name)),
             )  # fmt: skip
     return made
 
