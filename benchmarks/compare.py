@@ -4,8 +4,7 @@ A drift counts as changed where the interval of its change, taken pair by pair (
 after), leaves out no change; prompt following, where a sign test over the prompts that changed says so. A time counts
 as changed where both have six steps at least, and the median step differs by more than three times what single steps of
 both runs do. What too few prompts or steps were measured for is said to be that, and so is what only one of the two has
-measured. Cost: reading
-the files and their bootstraps. Error: none is added.
+measured. Cost: reading the files and their bootstraps. Error: none is added.
 """
 
 from __future__ import annotations

@@ -169,21 +169,25 @@ def _in_turns(
     }
 
 
+TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""In which the VAE runs."""
+
+
 def bench_vae(
     settings: GenerationSettings, device: torch.device, repeats: int, at_once: int | None = None, strips: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
+    precision: str = "bf16",
 ) -> dict[str, Any]:  # fmt: skip
     """One chunk of 17 frames through the full-width decoder: whole, or by ``at_once`` frames and ``strips``. In strips
     the first chunk pins host memory for all (``first_seconds``). ``peak_above_gib`` is beside the weights and the
     latents; the error against the whole chunk is relative L2, PSNR over the range of its values, and the largest
     difference of any."""
-    config = VAEConfig()
+    config, dtype = VAEConfig(), TYPES[precision]
     network = random_weights(lambda: Decoder(config), device).to(dtype)
     shape = (1, config.z_channels, 3, settings.latent_height, settings.latent_width)
     x = torch.randn(shape, device=device, dtype=dtype)
     held = torch.cuda.memory_allocated(device)
     out = _finite(network(x))
-    about: dict[str, Any] = {"output": list(out.shape), "dtype": type_of(dtype)}
+    about: dict[str, Any] = {"output": list(out.shape), "dtype": precision}
     if at_once is None:
         return _beside(timed(lambda: network(x), device, repeats), held) | about
     error, most, frame, start = 0.0, 0.0, 0, time.perf_counter()
@@ -216,11 +220,10 @@ def bench_vae(
 
 
 def bench_encode(
-    settings: GenerationSettings, device: torch.device, repeats: int, strips: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
+    settings: GenerationSettings, device: torch.device, repeats: int, strips: int = 1, precision: str = "bf16"
 ) -> dict[str, Any]:  # fmt: skip
     """A first frame through the full-width encoder, whole or in strips; errors against the whole one, as above."""
-    config = VAEConfig()
+    config, dtype = VAEConfig(), TYPES[precision]
     network = random_weights(lambda: Encoder(config), device).to(dtype)
     x = torch.randn((1, 3, 1, settings.height, settings.width), device=device, dtype=dtype)
     held = torch.cuda.memory_allocated(device)
@@ -228,7 +231,7 @@ def bench_encode(
     difference = network.in_strips(x, strips).float() - whole
     about = {
         "output": list(whole.shape),
-        "dtype": type_of(dtype),
+        "dtype": precision,
         "strips": strips,
         "counted_gib": round(encode_bytes(config, settings.height, settings.width, strips, dtype.itemsize) / 2**30, 2),
         "error": float(f"{float(difference.norm() / whole.norm()):.2e}"),
@@ -247,11 +250,6 @@ def _finite(out: Tensor) -> Tensor:
 def _beside(timing: dict[str, Any], held: int) -> dict[str, Any]:
     """With the peak above what was ``held`` before the first run: what a first run keeps for later ones counts."""
     return timing | {"peak_above_gib": round(timing["peak_gib"] - held / 2**30, 2)}
-
-
-def type_of(dtype: torch.dtype) -> str:
-    """``bf16`` or ``fp32``."""
-    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
 
 
 def wide_model(device: torch.device, precision: str, layers: int, host: Collection[int]) -> StepVideoTransformer:
@@ -517,10 +515,11 @@ def main() -> None:
     parser.add_argument("--on-load", action="store_true", help="`load` reads bf16 files and quantizes them")
     parser.add_argument("-o", "--output", type=Path, help="append the result as a JSON line")
     args = parser.parse_args()
+    if args.precision not in TYPES and {"vae", "vae-encode"} & set(args.what):
+        parser.error(f"--precision {args.precision}: the VAE runs in {' or '.join(TYPES)}")
     device = pick_device("cuda")
     settings = GenerationSettings(num_frames=args.frames, height=args.height, width=args.width)
     clip = f"{settings.height}x{settings.width}x{settings.num_frames}"
-    dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
     for what in args.what:
         with numerics():
             if what == "block":
@@ -535,9 +534,9 @@ def main() -> None:
             elif what == "load":
                 result = bench_load(device, args.layers or 4, args.precision, args.on_load)
             elif what == "vae":
-                result = bench_vae(settings, device, args.repeats, args.at_once, args.strips, dtype)
+                result = bench_vae(settings, device, args.repeats, args.at_once, args.strips, args.precision)
             else:
-                result = bench_encode(settings, device, args.repeats, args.strips, dtype)
+                result = bench_encode(settings, device, args.repeats, args.strips, args.precision)
         torch.cuda.empty_cache()
         record({"what": what, "clip": clip, **result}, device, args.output)
 

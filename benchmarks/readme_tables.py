@@ -160,8 +160,7 @@ def budgets_table(root: Path) -> list[str]:
             ]
         )
     heads = ["mode", "frames", "`--vram`", "seconds a step", "50 steps", "GPU peak", "host peak"]
-    made = table(Table("budgets", "", [("", h) for h in heads], rows))
-    made[0] = made[0].replace("\\`", "`")
+    made = _plain("budgets", heads, rows)
     notes = calculated(named) + [RESUMED] * any(row.resumed for _, row in named) + text_precisions(named)
     notes = [line for note in notes for line in ("", plain(note))]
     return [*made, *notes, "", f"{_about(results)}.", *_apart([(run_title(r), [r]) for r in results])]
@@ -187,8 +186,7 @@ def choice_table(root: Path) -> list[str]:
         for result, row in ((r, row_of([r])) for r in chosen)
     ]
     heads = ["`--vram`", "a step", "of the card", "of host memory"]
-    made = table(Table("choice", "", [("", h) for h in heads], rows))
-    return [made[0].replace("\\`", "`"), *made[1:]]
+    return _plain("choice", heads, rows)
 
 
 TABLES: dict[str, Callable[[Path], list[str]]] = {
@@ -196,6 +194,12 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "decoding": decoding_table, "attention": attention_table, "memory": memory_table,
     "choice": choice_table,
 }  # fmt: skip
+
+
+def _plain(name: str, heads: Sequence[str], rows: Sequence[list[Cell]]) -> list[str]:
+    """A table whose heads are Markdown already."""
+    made = table(Table(name, "", [("", head) for head in heads], list(rows)))
+    return [made[0].replace("\\`", "`"), *made[1:]]
 
 
 def _marks(group: Group) -> list[str]:

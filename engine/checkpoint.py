@@ -40,6 +40,7 @@ from .weights import (
 __all__ = ["COMPONENTS", "Component", "ModelFolder", "TensorInfo", "build_on_meta", "check_tensors", "describe", "load"]
 __all__ += ["memory_bytes", "network_root", "open_component", "open_model", "read_header", "tokenizer_files"]
 
+log = logging.getLogger("solostep")
 COMPONENTS = ("transformer", "vae", "step_llm", "hunyuan_clip")
 EMBEDDINGS = {
     "step_llm": "tok_embeddings.word_embeddings.weight",
@@ -253,9 +254,6 @@ def check_preset(name: str | None) -> None:
     """Raises UsageError for an unknown preset."""
     if name is not None and name not in PRESETS:
         raise UsageError(f"--preset {name} is unknown; choose one of {', '.join(PRESETS)}.")
-
-
-log = logging.getLogger("solostep")
 
 
 def _preset(root: Path, source: str, transformer: Component, own: Mapping[str, Any], name: str | None) -> Preset:

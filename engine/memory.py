@@ -374,9 +374,8 @@ class Memory:
             return self._plan_of(job, min(int(plan.blocks.device * 0.9), room), moves=True)
         except SolostepError as error:
             refused = error
-        itemsize = 4 if self.dtype == torch.float32 else 2
         limits = Limits(MOST, None, plan.context, plan.program)
-        least = smallest(self.sizes, job.left, self.modes()[2], itemsize, limits)
+        least = smallest(self.sizes, job.left, self.modes()[2], self.dtype.itemsize, limits)
         if least > room:
             raise refused
         if least < plan.blocks.device:

@@ -241,11 +241,11 @@ def _plan_within(
     seconds = None if rated is None else step_seconds(network, clip, blocks, rates)
     steps, program = settings.num_inference_steps, limits.program
 
-    def stage(name: str, on_card: int, on_host: int, network: str, more: float = 0.0) -> StageForecast:
-        """A stage that reads a network from its files, and takes ``more`` seconds besides."""
-        disk, takes = sizes.on_disk[network], None
+    def stage(name: str, on_card: int, on_host: int, read: str, more: float = 0.0) -> StageForecast:
+        """A stage that reads what Sizes.on_disk calls so, and takes ``more`` seconds besides."""
+        disk, takes = sizes.on_disk[read], None
         if rated is not None:
-            kept = rated.kept.get(network, 0.0)
+            kept = rated.kept.get(read, 0.0)
             takes = disk * ((1 - kept) / rates.disk + kept / IN_MEMORY) + more
         return StageForecast(name, on_card, program + on_host, disk, takes)
 

@@ -218,12 +218,12 @@ def with_disk(rated: Rated | None, components: Mapping[str, Component]) -> Rated
     rate = None if rated is None else folder_rate(components["transformer"].files)
     if rated is None or rate is None:
         return rated
-    networks = {"text": ("step_llm", "hunyuan_clip"), "transformer": ("transformer",)}
-    networks |= dict.fromkeys(("encoder", "decoder"), ("vae",))
-    kept = {
-        name: share_in_memory([file for part in parts if part in components for file in components[part].files])
-        for name, parts in networks.items()
-    }
+
+    def share(*parts: str) -> float:
+        return share_in_memory([file for part in parts if part in components for file in components[part].files])
+
+    kept = {"text": share("step_llm", "hunyuan_clip"), "transformer": share("transformer"), "decoder": share("vae")}
+    kept["encoder"] = kept["decoder"]  # in the same files
     return replace(rated, blocks=replace(rated.blocks, disk=rate), disk="measured", kept=kept)
 
 

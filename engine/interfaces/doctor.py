@@ -75,17 +75,8 @@ def print_report(out: Console, found: dict[str, Any]) -> None:
     _facts(out, found)
     if found["gpu"] is None:
         _runs(out, found)
-        return
-    for entry in found["attention"]:
-        out.print()
-        size_of = "" if entry["tokens"] is None else f": {entry['tokens']:,} tokens, {entry['heads']} heads"
-        _verdicts(out, f"attention, {entry['mode']}{size_of}", entry)
-    if found["gemm"]:
-        out.print()
-        _gemms(out, found["gemm"], found["products"])
-    if found["operators"]:
-        out.print()
-        _operators(out, found["operators"])
+    else:
+        _examined(out, found)
     if found["choices_file"]:
         out.print(f"\nChoices are kept in {escape(found['choices_file'])}", soft_wrap=True, highlight=False)
     for note in found["notes"]:
@@ -151,8 +142,20 @@ def _runs(out: Console, found: dict[str, Any]) -> None:
             reasons.setdefault(verdict["reason"], []).append(name)
     for reason, names in reasons.items():
         out.print(f"not used, as {escape(reason)}: {escape(', '.join(names))}", soft_wrap=True, highlight=False)
-    for note in found["notes"]:
-        out.print(f"[yellow]note:[/yellow] {escape(note)}", soft_wrap=True, highlight=False)
+
+
+def _examined(out: Console, found: dict[str, Any]) -> None:
+    """What was examined on a card."""
+    for entry in found["attention"]:
+        out.print()
+        size_of = "" if entry["tokens"] is None else f": {entry['tokens']:,} tokens, {entry['heads']} heads"
+        _verdicts(out, f"attention, {entry['mode']}{size_of}", entry)
+    if found["gemm"]:
+        out.print()
+        _gemms(out, found["gemm"], found["products"])
+    if found["operators"]:
+        out.print()
+        _operators(out, found["operators"])
 
 
 def _verdicts(out: Console, title: str, entry: dict[str, Any]) -> None:

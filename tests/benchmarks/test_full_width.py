@@ -62,3 +62,12 @@ def test_what_is_measured_is_recorded_before_the_next(
         full_width.main()
     (line,) = map(json.loads, out.read_text().splitlines())
     assert (line["what"], line["variant"], line["clip"], line["card"]) == ("block", "plain", "32x32x17", "Fake")
+
+
+def test_a_precision_that_the_vae_does_not_run_in_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["full_width", "block", "vae-encode", "--precision", "int8"])
+    with pytest.raises(SystemExit) as ended:
+        full_width.main()
+    assert ended.value.code == 2 and "--precision int8: the VAE runs in bf16 or fp32" in capsys.readouterr().err
