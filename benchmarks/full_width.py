@@ -191,7 +191,6 @@ def bench_vae(
     if at_once is None:
         return _beside(timed(lambda: network(x), device, repeats), held) | about
     error, most, frame, start = 0.0, 0.0, 0, time.perf_counter()
-    low, high = (float(v) for v in torch.aminmax(out))
     host = HostFrames(device) if strips > 1 else None
     for piece in network.slices(x, at_once, strips, host):
         difference = piece.float() - out[:, :, frame : frame + piece.shape[2]].float()
@@ -205,7 +204,7 @@ def bench_vae(
         "first_seconds": round(time.perf_counter() - start, 2),
         "error": float(f"{(error / float(out.float().square().sum())) ** 0.5:.2e}"),
         "max_abs": float(f"{most:.2e}"),
-        "psnr_db": round(10 * math.log10((high - low) ** 2 * out.numel() / error), 1) if error else "exact",
+        "psnr_db": _psnr(error, out),
     }
     del out, difference
 
@@ -236,9 +235,16 @@ def bench_encode(
         "counted_gib": round(encode_bytes(config, settings.height, settings.width, strips, dtype.itemsize) / 2**30, 2),
         "error": float(f"{float(difference.norm() / whole.norm()):.2e}"),
         "max_abs": float(f"{float(difference.abs().max()):.2e}"),
+        "psnr_db": _psnr(float(difference.square().sum()), whole),
     }
     del whole, difference
     return _beside(timed(lambda: network.in_strips(x, strips), device, repeats), held) | about
+
+
+def _psnr(error: float, whole: Tensor) -> float | str:
+    """Of a sum of squared differences, over the range of what they are from."""
+    low, high = (float(v) for v in torch.aminmax(whole))
+    return round(10 * math.log10((high - low) ** 2 * whole.numel() / error), 1) if error else "exact"
 
 
 def _finite(out: Tensor) -> Tensor:

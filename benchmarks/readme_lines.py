@@ -101,8 +101,10 @@ def attention_table(root: Path) -> list[str]:
 def memory_table(root: Path) -> list[str]:
     """Whole runs under a hard cap: what the plan said and what was taken."""
     latest: dict[tuple[Any, ...], dict[str, Any]] = {}
-    beside = [line for line in _lines(root, FILES) if line["plan"]["blocks_from_disk"]]
-    for line in [*_lines(root, WHOLE), *beside]:
+    whole = list(_lines(root, WHOLE))
+    budgets = {line["vram"] for line in whole}
+    beside = [line for line in _lines(root, FILES) if line["plan"]["blocks_from_disk"] or line["vram"] not in budgets]
+    for line in [*whole, *beside]:
         frames = line["settings"]["num_frames"]
         files = _where_files_were(line)
         latest[line["precision"], frames, files, line["vram"]] = line

@@ -286,7 +286,19 @@ def test_what_is_said_of_streaming_is_in_the_lines():
     streams = [json.loads(line) for line in (ROOT / FILES).read_text().splitlines()]
     counts = [(line["plan"]["blocks_from_disk"], line["plan"]["streamed_blocks"]) for line in streams]
     assert f"with {counts[0][0]} blocks from files at every step as with {counts[1][1]} blocks from pinned" in readme
-    assert counts[1][0] == 0 and len({(line["latents_sha256"], line["commit"]) for line in streams}) == 1
+    assert counts[1][0] == 0 and len({line["latents_sha256"] for line in streams}) == 1 and len(streams) == 4
+    assert streams[2]["plan"]["resident_blocks"] == 48 and f"{streams[3]['vram'][:-2]} GB, with attention in " in readme
+    least = streams[3]["plan"]
+    assert f"in {least['head_groups']} groups of heads and the feed-forward in chunks of {least['chunk']:,} " in readme
+    assert f"; commits {' and '.join(dict.fromkeys(line['commit'] for line in streams))})" in readme
+    (text,) = [json.loads(line) for line in (ROOT / WHOLE.with_name("text-h200.jsonl")).read_text().splitlines()]
+    texts = text["stages"][0]
+    assert text["text_precision"] == "bf16" and texts["gpu_peak_bytes"] < 1.5e9
+    size = f"{texts['planned_disk_bytes'] / 1e9:.1f} GB took {texts['seconds']:.1f} s"
+    assert f"(1.5 GB of it; in BF16 its {size}," in readme
+    exact = [json.loads(line) for line in (ROOT / WHOLE.with_name("vae-fp32-h200.jsonl")).read_text().splitlines()]
+    most = max(line["max_abs"] for line in exact)
+    assert len(exact) == 4 and f"In fp32 four of these ways were within {most:.1e} of the whole" in readme
     more, small = map(json.loads, (ROOT / WHOLE.with_name("whole-small-h200.jsonl")).read_text().splitlines()[-2:])
     taken, copied = statistics.median(small["step_seconds"][1:]), small["plan"]["step_seconds"]
     assert (more["vram"], small["vram"]) == ("80GB", "8GB") and more["commit"] == small["commit"]

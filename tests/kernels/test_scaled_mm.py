@@ -349,7 +349,7 @@ def test_card_is_close_to_the_fp8_reference(shape: tuple[int, int, int]) -> None
                 assert out.dtype == out_type and out.shape == want.shape and out.is_contiguous()
                 size = max(want.norm(), operands[4].norm() if bias else 0)  # one may cancel the other
                 error = float((out.float() - want).norm() / size)
-                assert error < limit + (2**-9 if out_type == torch.bfloat16 else 0)
+                assert error < limit + (2**-8 if out_type == torch.bfloat16 else 0)  # as much is one element's rounding
                 assert torch.equal(scaled_mm_fp8(*operands, out_type, use_fast_accum=fast), out)
         _check_what_follows(scaled_mm_fp8, scaled_mm_fp8_reference, operands, exact=False)
 
