@@ -18,6 +18,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -182,9 +183,10 @@ def bench(
             say(console, "note", text)
         return
     runner.check_disk()
+    start = time.monotonic()
     with runner.show:  # type: ignore[attr-defined]
         outcomes = list(runner.run())
-    finish(matrix, outcomes, folder, as_json, overwrite)
+    finish(outcomes, folder, as_json, time.monotonic() - start, overwrite)
     if any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(1)
 
@@ -335,7 +337,7 @@ def _list(matrix: Matrix, there: dict[str, Path], as_json: bool) -> None:
 
 
 def finish(
-    matrix: Matrix, outcomes: Sequence[Outcome], folder: Path, as_json: bool, overwrite: bool = False
+    outcomes: Sequence[Outcome], folder: Path, as_json: bool, seconds: float, overwrite: bool = False
 ) -> None:  # fmt: skip
     """The table of all cells, what failed, and where everything is; writes the report if its module is there."""
     from solostep.benchmarks.runner import as_json as rows
@@ -351,8 +353,7 @@ def finish(
     for outcome in outcomes:
         if outcome.status == "failed":
             say(console, "error", f"{outcome.planned.label} failed: {outcome.error} See {outcome.path}.")
-    spent = duration(sum(outcome.seconds for outcome in outcomes))
-    print(f"{len(done)} of {len(outcomes)} cells in {folder}, {spent}")
+    print(f"{len(done)} of {len(outcomes)} cells in {folder}, {duration(seconds)}")
     if page is not None:
         print(page)
 

@@ -150,9 +150,9 @@ class Runner:
             OutputError: the folder cannot be written.
         """
         with self._alone(), terminated_like_interrupted():
-            there, todo = self.there(), sum(p.work for p in self.matrix.planned)
-            todo -= sum(p.work for p in self.matrix.planned if p.id in there)
-            start, busy = time.monotonic(), set[Future[Outcome]]()
+            there, busy = self.there(), set[Future[Outcome]]()
+            waiting = [planned for planned in self.matrix.planned if planned.id not in there]
+            todo, ended = sum(planned.work for planned in waiting), 0
             begun, lost = self.unfinished()
             for text in lost:
                 self.show.note(text)
@@ -163,7 +163,7 @@ class Runner:
                         self.show.note(f"{head}: there already, {there[planned.id].name}")
                         yield Outcome(planned, "skipped", there[planned.id])
                         continue
-                    left = self._left(todo - self.worked)
+                    left = self._left(todo - self.worked, len(waiting) - ended)
                     said = f"; about {left} left in all" if left else ""
                     said += "; begun before, goes on where it was" if planned.id in begun else ""
                     self.show.note(f"{head}: {planned.runs:.3g} videos{said}")
@@ -171,15 +171,16 @@ class Runner:
                     # Others wait for what they are compared with.
                     while busy and (len(busy) >= self.jobs or planned.cell.role == "reference"):
                         done, busy = wait(busy, return_when=FIRST_COMPLETED)
-                        yield from self._told(done, start)
+                        ended += len(done)
+                        yield from self._told(done)
                 while busy:
                     done, busy = wait(busy, return_when=FIRST_COMPLETED)
-                    yield from self._told(done, start)
+                    yield from self._told(done)
 
-    def _told(self, done: set[Future[Outcome]], start: float) -> Iterator[Outcome]:
+    def _told(self, done: set[Future[Outcome]]) -> Iterator[Outcome]:
         for future in done:
             outcome = future.result()
-            self.spent, self.worked = time.monotonic() - start, self.worked + outcome.planned.work
+            self.spent, self.worked = self.spent + outcome.seconds, self.worked + outcome.planned.work
             ended = f"done in {duration(outcome.seconds)}" if outcome.status == "done" else f"failed: {outcome.error}"
             self.show.note(f"{outcome.planned.label}, {outcome.planned.cell.clip}: {ended}")
             yield outcome
@@ -197,8 +198,9 @@ class Runner:
             for process in list(self.processes):
                 _wait_or_kill(process, late - time.monotonic())
 
-    def _left(self, todo: float) -> str:
-        return duration(self.spent / self.worked * todo) if self.worked else ""
+    def _left(self, todo: float, cells: int) -> str:
+        """How long so many cells will take, of those that run beside one another what one of them does."""
+        return duration(self.spent / self.worked * todo / min(self.jobs, cells)) if self.worked else ""
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

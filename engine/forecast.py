@@ -7,17 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from .decoding import how_decoded
 from .plan import LONGEST_TEXT
+from .units import size
 
 if TYPE_CHECKING:
     from .plan import Plan
-
-
-def size(count: int) -> str:
-    """Bytes in decimal units."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count} B"
 
 
 def time_text(seconds: float | None) -> str:
@@ -60,6 +53,21 @@ def spared(values: dict[str, Any]) -> list[str]:
     if values["park"]:
         found.append("one guidance branch waits in host memory")
     return found
+
+
+def in_short(values: dict[str, Any]) -> str:
+    """What a plan does beside keeping blocks, in a few words; from Plan.as_dict()."""
+    parts = [] if not values["streamed_blocks"] else ["1 slot" if values["slots"] == 1 else f"{values['slots']} slots"]
+    if values["blocks_from_disk"]:
+        parts.append(f"{values['blocks_from_disk']} blocks from disk")
+    if values["head_groups"] > 1:
+        parts.append(f"heads in {values['head_groups']} groups")
+    parts += [] if values["keep_text"] else ["text keys anew"]
+    parts += ["a branch on the host"] if values["park"] else []
+    if values["decode_frames"] is not None:
+        strips = f" in {values['decode_strips']} strips" if values["decode_strips"] > 1 else ""
+        parts.append(f"VAE by {values['decode_frames']}{strips}")
+    return ", ".join(parts)
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -30,6 +30,14 @@ def parse_size(value: str | int | float, option: str) -> int:
     raise UsageError(f"{option} {value} is no size; write it with its unit, as in 24GB.")  # 24 for 24 GB
 
 
+def size(count: int) -> str:
+    """Bytes in decimal units."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} B"
+
+
 def rounded_up(count: int) -> str:
     """Bytes in GB, rounded up to three digits, so that as much is enough."""
     digit = 10 ** max(0, int(math.log10(max(count, 1))) - 2)

@@ -335,6 +335,12 @@ def test_runs_as_a_module(tmp_path: Path):
     assert "generate" in _python("-m", "solostep", "--help", cwd=tmp_path)
 
 
+def test_the_command_line_is_there_before_torch_is(tmp_path: Path):
+    """Help, wrong options and Ctrl-C do not wait for a second of imports."""
+    code = "import sys, solostep.engine.interfaces.cli as cli; print({'torch', 'numpy'} & set(sys.modules), cli.main)"
+    assert _python("-c", code, cwd=tmp_path).startswith("set() ")
+
+
 def _found_kernels(tmp_path: Path, first: Path) -> str:
     """Which package `import kernels` takes with `first` at the start of sys.path and an installed one further down."""
     site = tmp_path / "site"

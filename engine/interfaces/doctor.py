@@ -15,8 +15,8 @@ from rich.table import Table
 from ..errors import UsageError
 from ..files import replacing
 from ..progress import ConsoleProgress
+from ..units import size
 from .console import console, guarded
-from .tables import size
 
 STYLES = {"ok": "green", "wrong": "bold red", "failed": "bold red", "unavailable": "dim"}
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..latents import SUFFIX
 
 PROMPT_KEYS = (
     "prompt", "negative_prompt", "image", "motion_score", "num_frames", "height", "width", "num_inference_steps",
@@ -28,6 +27,8 @@ def slug(prompt: str, length: int = 48) -> str:
 
 def latents_beside(output: Path) -> Path:
     """``cat.mp4`` -> ``cat.latents.safetensors``."""
+    from ..latents import SUFFIX
+
     return output.with_name((output.stem if output.suffix else output.name) + SUFFIX)
 
 

@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import SolostepError, UsageError
-from ..forecast import described, size, time_text
 from ..hub import DEMO
+from ..units import size
 from .console import console, guarded, say
 
 if TYPE_CHECKING:
@@ -140,9 +140,11 @@ def _sweep(asked: Asked, vram: int | None, host: int | None) -> list[dict[str, A
 
 
 def sweep_table(out: Console, rows: list[dict[str, Any]]) -> None:
-    """One line a budget."""
+    """A row for each budget, which fits 80 columns."""
+    from ..forecast import in_short, time_text
+
     table = Table(show_edge=False, pad_edge=False)
-    for heading in ("--vram", "blocks that stay", "host", "a step", "whole run"):
+    for heading in ("--vram", "blocks\nstay", "host", "a step", "whole\nrun"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("what is done", overflow="fold")
     for row in rows:
@@ -152,6 +154,6 @@ def sweep_table(out: Console, rows: list[dict[str, Any]]) -> None:
             continue
         table.add_row(
             size(row["vram_bytes"]), str(row["resident_blocks"]), size(row["host_bytes"]),
-            time_text(row["step_seconds"]), time_text(row["seconds"]), "; ".join(described(row).split("; ")[1:]),
+            time_text(row["step_seconds"]), time_text(row["seconds"]), in_short(row),
         )  # fmt: skip
     out.print(table)

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from ..progress import ConsoleProgress
+from ..units import size
 from .console import console, guarded, say
-from .tables import size
 
 Model = Annotated[str, typer.Argument(help="A model folder, a Hugging Face id, or t2v, turbo, ti2v. Never written to.")]
 Folder = Annotated[Path, typer.Option("--output", "-o", help="The new model folder.")]

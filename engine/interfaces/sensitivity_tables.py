@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 
 from ...quant.formats import UNQUANTIZED
 from ...quant.sensitivity import Table
-from .tables import size
+from ..units import size
 
 
 def print_tables(console: Console, found: Mapping[str, Any], formats: Sequence[str], top: int) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..forecast import size
+from ..units import size
 
 if TYPE_CHECKING:
     from ..golden import Result

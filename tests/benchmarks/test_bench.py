@@ -31,6 +31,7 @@ from solostep.benchmarks.readme_tables import FULL, RESULTS, ROOT, results_in
 from solostep.benchmarks.results import FAILED, read_result, read_results
 from solostep.benchmarks.runner import Outcome, Runner, spec_of
 from solostep.engine.errors import UsageError
+from solostep.engine.progress import duration
 
 pytestmark = pytest.mark.usefixtures("fast")
 
@@ -159,7 +160,12 @@ def test_jobs_run_beside_each_other_behind_the_reference(bed: Bed, monkeypatch: 
         )
     )
     bed.behave(int8="meet", fp8="meet")
-    outcomes = list(Runner(bed.matrix, bed.folder, Said(), command=bed.command, jobs=2).run())
+    run = Runner(bed.matrix, bed.folder, Said(), command=bed.command, jobs=2)
+    outcomes = list(run.run())
+    assert run.spent == pytest.approx(sum(outcome.seconds for outcome in outcomes))
+    assert run.worked == sum(planned.work for planned in bed.matrix.planned)
+    run.spent, run.worked = 30.0, 3.0  # ten seconds for each part of the work, and at most two cells at a time
+    assert [run._left(12.0, cells) for cells in (1, 2, 3)] == [duration(120), duration(60), duration(60)]
     assert status(outcomes) == ["done"] * 3 and outcomes[0].planned.cell.role == "reference"
     assert bed.runs()[0] == "reference bf16 cpu" and len(read_results([bed.folder])) == 3
     assert (bed.folder / "cache" / "threads").read_text().split() == ["3"] * 3  # of 7 cores, two at a time

@@ -16,6 +16,7 @@ from typing import Any, cast
 import pytest
 import torch
 from plan_command import Run, plan_command
+from rich.console import Console
 
 import solostep.engine.asked
 from solostep.engine import cached, cards, rates
@@ -26,6 +27,7 @@ from solostep.engine.decoding import decode_seconds
 from solostep.engine.errors import SolostepError, UsageError
 from solostep.engine.forecast import plan_line
 from solostep.engine.headers import torch_type
+from solostep.engine.interfaces.plan import sweep_table
 from solostep.engine.memory import report
 from solostep.engine.models.vae_bytes import decode_bytes
 from solostep.engine.pipeline import StepVideoPipeline
@@ -363,6 +365,17 @@ def test_a_sweep_tells_what_it_refuses(run: Run) -> None:
     rows = json.loads(run(*arguments, "--converted")[1])
     assert {row["vram_bytes"] for row in rows if "refused" not in row} >= {n * GB for n in (9, 12, 24, 40)}
     assert "not possible: 4." in run(*arguments[:-1], "--converted")[1].replace("│", " ")
+
+
+def test_a_sweep_fits_a_terminal_of_80_columns(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("t2v", "--sweep", "--precision", "fp8", "--text-precision", "int8", "--like", "h200", "--json")
+    rows = json.loads(run(*arguments)[1])
+    sweep_table(Console(width=80), [*rows, {"vram_bytes": 8 * GB, "refused": "it takes more than there is; why"}])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80 and len(out.splitlines()) <= 2.5 * len(rows)
+    words = " ".join(out.replace("│", " ").split())
+    assert "1 slot, heads in 8 groups" in words and "a branch on the host" in words and "VAE by 4" in words
+    assert "not possible: it takes more" in words and "why" not in words
 
 
 def test_an_unknown_model_s_message_lists_those_that_are_known(run: Run) -> None:
