@@ -27,7 +27,7 @@ from solostep.benchmarks.report_tables import (
     Cell,
     Table,
     calculated,
-    environment_line,
+    environment_lines,
     gigabytes_of,
     mode_text,
     run_title,
@@ -209,7 +209,7 @@ def _marks(group: Group) -> list[str]:
 def _titled(group: Group, found: Table) -> list[str]:
     synthetic = ", synthetic weights" if group.synthetic else ""
     told = [(row.name, results_of(group, row)) for row in group.rows]
-    where = " and ".join(dict.fromkeys(environment_line(r.environment) for _, own in told for r in own))
+    where = " and ".join(environment_lines([result for _, own in told for result in own]))
     return [*table(found), f"{group.title}{synthetic}: {where}.", *_apart(told), ""]
 
 
@@ -219,9 +219,8 @@ def _apart(told: Sequence[tuple[str, Sequence[Result]]]) -> list[str]:
 
 
 def _about(results: Sequence[Result]) -> str:
-    lines = dict.fromkeys(environment_line(r.environment) for r in results)
     models = ", ".join(dict.fromkeys(model_name(r) + (" (synthetic weights)" if r.synthetic else "") for r in results))
-    return f"{models}: {' and '.join(lines)}"
+    return f"{models}: {' and '.join(environment_lines(results))}"
 
 
 def _followed(row: Row) -> str:

@@ -447,6 +447,22 @@ def environment_line(environment: Mapping[str, Any]) -> str:
     return ", ".join(found)
 
 
+def environment_lines(results: Sequence[Result]) -> list[str]:
+    """A line for each card with its versions, and the commits that were measured there."""
+    commits: dict[str, dict[str, None]] = {}
+    for result in results:
+        own = commits.setdefault(environment_line({**result.environment, "commit": None}), {})
+        if commit := result.environment.get("commit"):
+            own[str(commit)] = None
+    return [line + _named("commit", list(own)) for line, own in commits.items()]
+
+
+def _named(what: str, names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    return f", {what} {names[0]}" if len(names) == 1 else f", {what}s {', '.join(names[:-1])} and {names[-1]}"
+
+
 def flat(environment: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Every entry as a name and a text; sizes in GB."""
     found: list[tuple[str, str]] = []

@@ -126,6 +126,21 @@ def test_what_numbers_rest_on_stands_below_the_tables(root: Path):
     assert "†" not in drift and "Step-LLM" not in drift
 
 
+def test_a_card_s_commits_stand_in_one_line(root: Path):
+    """Of results that differ in nothing else of their environment; another driver is a line of its own."""
+    folder = root / "benchmarks" / "results" / "h200"
+    for path in folder.iterdir():
+        path.unlink()
+    results = []
+    for name, letter, driver in (("int8 · int8", "a", "1"), ("fp8 · int8", "b", "1"), ("nf4 · bf16", "c", "2")):
+        result = made.make_result(f"{name} attention", levels=("speed",), num_frames=204)
+        result["environment"] |= {"commit": 7 * letter, "driver": driver}
+        results.append(result)
+    made.write_results(folder, results)
+    text = updated("<!-- table: modes -->\n<!-- /table -->\n", root)
+    assert text.count("Testcard 9000") == 2 and "commits aaaaaaa and bbbbbbb" in text and "commit ccccccc." in text
+
+
 def test_a_run_that_was_made_is_not_told_as_calculated(root: Path):
     """Fifty steps in two processes, beside modes that are calculated from few."""
     folder = root / "benchmarks" / "results" / "h200"
