@@ -38,8 +38,8 @@ BENCH = (*PYTHON, "solostep.benchmarks.bench")
 SPEED = (*BENCH, "--levels", "speed", "-n", "1", "--seeds", "1")
 SYNTHETIC = (*PYTHON, "solostep.benchmarks.synthetic")
 WIDTH = (*PYTHON, "solostep.benchmarks.full_width")
-MODEL, MODEL_FP8, MODEL_TEXT = "model", "model-fp8", "model-text"
-"""In bf16 with Step-LLM in int8; in fp8; and in fp8 with Step-LLM in bf16."""
+MODEL, MODEL_FP8, MODEL_TEXT, MODEL_TI2V = "model", "model-fp8", "model-text", "model-ti2v"
+"""In bf16 with Step-LLM in int8; in fp8; in fp8 with Step-LLM in bf16; and the first for image-to-video."""
 LEAST = 180.0
 """Seconds below which nothing is begun that would be cut."""
 SLACK = 1.6
@@ -71,9 +71,10 @@ def tests_of(name: str, seconds: float, *paths: str, processes: int = 0) -> Job:
 def speed_job(
     name: str, seconds: float, *options: str, steps: int = 2, roles: str = "mode", needs: tuple[str, ...] = (MODEL,)
 ) -> Job:  # fmt: skip
-    """Speed and memory of modes of the full size, on the model of drawn weights."""
+    """Speed and memory of modes of the full size, on a model of drawn weights: the first of ``needs``."""
+    folder = "{model}" + needs[0].removeprefix(MODEL)
     command = (
-        *SPEED, "-m", "{model}", "--roles", roles, "--steps", str(steps), "-o", f"{{out}}/h200/{name}", *options
+        *SPEED, "-m", folder, "--roles", roles, "--steps", str(steps), "-o", f"{{out}}/h200/{name}", *options
     )  # fmt: skip
     return Job(name, command, seconds, needs, resumes=True)
 
@@ -171,6 +172,11 @@ JOBS: tuple[Job, ...] = (
         (*PYTHON, "solostep.benchmarks.whole_pipeline", "run", "{model}-text", "--vram", "8GB", "--frames", "17",
          "--latents-only", "-o", "{out}/text-h200.jsonl"),
         60, (MODEL_TEXT,),
+    ),
+    Job(MODEL_TI2V, (*SYNTHETIC, "{model}-ti2v", "--image-to-video"), 65),
+    # With the first frame encoded, at that model's own length.
+    speed_job(
+        "image-to-video", 110, "--frames", "102", "--precision", "int8", "--vram", "24GB,8GB", needs=(MODEL_TI2V,)
     ),
     # What streaming costs: beside the least computation of this size, beside the most, and where copies take longer by
     # the plan (0.40 s a step for 0.14).
@@ -295,7 +301,7 @@ class Recording:
 
     def _is_there(self, job: Job) -> bool:
         """A model is there or not, whatever a mark says that came from another machine."""
-        if job.name in (MODEL, MODEL_FP8, MODEL_TEXT):
+        if job.name in (MODEL, MODEL_FP8, MODEL_TEXT, MODEL_TI2V):
             return self.model.with_name(self.model.name + job.name.removeprefix(MODEL)).is_dir()
         return self._mark(job).exists()
 

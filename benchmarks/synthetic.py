@@ -34,6 +34,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -454,6 +455,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--precision", default="bf16", help="of the DiT")
     parser.add_argument("--text-precision", default="int8", help="of Step-LLM")
+    parser.add_argument("--image-to-video", action="store_true", help="the DiT that takes a first frame, too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device")
     args = parser.parse_args()
@@ -461,7 +463,9 @@ def main() -> int:
     def run() -> None:
         check_precision(args.precision)
         check_precision(args.text_precision, "--text-precision")
-        write(args.folder, args.precision, args.text_precision, args.seed, pick_device(args.device))
+        config = replace(RELEASED.transformer, use_additional_conditions=args.image_to_video)
+        sizes = replace(RELEASED, transformer=config)
+        write(args.folder, args.precision, args.text_precision, args.seed, pick_device(args.device), sizes)
 
     return exit_code(run)
 

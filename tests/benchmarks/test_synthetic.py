@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from solostep.benchmarks import synthetic
 from solostep.benchmarks.activation_statistics import distribution, record, summary
 from solostep.benchmarks.synthetic import (
     GENERATOR,
@@ -23,7 +25,7 @@ from solostep.benchmarks.synthetic import (
 )
 from solostep.benchmarks.synthetic_samples import SyntheticSamples, noisy_video
 from solostep.benchmarks.synthetic_table import COLUMNS, normal_block, normal_shell, table
-from solostep.benchmarks.whole_pipeline import TOKENIZERS, Sizes
+from solostep.benchmarks.whole_pipeline import RELEASED, TOKENIZERS, Sizes
 from solostep.engine.checkpoint import open_model
 from solostep.engine.config import GenerationSettings, StepLLMConfig, TransformerConfig, VAEConfig
 from solostep.engine.errors import UsageError
@@ -132,6 +134,30 @@ def test_a_folder_says_that_its_weights_were_drawn_and_holds_them(tmp_path: Path
     write(tmp_path / "again", "int8", "bf16", 5, CPU, Sizes(config, llm, vae, clip))
     again = {name: c.fingerprint for name, c in open_model(tmp_path / "again").components.items()}
     assert again == {name: c.fingerprint for name, c in model.components.items()}
+
+
+def test_image_to_video_is_the_same_network_and_a_first_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The option asks for the released size with it; all that both have is drawn alike."""
+    asked: list[Sizes] = []
+    monkeypatch.setattr(synthetic, "write", lambda *arguments: asked.append(arguments[-1]))
+    for options in ([], ["--image-to-video"]):
+        monkeypatch.setattr("sys.argv", ["synthetic", "folder", "--device", "cpu", *options])
+        assert synthetic.main() == 0
+    assert asked[0] == RELEASED and asked[1].transformer == TransformerConfig(use_additional_conditions=True)
+    small = TransformerConfig(
+        num_attention_heads=1, num_layers=1, in_channels=2, out_channels=2, caption_channels=(48, 32)
+    )  # fmt: skip
+    plain, more = (
+        dict(draw_shell(Drawn(replace(small, use_additional_conditions=also), 5, CPU)).named_parameters())
+        for also in (False, True)
+    )
+    added = {name for name in more if name not in plain}
+    assert added and all("motion_score_embedder" in name for name in added) and plain.keys() <= more.keys()
+    wider = {name for name in plain if plain[name].shape != more[name].shape}  # it takes the first frame's latents, too
+    assert wider == {"pos_embed.proj.weight"} and more[wider.pop()].isfinite().all()
+    same = [name for name in plain if plain[name].shape == more[name].shape and not plain[name].is_meta]
+    assert all(torch.equal(more[name], plain[name]) for name in same)
+    assert all(bool(more[name].isfinite().all()) for name in added)
 
 
 def test_the_marker_of_a_folder(tmp_path: Path) -> None:
