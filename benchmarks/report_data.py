@@ -176,14 +176,20 @@ class Group:
 # --- groups -------------------------------------------------------------------------------------------------------
 
 DRAWN = "synthetic"
-"""What models of drawn weights are called."""
+IMAGE_TO_VIDEO = "image-to-video"
+"""What models of drawn weights are called; and behind it, those that take a first frame."""
+
+
+def takes_a_frame(result: Result) -> bool:
+    """Whether drawn weights are of a model for image-to-video, as synthetic.py marks them."""
+    return isinstance(result.synthetic, dict) and bool(result.synthetic.get("image_to_video"))
 
 
 def model_name(result: Result) -> str:
     """The model's name, or the last part of its path; drawn weights have one name in whatever folder they lie."""
     cell = result.cell
     if result.synthetic:
-        return DRAWN
+        return DRAWN + (f", {IMAGE_TO_VIDEO}" if takes_a_frame(result) else "")
     return cell.model.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or cell.model
 
 

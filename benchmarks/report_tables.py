@@ -6,7 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from solostep.benchmarks.report_data import Group, Row, card_of, is_guided, mode_key, model_name, size_of
+from solostep.benchmarks.report_data import (
+    IMAGE_TO_VIDEO,
+    Group,
+    Row,
+    card_of,
+    is_guided,
+    mode_key,
+    model_name,
+    size_of,
+    takes_a_frame,
+)
 from solostep.benchmarks.report_measures import (
     DRIFT,
     MISSING,
@@ -410,10 +420,11 @@ def run_title(result: Result) -> str:
 
 
 def mode_text(result: Result) -> str:
-    """The mode's label, without its budget."""
+    """The mode's label, without its budget; and that it made a video from an image, where drawn weights did."""
     cell, parts = result.cell, result.label.split(" · ")
     budget = {str(v).replace(" ", "").lower() for v in (cell.vram, cell.host_ram) if v}
-    return " · ".join(p for p in parts if p.replace(" ", "").lower() not in budget) or result.label
+    name = " · ".join(p for p in parts if p.replace(" ", "").lower() not in budget) or result.label
+    return f"{name}, {IMAGE_TO_VIDEO}" if takes_a_frame(result) else name
 
 
 def _budget_order(item: tuple[Result, Row]) -> tuple[Any, ...]:

@@ -52,6 +52,9 @@ from solostep.engine.runtime import pick_device
 GENERATOR = "solostep synthetic DiT 1"
 """A name that changes with what is drawn."""
 
+IMAGE_TO_VIDEO = "image_to_video"
+"""In the marker of a model that takes a first frame: another one than that of the same seed for texts alone."""
+
 OUTLIERS, OUTLIER_SIZES = 0.01, (10.0, 50.0)
 MASSIVE, MASSIVE_SIZE = 5e-4, 80.0
 """Shares of the stream's channels, and how many times the others they are. A narrow network has one massive channel,
@@ -409,9 +412,9 @@ class DrawnBlocks:
 # ---------------------------------------------------------------- model folders
 
 
-def marked(seed: int) -> dict[str, Any]:
+def marked(seed: int, image_to_video: bool = False) -> dict[str, Any]:
     """What results with these weights carry in their ``synthetic``."""
-    return {"generator": GENERATOR, "seed": seed}
+    return {"generator": GENERATOR, "seed": seed} | ({IMAGE_TO_VIDEO: True} if image_to_video else {})
 
 
 def marker(folder: Path) -> dict[str, Any] | bool:
@@ -446,7 +449,8 @@ def write(
     if part.exists():
         shutil.rmtree(part)
     make(part, precision, text_precision, device, lambda build, where: draw_network(build, where, seed), sizes)
-    (part / MARKER).write_text(json.dumps(marked(seed)) + "\n", encoding="utf-8")
+    said = marked(seed, sizes.transformer.use_additional_conditions)
+    (part / MARKER).write_text(json.dumps(said) + "\n", encoding="utf-8")
     part.rename(folder)
 
 

@@ -28,6 +28,7 @@ from solostep.benchmarks.readme_lines import (
 from solostep.benchmarks.readme_tables import PAGE, ROOT, TABLES, main, page_is_stale, results_in, stale, updated
 from solostep.benchmarks.report_html import table
 from solostep.benchmarks.report_tables import files
+from solostep.benchmarks.synthetic import marked
 from solostep.engine import cards
 from solostep.engine.asked import ask as once
 from solostep.engine.errors import UsageError
@@ -139,6 +140,23 @@ def test_a_card_s_commits_stand_in_one_line(root: Path):
     made.write_results(folder, results)
     text = updated("<!-- table: modes -->\n<!-- /table -->\n", root)
     assert text.count("Testcard 9000") == 2 and "commits aaaaaaa and bbbbbbb" in text and "commit ccccccc." in text
+
+
+def test_drawn_weights_for_image_to_video_are_a_model_of_their_own(root: Path):
+    """As synthetic.py marks them: in a row that says so, and in none with those for texts alone."""
+    folder = root / "benchmarks" / "results" / "h200"
+    for path in folder.iterdir():
+        path.unlink()
+    results = []
+    for also in (False, True):
+        result = made.make_result("int8 · int8 attention", steps=2, levels=("speed",), num_frames=204, vram="24GB")
+        results.append(result | {"id": f"{also:016d}", "synthetic": marked(0, also)})
+    made.write_results(folder, results)
+    budgets, modes = (updated(f"<!-- table: {name} -->\n<!-- /table -->\n", root) for name in ("budgets", "modes"))
+    rows = [line.split(" | ")[0] for line in budgets.splitlines() if line.startswith("| int8")]
+    assert rows == ["| int8 · int8 attention", "| int8 · int8 attention, image-to-video"]
+    assert "synthetic (synthetic weights), synthetic, image-to-video (synthetic weights): " in budgets
+    assert modes.count("\n| int8 · int8 attention") == 2 and "synthetic, image-to-video, 204 frames" in modes
 
 
 def test_a_run_that_was_made_is_not_told_as_calculated(root: Path):

@@ -136,6 +136,14 @@ def test_a_folder_says_that_its_weights_were_drawn_and_holds_them(tmp_path: Path
     assert again == {name: c.fingerprint for name, c in model.components.items()}
 
 
+def test_a_marker_tells_whether_a_first_frame_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic, "make", lambda folder, *_: folder.mkdir())
+    for name, also in (("t2v", False), ("ti2v", True)):
+        write(tmp_path / name, "bf16", "int8", 3, CPU, Sizes(TransformerConfig(use_additional_conditions=also)))
+    assert marker(tmp_path / "t2v") == {"generator": GENERATOR, "seed": 3}
+    assert marker(tmp_path / "ti2v") == {"generator": GENERATOR, "seed": 3, "image_to_video": True}
+
+
 def test_image_to_video_is_the_same_network_and_a_first_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     """The option asks for the released size with it; all that both have is drawn alike."""
     asked: list[Sizes] = []
