@@ -163,7 +163,7 @@ JOBS: tuple[Job, ...] = (
     # The same model from pinned memory: the SHA-256 of the latents has to be the same.
     whole_job("files-pinned", 100, ("12GB",), *LONG, *LATENTS, stored=True, to="files-h200"),
     # And with all of it on the card, and in the least that there is: attention in groups, small chunks.
-    whole_job("files-beside", 170, ("80GB", "5.6GB"), *LONG, *LATENTS, stored=True, to="files-h200"),
+    whole_job("files-beside", 260, ("80GB", "5.6GB"), *LONG, *LATENTS, stored=True, to="files-h200"),
     # To an mp4 with the decoder in strips of four frames, which takes less than 3 GB.
     speed_job("budgets-8", 95, *LONG, "--precision", "int8", "--vram", "8GB"),
     Job(MODEL_TEXT, (*SYNTHETIC, "{model}-text", "--precision", "fp8", "--text-precision", "bf16"), 110),
@@ -195,7 +195,7 @@ JOBS: tuple[Job, ...] = (
     kernels_job(5_007, 110),
     kernels_job(18_972, 145),
     *vae_jobs(),
-    tests_of("tests", 90, "tests", processes=8),
+    tests_of("tests", 180, "tests", processes=8),
 )  # fmt: skip
 """In the order in which they are begun, what most depends on first."""
 
