@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -469,6 +470,29 @@ def test_equal_runs_are_noise(tmp_path: Path):
     made.write_results(tmp_path / "above", results)
     verdict = read(tmp_path / "above")[0].modes[0].verdict
     assert verdict and verdict.kind == "above" and verdict.text == "latents at the end: a floor of 0"
+
+
+@pytest.mark.parametrize("steps", [range(12), (3, 9)], ids=["runs", "single steps"])
+def test_a_mode_that_equals_the_reference_has_a_page(steps: Sequence[int], tmp_path: Path):
+    """Its errors are 0 at every step: no line, which is said, and no failure; the line of one that differs at
+    the first step alone ends there."""
+    names = ("reference", "floor-order", "fp8 · int8 attention", "bf16 · bf16 attention", "int8 · int8 attention")
+    results = [made.make_result(name) for name in names]
+    kept = {"bf16 · bf16 attention": 1, "int8 · int8 attention": 0}
+    for result in results[1:]:
+        differing = kept.get(result["label"], len(steps))
+        result["drift"]["teacher"].pop("cosine")
+        for part in (result["drift"]["teacher"], result["drift"]["free"]):
+            part["sigmas"] = [part["sigmas"][i] for i in steps]
+            rows = [[row[i] for i in steps] for row in part["error"]]
+            part["error"] = [row[:differing] + [0.0] * (len(steps) - differing) for row in rows]
+    made.write_results(tmp_path, results)
+    page, text = tmp_path / "page.html", tmp_path / "text"
+    done = run(str(tmp_path), "-o", str(page), "--markdown", str(text))
+    assert done.exit_code == 0, done.output
+    said = "Not drawn, because a logarithmic axis has no 0: int8 · int8 attention."
+    assert page.read_text(encoding="utf-8").count(said) >= 2
+    assert (text / "group-1-teacher-steps.png").exists()
 
 
 def test_pairs_are_matched_by_name(tmp_path: Path):
