@@ -46,6 +46,8 @@ seven for each mode. Shorter (--frames 17 --steps 10) it is minutes, and so is -
 smaller card what does not fit waits in host memory or on disk: see `solostep plan`, and give it --vram to compare \
 budgets. References stay in DIR/cache (--dry-run says how much disk they take) and may be deleted afterwards. On a CPU \
 the demo model is what is practical: --quick, which has too few prompts for intervals, and so for a verdict."""
+MOST_SEEDS = 1000
+"""A single larger number after --seeds is taken for a seed, and not for so many of them."""
 _T = TypeVar("_T")
 
 
@@ -203,9 +205,9 @@ def _parts(given: Iterable[str]) -> list[str]:
     return [part.strip() for text in given for part in text.split(",") if part.strip()]
 
 
-def _each(given: Sequence[str] | None, read: Callable[[str], _T]) -> tuple[_T | None, ...]:
+def _each(given: Sequence[str], read: Callable[[str], _T]) -> tuple[_T | None, ...]:
     """Values of an option that may be given several times, each once; (None,) where it is not given."""
-    return tuple(dict.fromkeys(read(part) for part in _parts(given or ()))) or (None,)
+    return tuple(dict.fromkeys(map(read, given))) or (None,)
 
 
 def _budget(text: str) -> str | None:
@@ -239,7 +241,14 @@ def _size(text: str) -> tuple[int, int]:
 
 def _seeds(text: str) -> tuple[int, ...]:
     values = tuple(_whole("--seeds")(part) for part in _parts([text]))
-    return tuple(range(1, values[0] + 1)) if len(values) == 1 and "," not in text else values
+    if len(values) != 1 or "," in text:
+        return values
+    if values[0] > MOST_SEEDS:
+        raise UsageError(
+            f"--seeds {text} is how many for each prompt, {MOST_SEEDS} at most; for the seed itself write {text}, with "
+            "a comma behind it."
+        )
+    return tuple(range(1, values[0] + 1))
 
 
 def _prompts(path: Path | None) -> tuple[str, ...] | None:
@@ -265,16 +274,19 @@ def read_options(given: dict[str, Any]) -> Options:
     from solostep.benchmarks.results import LEVELS, ROLES
 
     def named(name: str) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(_parts(given.get(name, ()))))
+        found = tuple(dict.fromkeys(_parts(given.get(name, ()))))
+        if name in given and not found:
+            raise UsageError(f"--{name.replace('_', '-')} is empty; give it a value, or leave it out.")
+        return found
 
     if given.get("prompts") is not None and given.get("n") is not None:
         raise UsageError("-n counts the model's own prompts; leave it out where --prompts gives others.")
     return Options(
         model=given.get("model"), precision=named("precision"), recipe=named("recipe"),
-        text_precision=_each(given.get("text_precision"), str), attention=_each(given.get("attention"), str),
-        attention_backend=_each(given.get("attention_backend"), str), vram=_each(given.get("vram"), _budget),
-        host_ram=_each(given.get("host_ram"), _budget), frames=_each(given.get("frames"), _whole("--frames")),
-        size=_each(given.get("size"), _size), steps=_each(given.get("steps"), _whole("--steps")),
+        text_precision=_each(named("text_precision"), str), attention=_each(named("attention"), str),
+        attention_backend=_each(named("attention_backend"), str), vram=_each(named("vram"), _budget),
+        host_ram=_each(named("host_ram"), _budget), frames=_each(named("frames"), _whole("--frames")),
+        size=_each(named("size"), _size), steps=_each(named("steps"), _whole("--steps")),
         guidance_scale=given.get("guidance"), time_shift=given.get("time_shift"),
         prompts=_prompts(given.get("prompts")), n=given.get("n", Options.n), seeds=_seeds(given.get("seeds", "1")),
         levels=tuple(_parts([given["levels"]])) if "levels" in given else LEVELS,

@@ -443,6 +443,9 @@ def test_the_costs_are_those_that_were_recorded():
         (["--size", "96"], "--size 96 is no size"),
         (["--frames", "many"], "--frames has to be whole numbers"),
         (["--seeds", "0"], "--seeds has to be at least 1"),
+        (["--seeds", "20260101"], "for the seed itself write 20260101, with a comma"),
+        (["--precision", ""], "--precision is empty"),
+        (["--host-ram", ","], "--host-ram is empty"),
         (["--precision", "int9"], "int9 is unknown"),
         (["--prompts", "none.txt"], "leave it out where --prompts gives others"),  # of -n, which stands before
         (["--quick", "--model", "t2v"], "--quick is of the demo model"),

@@ -176,6 +176,12 @@ def test_cells_and_environments_that_differ_are_said(tmp_path: Path):
     assert again.exit_code == 2 and "--overwrite" in again.output
 
 
+def test_a_title_is_of_a_report(tmp_path: Path):
+    made.write_results(tmp_path / "a", [made.make_result("reference")])
+    done = run("--compare", str(tmp_path / "a"), str(tmp_path / "a"), "--title", "mine")
+    assert done.exit_code == 2 and "--title is of a report" in done.output
+
+
 def test_nothing_in_common(tmp_path: Path):
     a, b = two(tmp_path, [made.make_result(MODE)], [made.make_result(MODE, height=64)])
     with pytest.raises(UsageError, match="no cell in common"):
