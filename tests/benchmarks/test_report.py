@@ -472,6 +472,17 @@ def test_equal_runs_are_noise(tmp_path: Path):
     assert verdict and verdict.kind == "above" and verdict.text == "latents at the end: a floor of 0"
 
 
+def test_a_floor_of_0_is_a_floor(tmp_path: Path):
+    """Videos of a few steps may be the same in both orders of sums. The headline is the mode nearest to the reference."""
+    names = ("reference", "floor-order", "fp8 · int8 attention", "int8 · int8 attention")
+    results = [made.make_result(name, levels=("video",)) for name in names]
+    results[1]["drift"]["video"]["psnr"] = [None] * 8
+    made.write_results(tmp_path, results)
+    (claim,) = headline(read(tmp_path)[0])
+    assert claim.title == "Nearest to the floor" and claim.mode == "int8 · int8 attention"
+    assert claim.text.startswith("No mode here is within the noise floor; PSNR beside a floor of 0"), claim.text
+
+
 @pytest.mark.parametrize("steps", [range(12), (3, 9)], ids=["runs", "single steps"])
 def test_a_mode_that_equals_the_reference_has_a_page(steps: Sequence[int], tmp_path: Path):
     """Its errors are 0 at every step: no line, which is said, and no failure; the line of one that differs at
