@@ -473,7 +473,7 @@ def test_equal_runs_are_noise(tmp_path: Path):
 
 
 def test_a_floor_of_0_is_a_floor(tmp_path: Path):
-    """Videos of a few steps may be the same in both orders of sums. The headline is the mode nearest to the reference."""
+    """Videos of a few steps may be the same in any order of sums. The headline is what is nearest the reference."""
     names = ("reference", "floor-order", "fp8 · int8 attention", "int8 · int8 attention")
     results = [made.make_result(name, levels=("video",)) for name in names]
     results[1]["drift"]["video"]["psnr"] = [None] * 8
