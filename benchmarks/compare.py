@@ -178,6 +178,12 @@ def table(found: Comparison) -> Table:
         f"{fewest()} steps and more that differ by more than three times the spread of single steps, and "
         f"{LEAST * 100:g} % at least; memory by more than {MARGIN * 100:g} %."
     ]
+    tested = sum(len(differing(change)) for change in found.changes)
+    if tested > 1:
+        notes.append(
+            f"{tested} drifts are not the same before and after, and each is held against noise by itself: one in "
+            "twenty comes out as a change by chance alone."
+        )
     return without_empty(
         Table("compare", f"Before: {found.names[0]}; after: {found.names[1]}", heads, rows, footnotes=notes)
     )
@@ -212,8 +218,7 @@ def outside(change: Change) -> list[str]:
 def untold(change: Change) -> list[str]:
     """What of a cell was measured on too few prompts or steps to tell noise from a change."""
     a, b = change.before, change.after
-    both = [name for name in DRIFT if name in a.drift and name in b.drift and a.samples[name] != b.samples[name]]
-    measured = [(a.drift[name].n, b.drift[name].n) for name in both]  # equal numbers are no matter of prompts
+    measured = [(a.drift[name].n, b.drift[name].n) for name in differing(change)]
     measured += [
         (a.score[name].prompts, b.score[name].prompts)
         for name in a.score
@@ -227,6 +232,12 @@ def untold(change: Change) -> list[str]:
         steps = min(len(a.step_times), len(b.step_times))
         found.append(f"seconds a step: {steps} timed, too few steps to tell; {fewest()} show their spread")
     return found
+
+
+def differing(change: Change) -> list[str]:
+    """The drifts that both have and that are not the same: equal numbers are no matter of prompts, or of chance."""
+    a, b = change.before, change.after
+    return [name for name in DRIFT if name in a.drift and name in b.drift and a.samples[name] != b.samples[name]]
 
 
 def one_sided(change: Change) -> list[str]:

@@ -176,6 +176,14 @@ def test_cells_and_environments_that_differ_are_said(tmp_path: Path):
     assert again.exit_code == 2 and "--overwrite" in again.output
 
 
+def test_how_many_were_tested_is_said(tmp_path: Path):
+    """Each at 95 %, so some are flagged by chance; of equal results none is tested."""
+    before, after = ([made.make_result(MODE, seed=seed, levels=("teacher", "free"))] for seed in (0, 1))
+    notes = " ".join(table(compare(*two(tmp_path, before, after))).footnotes)
+    assert "2 drifts are not the same before and after" in notes and "one in twenty" in notes
+    assert "twenty" not in " ".join(table(compare(*two(tmp_path / "equal", before, before))).footnotes)
+
+
 def test_a_title_is_of_a_report(tmp_path: Path):
     made.write_results(tmp_path / "a", [made.make_result("reference")])
     done = run("--compare", str(tmp_path / "a"), str(tmp_path / "a"), "--title", "mine")
