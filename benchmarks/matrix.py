@@ -258,7 +258,7 @@ def build(options: Options) -> Matrix:
 
     Raises:
         UsageError: as :func:`check_options`; a missing model; a mode that the model or the device does not have; drift
-            of a model that is stored quantized; a score of prompts that are not the demo's; no cell.
+            of a model that is stored quantized; a score that cannot be had; no cell.
         CheckpointError: the model folder is incomplete or damaged.
     """
     check_options(options)
@@ -278,24 +278,21 @@ def build(options: Options) -> Matrix:
     cells: list[Cell] = []
     notes: list[str] = []
     unknown = [prompt for prompt in prompts if prompt not in asked_by_captions()] if "score" in levels else []
-    if unknown and options.levels != LEVELS:
-        raise UsageError(
-            f"--levels score: it knows what a caption of the demo asks for, and {unknown[0]!r} is none; leave it out."
-        )
     if unknown:
-        levels = tuple(x for x in levels if x != "score")
-        notes.append(
-            f"The level score is left out: it knows what a caption of the demo asks for, and {unknown[0]!r} is none."
-        )
+        why = f"it knows what a caption of the demo asks for, and {unknown[0]!r} is none"
+        levels = _without_score(levels, options, why, notes)
     for frames, size, steps in itertools.product(options.frames, options.size, options.steps):
         height, width = size or (None, None)
         given = {"num_frames": frames, "height": height, "width": width, "num_inference_steps": steps,
                  "guidance_scale": options.guidance_scale, "time_shift": options.time_shift}  # fmt: skip
         made = filled_in(folder.preset, given, folder.is_image_to_video)
         notes += made.notes
+        own = levels
+        if made.num_frames == 1 and "score" in levels:
+            own = _without_score(levels, options, "one frame shows no motion", notes)
         base = Cell(
             options.model or DEMO, "bf16", made.num_frames, made.height, made.width, made.num_inference_steps,
-            made.guidance_scale, made.time_shift, prompts, options.seeds, levels=levels,
+            made.guidance_scale, made.time_shift, prompts, options.seeds, levels=own,
         )  # fmt: skip
         cells += _of_clip(base, options, folder, device, notes)
     if not cells:
@@ -318,6 +315,18 @@ def build(options: Options) -> Matrix:
     if "score" in options.levels and not is_demo and options.levels != LEVELS:
         notes.append("The level score is of the demo model only and left out.")
     return Matrix(folder, device, tuple(planned), tuple(dict.fromkeys(notes)))
+
+
+def _without_score(levels: Sequence[str], options: Options, why: str, notes: list[str]) -> tuple[str, ...]:
+    """The levels that are left where videos cannot be scored, which is said.
+
+    Raises:
+        UsageError: it was asked for by name.
+    """
+    if options.levels != LEVELS:
+        raise UsageError(f"--levels score: {why}; leave it out.")
+    notes.append(f"The level score is left out: {why}.")
+    return tuple(x for x in levels if x != "score")
 
 
 def built_in_prompts(n: int, is_demo: bool) -> tuple[str, ...]:

@@ -104,6 +104,13 @@ def test_own_prompts_of_the_demo_have_no_score():
     assert "score" in made.planned[0].cell.levels and not made.notes
 
 
+def test_one_frame_has_no_score():
+    """Its motion would count as wrong in every video; other clips of the same run have one."""
+    made = build(Options(device="cpu", precision=("int8",), frames=(1, 17)))
+    scored = {p.cell.num_frames: "score" in p.cell.levels for p in made.planned if p.cell.role == "mode"}
+    assert scored == {1: False, 17: True} and made.notes == ("The level score is left out: one frame shows no motion.",)
+
+
 def test_a_mode_that_is_the_reference_is_said_where_it_was_asked_for():
     made = build(Options(device="cpu", precision=("bf16", "int8")))
     assert [p.label for p in made.planned if p.cell.role == "mode"] == ["int8 · official"]
@@ -203,6 +210,7 @@ def test_labels():
         ({"prompts": ("a", "a")}, "a prompt is given twice"),
         ({"prompts": ("a", " ")}, "The prompt is empty"),
         ({"prompts": ("a cat",), "levels": ("free", "score")}, "--levels score: it knows what a caption of the demo"),
+        ({"frames": (17, 1), "levels": ("score",)}, "--levels score: one frame shows no motion"),
         ({"precision": ("bf16",), "roles": ("mode",)}, "Nothing is left to measure"),
         ({"roles": ("floor-order",), "levels": ("speed",)}, "Nothing is left to measure"),
         ({"frames": (0,)}, "num_frames"),
