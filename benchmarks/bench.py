@@ -355,7 +355,7 @@ def finish(
     from solostep.benchmarks.runner import as_json as rows
 
     done = [outcome for outcome in outcomes if outcome.status != "failed"]
-    page = write_report([outcome.path for outcome in done], folder / "report.html", overwrite) if done else None
+    page = write_report(reported(folder, done), folder / "report.html", overwrite) if done else None
     if as_json:
         print(rows(outcomes))
         return
@@ -368,6 +368,20 @@ def finish(
     print(f"{len(done)} of {len(outcomes)} cells in {folder}, {duration(seconds)}")
     if page is not None:
         print(page)
+
+
+def reported(folder: Path, done: Sequence[Outcome]) -> list[Path]:
+    """What the page of a folder is made of: the results of this run, and those of earlier ones that can be read."""
+    from solostep.benchmarks.results import read_result, results_below
+
+    found = [outcome.path for outcome in done]
+    for path in results_below(folder):
+        try:
+            read_result(path)
+            found.append(path)
+        except UsageError as error:
+            say(console, "note", f"Not in the report: {error}")
+    return list(dict.fromkeys(found))
 
 
 def write_report(results: Sequence[Path], page: Path, overwrite: bool = False) -> Path | None:

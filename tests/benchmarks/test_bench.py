@@ -490,6 +490,16 @@ def test_a_cell_that_takes_too_long_is_stopped(bed: Bed):
     assert not state.exists()  # the result has its place
 
 
+def test_the_report_is_of_all_that_the_folder_holds(bed: Bed, capsys: Any):
+    """Modes that an earlier run measured stay on the page; what cannot be read is named."""
+    done = bed.run()
+    page = bench.reported(bed.folder, done[-1:])
+    assert page[0] == done[-1].path and sorted(page) == sorted(outcome.path for outcome in done)
+    done[0].path.write_text('{"solostep_bench": 1, ')
+    assert done[0].path not in bench.reported(bed.folder, done[-1:])
+    assert f"Not in the report: {done[0].path}" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_a_report_of_somebody_else_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     calls: list[Any] = []
     done = subprocess.CompletedProcess([], 0, "", "")
