@@ -28,6 +28,7 @@ import typer
 from solostep.engine.errors import UsageError
 from solostep.engine.interfaces.console import console, guarded, say
 from solostep.engine.progress import duration
+from solostep.engine.units import size
 
 if TYPE_CHECKING:
     from solostep.benchmarks.matrix import Matrix, Options
@@ -344,7 +345,7 @@ def _list(matrix: Matrix, there: dict[str, Path], as_json: bool) -> None:
     videos = sum(p.runs for p in matrix.planned if p.id not in there)
     print(
         f"{len(matrix.planned)} cells on {matrix.device}, {len(there)} there already; about {videos:.3g} videos to "
-        f"make; references take {matrix.reference_bytes / 1e9:.3g} GB of disk"
+        f"make; references take {size(matrix.reference_bytes)} of disk"
     )
 
 

@@ -287,7 +287,7 @@ def test_disk_is_counted_before(bed: Bed, monkeypatch: pytest.MonkeyPatch):
     made = Runner(bed.matrix, bed.folder / "deep" / "er", bed.said)
     made.check_disk()
     monkeypatch.setattr(runner.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
-    with pytest.raises(UsageError, match="GB are free"):
+    with pytest.raises(UsageError, match=r"take [1-9][0-9.]+ [kM]B more .* and 1\.0 kB are free"):
         made.check_disk()
 
 
