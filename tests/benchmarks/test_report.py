@@ -366,6 +366,19 @@ def test_times_join_the_drift_of_the_same_mode(tmp_path: Path):
     assert len(found.table.rows) == 2 and [c.text for c in found.table.rows[0]][2] == "8GB"
 
 
+def test_videos_of_other_settings_do_not_join(tmp_path: Path):
+    """A reference has no drift, and its seconds join those of other settings; the prompts that its videos followed, and
+    their frames, do not: they are of other steps."""
+    made.demo_set(tmp_path / "long", names=("reference",), steps=24)
+    made.demo_set(tmp_path / "short", names=("reference", "floor-order"), levels=("teacher",), frames=False)
+    (group,) = (g for g in make_groups(read_results([tmp_path])) if g.settings)
+    row = group.reference
+    assert row and row.step and row.score == {} and row.frames is None and row.followed == {}
+    made.demo_set(tmp_path / "seen", names=("reference",), steps=24, levels=("score",), pairs=7)
+    (group,) = (g for g in make_groups(read_results([tmp_path])) if g.settings)
+    assert len(group.reference.ids) == 2 and not any("alike" in note for note in group.notes)
+
+
 def test_drawn_weights_are_known_by_their_generator(tmp_path: Path):
     """Drift measured block by block, and times of a folder with the same weights; memory is the latter's alone."""
     drawn = {"synthetic": {"generator": "x", "seed": 0}}
