@@ -9,6 +9,7 @@ measured. Cost: reading the files and their bootstraps. Error: none is added.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from solostep.engine.errors import UsageError
 
 MARGIN = 0.03
 """Of memory: a smaller difference is taken for noise of the measurement."""
+PROGRAM = 100e6
+"""Bytes of host memory by which two runs of one program differ anyway: up to 48e6 in three pairs of the demo's."""
 LEAST = 0.01
 """Of times: two runs differ by as much although the steps of each are alike."""
 SHOWN = ("teacher", "free", "psnr", "vmaf")
@@ -77,8 +80,8 @@ def compare(a: Path, b: Path) -> Comparison:
     common = sorted((key for key in before if key in after), key=lambda key: _order(after[key]))
     if not common:
         raise UsageError(
-            f"{a} and {b} have no cell in common: none of the same model, clip, settings and mode; their first are "
-            f"{_named(next(iter(before.values())))!r} and {_named(next(iter(after.values())))!r}."
+            f"{a} and {b} have no cell in common: none of the same model, clip, settings and mode; "
+            + _nearest(list(before.values()), list(after.values()))
         )
     changes = [
         Change(
@@ -120,6 +123,16 @@ def _by_cell(results: Sequence[Result]) -> dict[str, list[Result]]:
         del cell["levels"]
         found.setdefault(json.dumps([cell, result.synthetic], sort_keys=True), []).append(result)
     return {k: [r for r in own if card_of(r.environment) == card_of(own[0].environment)] for k, own in found.items()}
+
+
+def _nearest(before: Sequence[Result], after: Sequence[Result]) -> str:
+    """Why none of them is the same cell: what two of one name differ in, or else the first names."""
+    for one, other in itertools.product(before, after):
+        if _named(one) == _named(other):
+            a, b = ({**r.cell.as_dict(), "drawn weights": r.synthetic, "levels": None} for r in (one, other))
+            names = [key.replace("_", " ") for key in a if a[key] != b[key]]
+            return f"{_named(one)!r} is in both, but with other {' and '.join(names)}."
+    return f"their first are {_named(before[0])!r} and {_named(after[0])!r}."
 
 
 def _named(result: Result) -> str:
@@ -176,7 +189,8 @@ def table(found: Comparison) -> Table:
         "Outside of noise: drift whose change, pair by pair, has an interval (95 %) without 0, or as a ratio without "
         "1; prompt following, where the prompts that changed went one way (sign test, 5 %); seconds a step of "
         f"{fewest()} steps and more that differ by more than three times the spread of single steps, and "
-        f"{LEAST * 100:g} % at least; memory by more than {MARGIN * 100:g} %."
+        f"{LEAST * 100:g} % at least; memory by more than {MARGIN * 100:g} %, the host's by "
+        f"{gigabytes(PROGRAM)} at least."
     ]
     tested = sum(len(differing(change)) for change in found.changes)
     if tested > 1:
@@ -204,8 +218,8 @@ def outside(change: Change) -> list[str]:
         word = "faster" if change.speed > 1 else "slower"
         times = change.speed if change.speed > 1 else 1 / change.speed
         flags.append(f"{times:.2f}× {word}")
-    for name, x, y in (("GPU memory", a.gpu, b.gpu), ("host memory", a.host, b.host)):
-        if x and y and abs(y / x - 1) > MARGIN:
+    for name, x, y, least in (("GPU memory", a.gpu, b.gpu, 0.0), ("host memory", a.host, b.host, PROGRAM)):
+        if x and y and abs(y / x - 1) > MARGIN and abs(y - x) > least:
             flags.append(f"{abs(y / x - 1) * 100:.0f} % {'more' if y > x else 'less'} {name}")
     flags += filter(None, (_drifted(name, a, b) for name in DRIFT))
     return flags + [
