@@ -28,6 +28,7 @@ import typer
 from solostep.engine.errors import UsageError
 from solostep.engine.interfaces.console import console, guarded, say
 from solostep.engine.progress import duration
+from solostep.engine.units import size
 
 if TYPE_CHECKING:
     from solostep.benchmarks.matrix import Matrix, Options
@@ -46,6 +47,8 @@ seven for each mode. Shorter (--frames 17 --steps 10) it is minutes, and so is -
 smaller card what does not fit waits in host memory or on disk: see `solostep plan`, and give it --vram to compare \
 budgets. References stay in DIR/cache (--dry-run says how much disk they take) and may be deleted afterwards. On a CPU \
 the demo model is what is practical: --quick, which has too few prompts for intervals, and so for a verdict."""
+MOST_SEEDS = 1000
+"""A single larger number after --seeds is taken for a seed, and not for so many of them."""
 _T = TypeVar("_T")
 
 
@@ -203,9 +206,9 @@ def _parts(given: Iterable[str]) -> list[str]:
     return [part.strip() for text in given for part in text.split(",") if part.strip()]
 
 
-def _each(given: Sequence[str] | None, read: Callable[[str], _T]) -> tuple[_T | None, ...]:
+def _each(given: Sequence[str], read: Callable[[str], _T]) -> tuple[_T | None, ...]:
     """Values of an option that may be given several times, each once; (None,) where it is not given."""
-    return tuple(dict.fromkeys(read(part) for part in _parts(given or ()))) or (None,)
+    return tuple(dict.fromkeys(map(read, given))) or (None,)
 
 
 def _budget(text: str) -> str | None:
@@ -239,7 +242,14 @@ def _size(text: str) -> tuple[int, int]:
 
 def _seeds(text: str) -> tuple[int, ...]:
     values = tuple(_whole("--seeds")(part) for part in _parts([text]))
-    return tuple(range(1, values[0] + 1)) if len(values) == 1 and "," not in text else values
+    if len(values) != 1 or "," in text:
+        return values
+    if values[0] > MOST_SEEDS:
+        raise UsageError(
+            f"--seeds {text} is how many for each prompt, {MOST_SEEDS} at most; for the seed itself write {text}, with "
+            "a comma behind it."
+        )
+    return tuple(range(1, values[0] + 1))
 
 
 def _prompts(path: Path | None) -> tuple[str, ...] | None:
@@ -265,16 +275,19 @@ def read_options(given: dict[str, Any]) -> Options:
     from solostep.benchmarks.results import LEVELS, ROLES
 
     def named(name: str) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(_parts(given.get(name, ()))))
+        found = tuple(dict.fromkeys(_parts(given.get(name, ()))))
+        if name in given and not found:
+            raise UsageError(f"--{name.replace('_', '-')} is empty; give it a value, or leave it out.")
+        return found
 
     if given.get("prompts") is not None and given.get("n") is not None:
         raise UsageError("-n counts the model's own prompts; leave it out where --prompts gives others.")
     return Options(
         model=given.get("model"), precision=named("precision"), recipe=named("recipe"),
-        text_precision=_each(given.get("text_precision"), str), attention=_each(given.get("attention"), str),
-        attention_backend=_each(given.get("attention_backend"), str), vram=_each(given.get("vram"), _budget),
-        host_ram=_each(given.get("host_ram"), _budget), frames=_each(given.get("frames"), _whole("--frames")),
-        size=_each(given.get("size"), _size), steps=_each(given.get("steps"), _whole("--steps")),
+        text_precision=_each(named("text_precision"), str), attention=_each(named("attention"), str),
+        attention_backend=_each(named("attention_backend"), str), vram=_each(named("vram"), _budget),
+        host_ram=_each(named("host_ram"), _budget), frames=_each(named("frames"), _whole("--frames")),
+        size=_each(named("size"), _size), steps=_each(named("steps"), _whole("--steps")),
         guidance_scale=given.get("guidance"), time_shift=given.get("time_shift"),
         prompts=_prompts(given.get("prompts")), n=given.get("n", Options.n), seeds=_seeds(given.get("seeds", "1")),
         levels=tuple(_parts([given["levels"]])) if "levels" in given else LEVELS,
@@ -332,7 +345,7 @@ def _list(matrix: Matrix, there: dict[str, Path], as_json: bool) -> None:
     videos = sum(p.runs for p in matrix.planned if p.id not in there)
     print(
         f"{len(matrix.planned)} cells on {matrix.device}, {len(there)} there already; about {videos:.3g} videos to "
-        f"make; references take {matrix.reference_bytes / 1e9:.3g} GB of disk"
+        f"make; references take {size(matrix.reference_bytes)} of disk"
     )
 
 
@@ -343,7 +356,7 @@ def finish(
     from solostep.benchmarks.runner import as_json as rows
 
     done = [outcome for outcome in outcomes if outcome.status != "failed"]
-    page = write_report([outcome.path for outcome in done], folder / "report.html", overwrite) if done else None
+    page = write_report(reported(folder, done), folder / "report.html", overwrite) if done else None
     if as_json:
         print(rows(outcomes))
         return
@@ -356,6 +369,20 @@ def finish(
     print(f"{len(done)} of {len(outcomes)} cells in {folder}, {duration(seconds)}")
     if page is not None:
         print(page)
+
+
+def reported(folder: Path, done: Sequence[Outcome]) -> list[Path]:
+    """What the page of a folder is made of: the results of this run, and those of earlier ones that can be read."""
+    from solostep.benchmarks.results import read_result, results_below
+
+    found = [outcome.path for outcome in done]
+    for path in results_below(folder):
+        try:
+            read_result(path)
+            found.append(path)
+        except UsageError as error:
+            say(console, "note", f"Not in the report: {error}")
+    return list(dict.fromkeys(found))
 
 
 def write_report(results: Sequence[Path], page: Path, overwrite: bool = False) -> Path | None:
@@ -434,7 +461,8 @@ def result_table(outcomes: Sequence[Outcome]) -> Any:
         table.add_row(outcome.planned.label, *([cell.clip] if several else []), verdict, *measured, there)
     table.caption = "velocity: one step from the reference's latents; latents: at the end of a free run; medians"
     if any(verdicts.values()):
-        table.caption += "; verdict: not to be told from the noise floor, or times it (?: too few prompts)"
+        table.caption += "; verdict: not to be told from the noise floor, or times it (~: intervals overlap, "
+        table.caption += "?: too few prompts)"
     return table
 
 
@@ -449,7 +477,8 @@ def _verdicts(results: Sequence[Result]) -> dict[str, str]:
             if verdict is None or verdict.kind == "unknown":
                 continue
             times = "" if verdict.ratio is None else f"{_number(verdict.ratio)}× "
-            word = {"floor": "floor", "above": f"{times}floor", "open": f"{times}floor?"}[verdict.kind]
+            near = "floor" if verdict.is_noise else f"{times}floor~"
+            word = {"floor": near, "above": f"{times}floor", "open": f"{times}floor?"}[verdict.kind]
             found |= dict.fromkeys(row.ids, word)
     return found
 

@@ -42,7 +42,7 @@ from solostep.benchmarks.reference_code import official_code
 from solostep.engine.activations import drawn_image
 from solostep.engine.checkpoint import open_model
 from solostep.engine.config import cache_dir
-from solostep.engine.demo.captions import TEMPLATES, Attributes, caption, combinations
+from solostep.engine.demo.captions import Attributes, asked_by_captions
 from solostep.engine.demo.rules import ASPECTS, Reading, read_clips
 from solostep.engine.errors import OutputError, SolostepError, UsageError
 from solostep.engine.failures import readable_errors
@@ -411,8 +411,7 @@ class Measurement:
         """
         if self.folder.preset.name != "demo":
             raise UsageError(f"The level score reads the demo model's videos, not those of {self.cell.model}.")
-        every = [a for test in (True, False) for a in combinations(test)]
-        known = {caption(a, t): a for a in every for t in range(TEMPLATES)}
+        known = asked_by_captions()
         for prompt in self.cell.prompts:
             if prompt not in known:
                 raise UsageError(

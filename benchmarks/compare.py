@@ -9,6 +9,7 @@ measured. Cost: reading the files and their bootstraps. Error: none is added.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from solostep.engine.errors import UsageError
 
 MARGIN = 0.03
 """Of memory: a smaller difference is taken for noise of the measurement."""
+PROGRAM = 100e6
+"""Bytes of host memory by which two runs of one program differ anyway: up to 48e6 in three pairs of the demo's."""
 LEAST = 0.01
 """Of times: two runs differ by as much although the steps of each are alike."""
 SHOWN = ("teacher", "free", "psnr", "vmaf")
@@ -77,8 +80,8 @@ def compare(a: Path, b: Path) -> Comparison:
     common = sorted((key for key in before if key in after), key=lambda key: _order(after[key]))
     if not common:
         raise UsageError(
-            f"{a} and {b} have no cell in common: none of the same model, clip, settings and mode; their first are "
-            f"{_named(next(iter(before.values())))!r} and {_named(next(iter(after.values())))!r}."
+            f"{a} and {b} have no cell in common: none of the same model, clip, settings and mode; "
+            + _nearest(list(before.values()), list(after.values()))
         )
     changes = [
         Change(
@@ -120,6 +123,16 @@ def _by_cell(results: Sequence[Result]) -> dict[str, list[Result]]:
         del cell["levels"]
         found.setdefault(json.dumps([cell, result.synthetic], sort_keys=True), []).append(result)
     return {k: [r for r in own if card_of(r.environment) == card_of(own[0].environment)] for k, own in found.items()}
+
+
+def _nearest(before: Sequence[Result], after: Sequence[Result]) -> str:
+    """Why none of them is the same cell: what two of one name differ in, or else the first names."""
+    for one, other in itertools.product(before, after):
+        if _named(one) == _named(other):
+            a, b = ({**r.cell.as_dict(), "drawn weights": r.synthetic, "levels": None} for r in (one, other))
+            names = [key.replace("_", " ") for key in a if a[key] != b[key]]
+            return f"{_named(one)!r} is in both, but with other {' and '.join(names)}."
+    return f"their first are {_named(before[0])!r} and {_named(after[0])!r}."
 
 
 def _named(result: Result) -> str:
@@ -176,8 +189,15 @@ def table(found: Comparison) -> Table:
         "Outside of noise: drift whose change, pair by pair, has an interval (95 %) without 0, or as a ratio without "
         "1; prompt following, where the prompts that changed went one way (sign test, 5 %); seconds a step of "
         f"{fewest()} steps and more that differ by more than three times the spread of single steps, and "
-        f"{LEAST * 100:g} % at least; memory by more than {MARGIN * 100:g} %."
+        f"{LEAST * 100:g} % at least; memory by more than {MARGIN * 100:g} %, the host's by "
+        f"{gigabytes(PROGRAM)} at least."
     ]
+    tested = sum(len(differing(change)) for change in found.changes)
+    if tested > 1:
+        notes.append(
+            f"{tested} drifts are not the same before and after, and each is held against noise by itself: one in "
+            "twenty comes out as a change by chance alone."
+        )
     return without_empty(
         Table("compare", f"Before: {found.names[0]}; after: {found.names[1]}", heads, rows, footnotes=notes)
     )
@@ -198,8 +218,8 @@ def outside(change: Change) -> list[str]:
         word = "faster" if change.speed > 1 else "slower"
         times = change.speed if change.speed > 1 else 1 / change.speed
         flags.append(f"{times:.2f}× {word}")
-    for name, x, y in (("GPU memory", a.gpu, b.gpu), ("host memory", a.host, b.host)):
-        if x and y and abs(y / x - 1) > MARGIN:
+    for name, x, y, least in (("GPU memory", a.gpu, b.gpu, 0.0), ("host memory", a.host, b.host, PROGRAM)):
+        if x and y and abs(y / x - 1) > MARGIN and abs(y - x) > least:
             flags.append(f"{abs(y / x - 1) * 100:.0f} % {'more' if y > x else 'less'} {name}")
     flags += filter(None, (_drifted(name, a, b) for name in DRIFT))
     return flags + [
@@ -212,8 +232,7 @@ def outside(change: Change) -> list[str]:
 def untold(change: Change) -> list[str]:
     """What of a cell was measured on too few prompts or steps to tell noise from a change."""
     a, b = change.before, change.after
-    both = [name for name in DRIFT if name in a.drift and name in b.drift and a.samples[name] != b.samples[name]]
-    measured = [(a.drift[name].n, b.drift[name].n) for name in both]  # equal numbers are no matter of prompts
+    measured = [(a.drift[name].n, b.drift[name].n) for name in differing(change)]
     measured += [
         (a.score[name].prompts, b.score[name].prompts)
         for name in a.score
@@ -227,6 +246,12 @@ def untold(change: Change) -> list[str]:
         steps = min(len(a.step_times), len(b.step_times))
         found.append(f"seconds a step: {steps} timed, too few steps to tell; {fewest()} show their spread")
     return found
+
+
+def differing(change: Change) -> list[str]:
+    """The drifts that both have and that are not the same: equal numbers are no matter of prompts, or of chance."""
+    a, b = change.before, change.after
+    return [name for name in DRIFT if name in a.drift and name in b.drift and a.samples[name] != b.samples[name]]
 
 
 def one_sided(change: Change) -> list[str]:

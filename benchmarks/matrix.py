@@ -22,7 +22,7 @@ from solostep.benchmarks.drift import block_pairs, spread_steps
 from solostep.benchmarks.results import LEVELS, ROLES, Cell
 from solostep.engine.activations import PROMPTS
 from solostep.engine.checkpoint import ModelFolder, open_model
-from solostep.engine.demo.captions import held_out_prompts
+from solostep.engine.demo.captions import asked_by_captions, held_out_prompts
 from solostep.engine.errors import UsageError
 from solostep.engine.hub import DEMO
 from solostep.engine.machine import installed
@@ -258,7 +258,7 @@ def build(options: Options) -> Matrix:
 
     Raises:
         UsageError: as :func:`check_options`; a missing model; a mode that the model or the device does not have; drift
-            of a model that is stored quantized.
+            of a model that is stored quantized; a score that cannot be had; no cell.
         CheckpointError: the model folder is incomplete or damaged.
     """
     check_options(options)
@@ -277,17 +277,29 @@ def build(options: Options) -> Matrix:
     prompts = options.prompts or built_in_prompts(options.n, is_demo)
     cells: list[Cell] = []
     notes: list[str] = []
+    unknown = [prompt for prompt in prompts if prompt not in asked_by_captions()] if "score" in levels else []
+    if unknown:
+        why = f"it knows what a caption of the demo asks for, and {unknown[0]!r} is none"
+        levels = _without_score(levels, options, why, notes)
     for frames, size, steps in itertools.product(options.frames, options.size, options.steps):
         height, width = size or (None, None)
         given = {"num_frames": frames, "height": height, "width": width, "num_inference_steps": steps,
                  "guidance_scale": options.guidance_scale, "time_shift": options.time_shift}  # fmt: skip
         made = filled_in(folder.preset, given, folder.is_image_to_video)
         notes += made.notes
+        own = levels
+        if made.num_frames == 1 and "score" in levels:
+            own = _without_score(levels, options, "one frame shows no motion", notes)
         base = Cell(
             options.model or DEMO, "bf16", made.num_frames, made.height, made.width, made.num_inference_steps,
-            made.guidance_scale, made.time_shift, prompts, options.seeds, levels=levels,
+            made.guidance_scale, made.time_shift, prompts, options.seeds, levels=own,
         )  # fmt: skip
-        cells += _of_clip(base, options, folder, device)
+        cells += _of_clip(base, options, folder, device, notes)
+    if not cells:
+        raise UsageError(
+            "Nothing is left to measure with these --roles and --levels: floors and other seeds have drift alone, and "
+            "bf16 in the official numerics is the reference."
+        )
     _check_backends(options, cells)
     if len(options.vram) * len(options.host_ram) > 1 and set(levels) - {"speed"}:
         notes.append(
@@ -303,6 +315,18 @@ def build(options: Options) -> Matrix:
     if "score" in options.levels and not is_demo and options.levels != LEVELS:
         notes.append("The level score is of the demo model only and left out.")
     return Matrix(folder, device, tuple(planned), tuple(dict.fromkeys(notes)))
+
+
+def _without_score(levels: Sequence[str], options: Options, why: str, notes: list[str]) -> tuple[str, ...]:
+    """The levels that are left where videos cannot be scored, which is said.
+
+    Raises:
+        UsageError: it was asked for by name.
+    """
+    if options.levels != LEVELS:
+        raise UsageError(f"--levels score: {why}; leave it out.")
+    notes.append(f"The level score is left out: {why}.")
+    return tuple(x for x in levels if x != "score")
 
 
 def built_in_prompts(n: int, is_demo: bool) -> tuple[str, ...]:
@@ -334,7 +358,9 @@ def _check_backends(options: Options, cells: Sequence[Cell]) -> None:
         )
 
 
-def _of_clip(base: Cell, options: Options, folder: ModelFolder, device: torch.device) -> Iterator[Cell]:
+def _of_clip(
+    base: Cell, options: Options, folder: ModelFolder, device: torch.device, notes: list[str]
+) -> Iterator[Cell]:  # fmt: skip
     stored = folder.components["transformer"].quantization
     budget = {"vram": _largest(options.vram), "host_ram": _largest(options.host_ram)}
     official = replace(base, role="reference", attention=OFFICIAL, **budget)
@@ -359,6 +385,8 @@ def _of_clip(base: Cell, options: Options, folder: ModelFolder, device: torch.de
         for cell in _modes(base, options, folder, device):
             if stored is not None or replace(cell, role="reference", levels=official.levels) != official:
                 yield cell
+            elif options.precision:
+                notes.append(f"{label(cell)} is the reference itself, and not measured as a mode beside it.")
 
 
 def another_seed(seed: int) -> int:

@@ -52,13 +52,15 @@ def report(
         tuple[Path, Path] | None,
         typer.Option(help="Compare two files or folders of results, before and after, in place of a report."),
     ] = None,
-    title: Annotated[str, typer.Option(help="Title of the page.")] = TITLE,
+    title: Annotated[str | None, typer.Option(help=f"Title of the page. Default: {TITLE}.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
 ) -> None:
     """Make a page of results: which precision mode to use, its speed, memory and drift beside the noise floor."""
     if compare is not None:
         if results:
             raise UsageError(f"--compare takes two places and no more; leave {results[0]} out.")
+        if title is not None:
+            raise UsageError("--title is of a report; a comparison names what it compares, so leave one of them out.")
         _compare(compare, output, markdown, overwrite)
         return
     if not results:
@@ -70,7 +72,7 @@ def report(
         output = Path(PAGE)
     page = None if output is None else check_place(output, "--output", overwrite)
     text = None if markdown is None else text_file(markdown, overwrite)
-    files = make(results, title, page, text, plots=text != markdown)
+    files = make(results, TITLE if title is None else title, page, text, plots=text != markdown)
     write(files)
     for path in files:
         if path in (page, text):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -255,8 +255,11 @@ def make_groups(results: Sequence[Result]) -> list[Group]:
         settings = settings or list(dict.fromkeys(_settings(r) for r in found if r.drift))
         for own in settings or [None]:
             members = [r for r in found if own is None or _settings(r) == own or _yardstick_of(r, own)]
-            # Times from other settings: of the same kernels on the same card, so they hold here as well.
-            others = [r for r in found if r not in members and not r.drift]
+            # Times from other settings: of the same kernels on the same card, so they hold here as well. Videos do not:
+            # the reference's prompts that were followed, and its frames, are of its own steps and prompts.
+            others = [
+                replace(r, score=None, frames=None) for r in found if r not in members and r.speed and not r.drift
+            ]
             groups.append(_group(members, others, own is not None, weights))
     return sorted(groups, key=lambda g: (not g.measured, -math.prod(g.size), g.synthetic is not None, g.title))
 

@@ -145,6 +145,12 @@ def log_axis(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def left_out(all_of_them: Iterable[str], drawn: Iterable[str]) -> str:
+    """A sentence on the modes that a logarithmic axis cannot show, as one that equals the reference; or nothing."""
+    missing = set(all_of_them) - set(drawn)
+    return f" Not drawn, because a logarithmic axis has no 0: {'; '.join(sorted(missing))}." if missing else ""
+
+
 def band(panel: Axes, width: str, found: Sequence[Interval], text: str, hatch: str | None = None) -> None:
     """A grey band across the panel from the lowest to the highest end of the intervals."""
     if not found:

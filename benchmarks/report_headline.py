@@ -55,10 +55,10 @@ def _choice(group: Group) -> Claim:
         if noise:
             return Claim("Use", best.name, f"{fast} mode that cannot be told from rounding noise: {numbers}")
         return Claim("Nearest to noise", best.name, f"{fast} mode whose intervals overlap the floor's: {numbers}")
-    ratios = [r for r in group.modes if r.verdict and r.verdict.ratio is not None]
-    if not ratios:
+    judged = [r for r in group.modes if r.verdict and r.verdict.kind != "unknown"]
+    if not judged:
         return Claim("No verdict", "", "No noise floor was measured, so these numbers do not say which drift is noise.")
-    near = sorted((r for r in ratios if r.verdict and r.verdict.kind == "open" and _ratio(r) <= NEAR), key=cost)
+    near = sorted((r for r in judged if r.verdict and r.verdict.kind == "open" and _ratio(r) <= NEAR), key=cost)
     if near:
         one = group.prompts == 1
         at = f" at {measured_steps(group)}," if group.levels else ""
@@ -71,15 +71,24 @@ def _choice(group: Group) -> Claim:
             f"{_numbers(group, near[0])}"
         )
         return Claim(f"Near the floor, by {'one prompt' if one else 'the medians'}", near[0].name, text)
-    best = min(ratios, key=_ratio)
+    best = min(judged, key=_off)
     why = "No mode here is within the noise floor"
-    if any(r.verdict and r.verdict.kind == "open" for r in ratios):
+    if any(r.verdict and r.verdict.kind == "open" for r in judged):
         why = f"Too few prompts for a verdict: {group.prompts}, {fewest()} make an interval"
     return Claim("Nearest to the floor", best.name, f"{why}; {_numbers(group, best)}")
 
 
 def _ratio(row: Row) -> float:
     return row.verdict.ratio if row.verdict and row.verdict.ratio is not None else float("inf")
+
+
+def _off(row: Row) -> tuple[float, float]:
+    """How far a judged mode is from the floor; of a floor of 0, which is no times anything, how far from the
+    reference."""
+    assert row.verdict is not None
+    measure = next(iter(row.verdict.parts))
+    median = row.drift[measure].median
+    return _ratio(row), median if DRIFT[measure].better == "lower" else -median
 
 
 def _numbers(group: Group, row: Row) -> str:

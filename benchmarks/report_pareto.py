@@ -20,6 +20,7 @@ from solostep.benchmarks.report_drawing import (
     band,
     ends_of,
     halo,
+    left_out,
     log_axis,
     panel_of,
 )
@@ -80,7 +81,8 @@ class Memory:
 
 def pareto(group: Group, measure: str, style: Mapping[str, Look]) -> Plot | None:
     """Seconds a step against drift; None: there are not two modes with both."""
-    rows = [r for r in group.modes if r.step and measure in r.drift and r.drift[measure].median > 0]
+    timed = [r for r in group.modes if r.step and measure in r.drift]
+    rows = [r for r in timed if r.drift[measure].median > 0]
     if len(rows) < 2:
         return None
     label = DRIFT[measure].label
@@ -140,7 +142,8 @@ def pareto(group: Group, measure: str, style: Mapping[str, Look]) -> Plot | None
         f"pareto-{measure}",
         f"Seconds a step against {label}",
         alt,
-        _pareto_caption(group, measure, rows, floors, memory),
+        _pareto_caption(group, measure, rows, floors, memory)
+        + left_out((r.name for r in timed), (r.name for r in rows)),
         draw,
     )
 

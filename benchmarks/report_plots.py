@@ -18,6 +18,7 @@ from solostep.benchmarks.report_drawing import (
     Look,
     Plot,
     ends_of,
+    left_out,
     log_axis,
     looks,
     name_lines,
@@ -46,7 +47,8 @@ def by_step(group: Group, kind: str, style: Mapping[str, Look]) -> Plot | None:
     def series(row: Row) -> list[Interval]:
         return row.free_steps if kind == "free" else row.teacher_steps
 
-    rows = [r for r in group.modes if len(series(r)) > 1]
+    measured = [r for r in group.modes if len(series(r)) > 1]
+    rows = [r for r in measured if _shown(series(r))[1]]
     if not rows:
         return None
     rows.sort(key=lambda r: -series(r)[-1].median)
@@ -61,10 +63,8 @@ def by_step(group: Group, kind: str, style: Mapping[str, Look]) -> Plot | None:
         for row in rows:
             look, found = style[row.name], series(row)
             x, kept = _shown(found)
-            ends = [ends_of([i]) for i in kept]
-            panel.fill_between(
-                x, [e[0] for e in ends], [e[1] for e in ends], color=look.colour, alpha=0.16, linewidth=0
-            )
+            low, high = zip(*(ends_of([i]) for i in kept), strict=True)
+            panel.fill_between(x, low, high, color=look.colour, alpha=0.16, linewidth=0)
             panel.plot(
                 x,
                 [i.median for i in kept],
@@ -83,7 +83,8 @@ def by_step(group: Group, kind: str, style: Mapping[str, Look]) -> Plot | None:
         panel.set_ylabel("relative L2 to the reference")
         panel.xaxis.get_major_locator().set_params(integer=True)
         log_axis(panel.yaxis)
-        name_lines(figure, panel, width, [(r.name, series(r)[-1].median, style[r.name].colour) for r in rows])
+        ends = [(r.name, _shown(series(r))[1][-1].median, style[r.name].colour) for r in rows]
+        name_lines(figure, panel, width, ends)
         return figure
 
     what = "latents after each step" if kind == "free" else "error of each step by itself"
@@ -99,7 +100,8 @@ def by_step(group: Group, kind: str, style: Mapping[str, Look]) -> Plot | None:
         )
         + " "
         + _medians([i for row in rows for i in series(row)])
-        + ("; grey: the noise floor." if any(series(f) for f in group.floors) else "."),
+        + ("; grey: the noise floor." if any(series(f) for f in group.floors) else ".")
+        + left_out((r.name for r in measured), (r.name for r in rows)),
         draw,
     )
 
@@ -107,7 +109,8 @@ def by_step(group: Group, kind: str, style: Mapping[str, Look]) -> Plot | None:
 def by_level(group: Group, style: Mapping[str, Look]) -> Plot | None:
     """Teacher-forced errors of a few steps of a run by their noise levels, as marks that no line joins. None: there is
     but one level, which is told in words."""
-    rows = [r for r in group.modes if r.teacher_steps]
+    measured = [r for r in group.modes if r.teacher_steps]
+    rows = [r for r in measured if _levels(r)]
     if len(group.levels) < 2 or not rows:
         return None
     rows.sort(key=lambda r: -r.teacher_steps[-1].median)
@@ -125,7 +128,8 @@ def by_level(group: Group, style: Mapping[str, Look]) -> Plot | None:
         panel.set_xlabel("sigma (noise level: 0 is noise, 1 is video)")
         panel.set_ylabel("relative L2 to the reference")
         log_axis(panel.yaxis)
-        name_lines(figure, panel, width, [(r.name, r.teacher_steps[-1].median, style[r.name].colour) for r in rows])
+        ends = [(r.name, _levels(r)[-1][1].median, style[r.name].colour) for r in rows]
+        name_lines(figure, panel, width, ends)
         return figure
 
     errors = [[f"{amount('teacher', i.median)} at {number(s, 2)}" for s, i in _levels(row)] for row in rows]
@@ -134,7 +138,8 @@ def by_level(group: Group, style: Mapping[str, Look]) -> Plot | None:
         "Error of single steps, by noise level",
         "By sigma: " + "; ".join(f"{row.name} {', '.join(own)}" for row, own in zip(rows, errors, strict=True)),
         f"{levels_text(group)} {_medians([i for row in rows for i in row.teacher_steps])}"
-        + ("; grey: the noise floor." if floors else "."),
+        + ("; grey: the noise floor." if floors else ".")
+        + left_out((r.name for r in measured), (r.name for r in rows)),
         draw,
     )
 

@@ -44,6 +44,7 @@ from solostep.benchmarks.results import (
 from solostep.benchmarks.synthetic import marker
 from solostep.engine.errors import OutputError, SolostepError, UsageError
 from solostep.engine.progress import duration
+from solostep.engine.units import size
 
 CELL = (sys.executable, "-m", "solostep.benchmarks.cell")
 MEASURED = ("speed", "memory", "plan", "events", "pairs", "drift", "score", "frames")
@@ -136,8 +137,8 @@ class Runner:
         needed = bytes_to_come(self.matrix, left, self.folder / WORK)
         if needed > 0.95 * free:
             raise UsageError(
-                f"The reference runs take {needed / 1e9:.1f} GB more at {self.folder}, and {free / 1e9:.1f} GB are "
-                "free; choose another -o, or fewer prompts, seeds or --steps."
+                f"The reference runs take {size(needed)} more at {self.folder}, and {size(free)} are free; choose "
+                "another -o, or fewer prompts, seeds or --steps."
             )
 
     # --- running --------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 Seeds of one prompt are more alike than videos of two prompts, so they must not count as independent: give the prompt of
 every value as its cluster. Without clusters the interval is exact and free of assumptions on the distribution, from
 order statistics (Thompson 1936; the sign test turned around). With clusters it is a bootstrap over whole clusters,
-with percentiles widened for few clusters ("expanded percentile", Hesterberg 2015, section 3.3).
+with percentiles widened for few clusters ("expanded percentile", Hesterberg 2015, section 3.3). Of up to twelve
+clusters that is still too narrow (six to eight of two values: 87 to 91 % of such intervals hold the median, where 95 %
+should), so there it is at least the exact interval of the clusters' own medians.
 
 For shares (hits of n) there is `solostep.engine.demo.rules.wilson`. Cost: some three milliseconds for the bootstrap of
 a hundred values, and ten for the first of so many clusters.
@@ -22,6 +24,8 @@ import numpy as np
 from solostep.engine.errors import UsageError
 
 RESAMPLES = 4000
+FEW = 12
+"""Clusters, up to which a bootstrap alone is too narrow."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,9 @@ def median_interval(
         low, high = _exact(np.sort(data), confidence)
     else:
         low, high = _bootstrap(groups, confidence, seed)
+        if n <= FEW:
+            least, most = _exact(np.sort([_middle(np.array(group)) for group in groups]), confidence)
+            low, high = min(low, least), max(high, most)
     return Interval(median, low, high, n)
 
 

@@ -8,6 +8,7 @@ shown, while each of its words was shown with most others.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from dataclasses import dataclass
@@ -97,6 +98,13 @@ def combinations(test: bool) -> list[Attributes]:
     kinds, colours, backgrounds, motions = (range(len(n)) for n in (KINDS, COLOURS, BACKGROUNDS, MOTIONS))
     every = itertools.product(kinds, colours, backgrounds, motions)
     return [a for a in every if possible(a) and held_out(a) == test]
+
+
+@functools.cache
+def asked_by_captions() -> dict[str, Attributes]:
+    """What each caption there is asks for, of the training set as of the test set."""
+    every = [a for test in (True, False) for a in combinations(test)]
+    return {caption(attributes, template): attributes for attributes in every for template in range(TEMPLATES)}
 
 
 @dataclass(frozen=True)

@@ -287,7 +287,7 @@ def test_disk_is_counted_before(bed: Bed, monkeypatch: pytest.MonkeyPatch):
     made = Runner(bed.matrix, bed.folder / "deep" / "er", bed.said)
     made.check_disk()
     monkeypatch.setattr(runner.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
-    with pytest.raises(UsageError, match="GB are free"):
+    with pytest.raises(UsageError, match=r"take [1-9][0-9.]+ [kM]B more .* and 1\.0 kB are free"):
         made.check_disk()
 
 
@@ -443,6 +443,9 @@ def test_the_costs_are_those_that_were_recorded():
         (["--size", "96"], "--size 96 is no size"),
         (["--frames", "many"], "--frames has to be whole numbers"),
         (["--seeds", "0"], "--seeds has to be at least 1"),
+        (["--seeds", "20260101"], "for the seed itself write 20260101, with a comma"),
+        (["--precision", ""], "--precision is empty"),
+        (["--host-ram", ","], "--host-ram is empty"),
         (["--precision", "int9"], "int9 is unknown"),
         (["--prompts", "none.txt"], "leave it out where --prompts gives others"),  # of -n, which stands before
         (["--quick", "--model", "t2v"], "--quick is of the demo model"),
@@ -485,6 +488,16 @@ def test_a_cell_that_takes_too_long_is_stopped(bed: Bed):
     bed.behave()
     assert status(bed.run()) == ["skipped", "done", "skipped"]
     assert not state.exists()  # the result has its place
+
+
+def test_the_report_is_of_all_that_the_folder_holds(bed: Bed, capsys: Any):
+    """Modes that an earlier run measured stay on the page; what cannot be read is named."""
+    done = bed.run()
+    page = bench.reported(bed.folder, done[-1:])
+    assert page[0] == done[-1].path and sorted(page) == sorted(outcome.path for outcome in done)
+    done[0].path.write_text('{"solostep_bench": 1, ')
+    assert done[0].path not in bench.reported(bed.folder, done[-1:])
+    assert f"Not in the report: {done[0].path}" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_a_report_of_somebody_else_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):

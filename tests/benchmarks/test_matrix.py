@@ -93,6 +93,31 @@ def test_defaults_give_intervals():
     assert [c.seeds for c in other] == [(2**63 - 1, 0)]
 
 
+def test_own_prompts_of_the_demo_have_no_score():
+    """By default, and it is said; those that are captions have one."""
+    made = build(Options(device="cpu", precision=("int8",), prompts=("a cat",)))
+    assert all("score" not in p.cell.levels and p.cell.levels for p in made.planned)
+    assert any("score is left out" in note and "'a cat' is none" in note for note in made.notes)
+    made = build(
+        Options(device="cpu", precision=("int8",), prompts=("a red circle moving right on a blue background",))
+    )
+    assert "score" in made.planned[0].cell.levels and not made.notes
+
+
+def test_one_frame_has_no_score():
+    """Its motion would count as wrong in every video; other clips of the same run have one."""
+    made = build(Options(device="cpu", precision=("int8",), frames=(1, 17)))
+    scored = {p.cell.num_frames: "score" in p.cell.levels for p in made.planned if p.cell.role == "mode"}
+    assert scored == {1: False, 17: True} and made.notes == ("The level score is left out: one frame shows no motion.",)
+
+
+def test_a_mode_that_is_the_reference_is_said_where_it_was_asked_for():
+    made = build(Options(device="cpu", precision=("bf16", "int8")))
+    assert [p.label for p in made.planned if p.cell.role == "mode"] == ["int8 · official"]
+    assert any(note.startswith("bf16 · official is the reference itself") for note in made.notes)
+    assert not build(Options(device="cpu")).notes
+
+
 def test_built_in_prompts():
     for is_demo in (False, True):
         found = built_in_prompts(12, is_demo)
@@ -184,6 +209,10 @@ def test_labels():
         ({"seeds": (1, 1)}, "a seed is given twice"),
         ({"prompts": ("a", "a")}, "a prompt is given twice"),
         ({"prompts": ("a", " ")}, "The prompt is empty"),
+        ({"prompts": ("a cat",), "levels": ("free", "score")}, "--levels score: it knows what a caption of the demo"),
+        ({"frames": (17, 1), "levels": ("score",)}, "--levels score: one frame shows no motion"),
+        ({"precision": ("bf16",), "roles": ("mode",)}, "Nothing is left to measure"),
+        ({"roles": ("floor-order",), "levels": ("speed",)}, "Nothing is left to measure"),
         ({"frames": (0,)}, "num_frames"),
         ({"steps": (0,)}, "num_inference_steps"),
         ({"size": ((8, 96),)}, "height"),

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from solostep.benchmarks import report as command
+from solostep.benchmarks.bench import _verdicts as verdict_words
 from solostep.benchmarks.report_data import Group, make_groups, row_of
 from solostep.benchmarks.report_headline import headline
 from solostep.benchmarks.report_html import page
@@ -364,6 +366,19 @@ def test_times_join_the_drift_of_the_same_mode(tmp_path: Path):
     assert len(found.table.rows) == 2 and [c.text for c in found.table.rows[0]][2] == "8GB"
 
 
+def test_videos_of_other_settings_do_not_join(tmp_path: Path):
+    """A reference has no drift, and its seconds join those of other settings; the prompts that its videos followed, and
+    their frames, do not: they are of other steps."""
+    made.demo_set(tmp_path / "long", names=("reference",), steps=24)
+    made.demo_set(tmp_path / "short", names=("reference", "floor-order"), levels=("teacher",), frames=False)
+    (group,) = (g for g in make_groups(read_results([tmp_path])) if g.settings)
+    row = group.reference
+    assert row and row.step and row.score == {} and row.frames is None and row.followed == {}
+    made.demo_set(tmp_path / "seen", names=("reference",), steps=24, levels=("score",), pairs=7)
+    (group,) = (g for g in make_groups(read_results([tmp_path])) if g.settings)
+    assert len(group.reference.ids) == 2 and not any("alike" in note for note in group.notes)
+
+
 def test_drawn_weights_are_known_by_their_generator(tmp_path: Path):
     """Drift measured block by block, and times of a folder with the same weights; memory is the latter's alone."""
     drawn = {"synthetic": {"generator": "x", "seed": 0}}
@@ -420,9 +435,11 @@ def test_few_prompts_do_not_hide_a_larger_error(tmp_path: Path):
     for seed in range(5):
         group = compared(tmp_path, 1.5, 8, seed)
         verdict, claim = group.modes[0].verdict, headline(group)[0]
-        assert verdict and verdict.kind == "floor" and verdict.text.startswith("indistinguishable from the floor; ")
+        assert verdict and verdict.kind == "floor" and verdict.text.startswith("intervals overlap the floor's; teacher")
         assert verdict.times and verdict.times.low and 1.3 < verdict.times.low <= 1.5 * 1.05 and not verdict.is_noise
-        assert verdict.text.endswith(", intervals overlap")
+        lines, _ = markdown("t", [], [group])
+        assert verdict_words(group.results) == {group.modes[0].ids[0]: f"{verdict.ratio:.3g}× floor~"}
+        assert verdict.mark == "open" and "indistinguishable" not in lines.split("## What was")[0]
         assert "rounding noise" not in claim.text and "intervals overlap" in claim.text and claim.title != "Use"
         assert f"{number(verdict.ratio)} times the floor [" in claim.text
 
@@ -469,6 +486,40 @@ def test_equal_runs_are_noise(tmp_path: Path):
     made.write_results(tmp_path / "above", results)
     verdict = read(tmp_path / "above")[0].modes[0].verdict
     assert verdict and verdict.kind == "above" and verdict.text == "latents at the end: a floor of 0"
+
+
+def test_a_floor_of_0_is_a_floor(tmp_path: Path):
+    """Videos of a few steps may be the same in any order of sums. The headline is what is nearest the reference."""
+    names = ("reference", "floor-order", "fp8 · int8 attention", "int8 · int8 attention")
+    results = [made.make_result(name, levels=("video",)) for name in names]
+    results[1]["drift"]["video"]["psnr"] = [None] * 8
+    made.write_results(tmp_path, results)
+    (claim,) = headline(read(tmp_path)[0])
+    assert claim.title == "Nearest to the floor" and claim.mode == "int8 · int8 attention"
+    assert claim.text.startswith("No mode here is within the noise floor; PSNR beside a floor of 0"), claim.text
+
+
+@pytest.mark.parametrize("steps", [range(12), (3, 9)], ids=["runs", "single steps"])
+def test_a_mode_that_equals_the_reference_has_a_page(steps: Sequence[int], tmp_path: Path):
+    """Its errors are 0 at every step: no line, which is said, and no failure; the line of one that differs at
+    the first step alone ends there."""
+    names = ("reference", "floor-order", "fp8 · int8 attention", "bf16 · bf16 attention", "int8 · int8 attention")
+    results = [made.make_result(name) for name in names]
+    kept = {"bf16 · bf16 attention": 1, "int8 · int8 attention": 0}
+    for result in results[1:]:
+        differing = kept.get(result["label"], len(steps))
+        result["drift"]["teacher"].pop("cosine")
+        for part in (result["drift"]["teacher"], result["drift"]["free"]):
+            part["sigmas"] = [part["sigmas"][i] for i in steps]
+            rows = [[row[i] for i in steps] for row in part["error"]]
+            part["error"] = [row[:differing] + [0.0] * (len(steps) - differing) for row in rows]
+    made.write_results(tmp_path, results)
+    page, text = tmp_path / "page.html", tmp_path / "text"
+    done = run(str(tmp_path), "-o", str(page), "--markdown", str(text))
+    assert done.exit_code == 0, done.output
+    said = "Not drawn, because a logarithmic axis has no 0: int8 · int8 attention."
+    assert page.read_text(encoding="utf-8").count(said) >= 2
+    assert (text / "group-1-teacher-steps.png").exists()
 
 
 def test_pairs_are_matched_by_name(tmp_path: Path):

@@ -176,10 +176,40 @@ def test_cells_and_environments_that_differ_are_said(tmp_path: Path):
     assert again.exit_code == 2 and "--overwrite" in again.output
 
 
+def test_how_many_were_tested_is_said(tmp_path: Path):
+    """Each at 95 %, so some are flagged by chance; of equal results none is tested."""
+    before, after = ([made.make_result(MODE, seed=seed, levels=("teacher", "free"))] for seed in (0, 1))
+    notes = " ".join(table(compare(*two(tmp_path, before, after))).footnotes)
+    assert "2 drifts are not the same before and after" in notes and "one in twenty" in notes
+    assert "twenty" not in " ".join(table(compare(*two(tmp_path / "equal", before, before))).footnotes)
+
+
+@pytest.mark.parametrize(("before", "after", "flags"), [
+    (732e6, 684e6, []), (684e6, 800e6, ["17 % more host memory"]), (22.0e9, 22.2e9, []),
+])  # fmt: skip
+def test_host_memory_is_never_the_same_twice(tmp_path: Path, before: float, after: float, flags: list[str]):
+    sets = []
+    for peak in (before, after):
+        result = made.make_result(MODE, levels=("speed",))
+        result["memory"]["host_peak_bytes"] = int(peak)
+        sets.append([result])
+    (change,) = compare(*two(tmp_path, *sets)).changes
+    assert outside(change) == flags
+
+
+def test_a_title_is_of_a_report(tmp_path: Path):
+    made.write_results(tmp_path / "a", [made.make_result("reference")])
+    done = run("--compare", str(tmp_path / "a"), str(tmp_path / "a"), "--title", "mine")
+    assert done.exit_code == 2 and "--title is of a report" in done.output
+
+
 def test_nothing_in_common(tmp_path: Path):
     a, b = two(tmp_path, [made.make_result(MODE)], [made.make_result(MODE, height=64)])
-    with pytest.raises(UsageError, match="no cell in common"):
+    with pytest.raises(UsageError, match="no cell in common.*their first are"):
         compare(a, b)
+    few, many = two(tmp_path / "prompts", [made.make_result(MODE, pairs=4)], [made.make_result(MODE, time_shift=5.0)])
+    with pytest.raises(UsageError, match="is in both, but with other time shift and prompts"):
+        compare(few, many)
     assert run("--compare", str(a), str(b)).exit_code == 2
     assert run("--compare", str(a)).exit_code == 2
     extra = run(str(a), "--compare", str(a), str(b))
