@@ -461,8 +461,7 @@ def result_table(outcomes: Sequence[Outcome]) -> Any:
         table.add_row(outcome.planned.label, *([cell.clip] if several else []), verdict, *measured, there)
     table.caption = "velocity: one step from the reference's latents; latents: at the end of a free run; medians"
     if any(verdicts.values()):
-        table.caption += "; verdict: not to be told from the noise floor, or times it (~: intervals overlap, "
-        table.caption += "?: too few prompts)"
+        table.caption += "; verdict: not to be told from the noise floor, or times it (?: too few prompts)"
     return table
 
 
@@ -477,8 +476,7 @@ def _verdicts(results: Sequence[Result]) -> dict[str, str]:
             if verdict is None or verdict.kind == "unknown":
                 continue
             times = "" if verdict.ratio is None else f"{_number(verdict.ratio)}× "
-            near = "floor" if verdict.is_noise else f"{times}floor~"
-            word = {"floor": near, "above": f"{times}floor", "open": f"{times}floor?"}[verdict.kind]
+            word = {"floor": "floor", "above": f"{times}floor", "open": f"{times}floor?"}[verdict.kind]
             found |= dict.fromkeys(row.ids, word)
     return found
 

@@ -122,9 +122,8 @@ OTHER: dict[str, str] = {
     "or another order of summation. Its distance to the reference is what rounding alone does.",
     "another seed": "How far apart the reference's own videos of one prompt are with different seeds.",
     "verdict": "A mode is indistinguishable from the floor where its interval overlaps the floor's (or lies on the "
-    "better side of it), and its times the floor, the next column, are not clearly above 1: in the teacher-forced "
-    "error, the latents at the end and PSNR, as far as they were measured. Where only the first holds, intervals "
-    "overlap, and no more is said: few prompts make wide ones, which overlap easily.",
+    "better side of it) in the teacher-forced error, the latents at the end and PSNR, as far as they were measured. "
+    "Few prompts make wide intervals, which overlap easily: read it beside the next column.",
     "times the floor": "The mode's error (the teacher-forced one, where it was measured) over the larger floor's of "
     "the same prompt, noise and step, so that how hard a prompt is cancels: the median over pairs and its interval (of "
     "PSNR, the ratio of root mean square differences). Only where it holds 1, or lies under 1, can a mode not be told "

@@ -186,7 +186,7 @@ def _verdict(row: Row) -> Cell:
         return Cell(MISSING)
     text, _, more = verdict.text.partition("; ")
     more = "; ".join(filter(None, [more, steps_text(verdict)]))
-    return Cell(text, more, verdict.mark)
+    return Cell(text, more, verdict.kind if verdict.kind in ("floor", "above", "open") else "")
 
 
 def times_cell(verdict: Verdict | None) -> Cell:
@@ -220,7 +220,7 @@ def verdicts(group: Group) -> Table | None:
         for m in measures:
             part = row.verdict.parts.get(m)
             text, _, more = part.text.partition("; ") if part else (MISSING, "", "")
-            line += [Cell(text, more, part.mark if part else ""), times_cell(part)]
+            line += [Cell(text, more, part.kind if part else ""), times_cell(part)]
         steps = row.verdict.steps
         cells.append([*line, Cell(f"{steps[0]} of {steps[1]}" if steps else MISSING)])
     return without_empty(Table("verdicts", "Beside the noise floor, measure by measure", heads, cells))

@@ -1,15 +1,15 @@
 """Whether a mode's drift is that of rounding, and how many times it: measure by measure, beside the noise floor.
 
-Two questions. Do the intervals of the medians overlap? The fewer the prompts, the wider both are, and a mode with half
-as much error again overlaps nearly always. So the ratio is taken pair by pair as well (report_pairs.py), which few
-prompts do not hide: what is called indistinguishable overlaps and has a ratio whose interval holds 1 (or lies under
-it), in every measure.
+Two questions. Do the intervals of the medians overlap? Then the mode is called indistinguishable; but the fewer the
+prompts, the wider both are, and a mode with half as much error again overlaps nearly always. So the ratio is taken pair
+by pair as well (report_pairs.py), which few prompts do not hide: what cannot be told from noise has a ratio whose
+interval holds 1 (or lies under 1), in every measure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from solostep.benchmarks.report_measures import DRIFT, number, times_span
@@ -21,16 +21,14 @@ if TYPE_CHECKING:
 
 JUDGED = ("teacher", "free", "psnr")
 """Each of these that was measured gets a verdict, the strictest first; where none was, the blocks do."""
-NOISE, OVERLAPS = "indistinguishable from the floor", "intervals overlap the floor's"
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What a mode's drift is beside the noise floor.
 
-    kind: "floor" (intervals overlap), "above", "open" (too few prompts for an interval) or "unknown". ratio: times the
-    floor, None of a floor of 0. times: the same pair by pair, with its interval. steps: how many lie above the floor,
-    of how many.
+    kind: "floor", "above", "open" (too few prompts for an interval) or "unknown". ratio: times the floor, None of a
+    floor of 0. times: the same pair by pair, with its interval. steps: how many lie above the floor, of how many.
     parts: the verdicts by measure, of which this is the worst; its numbers are those of the first.
     """
 
@@ -47,11 +45,6 @@ class Verdict:
         if self.parts:
             return all(part.is_noise for part in self.parts.values())
         return self.kind == "floor" and self.times is not None and self.times.low is not None and self.times.low <= 1
-
-    @property
-    def mark(self) -> str:
-        """The class that a table marks it with: what overlaps, and is told apart all the same, is open."""
-        return {"unknown": "", "floor": "floor" if self.is_noise else "open"}.get(self.kind, self.kind)
 
 
 def yardstick(rows: Sequence[Row]) -> str | None:
@@ -72,8 +65,7 @@ def judge(row: Row, floors: Sequence[Row]) -> Verdict | None:
     kind = next(k for k in ("above", "open", "floor") if k in kinds)
     if kind == "floor":
         by = "" if measures[0] == "teacher" else f" (by {DRIFT[measures[0]].label})"
-        text = NOISE if all(part.is_noise for part in parts.values()) else OVERLAPS
-        return Verdict(kind, text + by + _but(parts), first.ratio, first.times, first.steps, parts)
+        return Verdict(kind, first.text + by + _but(parts), first.ratio, first.times, first.steps, parts)
     telling = next(m for m in measures if parts[m].kind == kind)
     text = ("" if telling == "teacher" else f"{DRIFT[telling].label}: ") + parts[telling].text
     return Verdict(kind, text, first.ratio, first.times, first.steps, parts)
@@ -86,7 +78,7 @@ def _but(parts: Mapping[str, Verdict]) -> str:
         for measure, part in parts.items()
         if part.times is not None and part.times.low is not None and part.times.low > 1
     ]
-    return f"; {', '.join(told)}" if told else ""
+    return f"; {', '.join(told)}, intervals overlap" if told else ""
 
 
 def judge_by(measure: str, row: Row, floors: Sequence[Row]) -> Verdict:
@@ -103,8 +95,7 @@ def judge_by(measure: str, row: Row, floors: Sequence[Row]) -> Verdict:
     known = [overlaps(own, limit) for limit in limits]
     # On the better side of a floor is within it: floors are samples of what rounding does, and neither is its bound.
     if any(known) or any(_below(own, limit) if lower else _below(limit, own) for limit in limits):
-        verdict = Verdict("floor", NOISE, finite, found, steps)
-        return verdict if verdict.is_noise else replace(verdict, text=OVERLAPS)
+        return Verdict("floor", "indistinguishable from the floor", finite, found, steps)
     if any(k is None for k in known):
         few = f"{text}; {own.n} prompt{'s' * (own.n != 1)}, {fewest()} make an interval"
         return Verdict("open", few, finite, found, steps)
