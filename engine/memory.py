@@ -43,7 +43,7 @@ from .runtime import free_memory, host_room, measured, release_memory, require_m
 from .sizes import Sizes, sizes_of
 from .streaming import NotPinned, PlacedTransformer, place
 from .text import LLMTokenizer
-from .units import parse_size
+from .units import parse_size, rounded_down
 
 PATIENCE = 3.0
 """Seconds before what has run out of memory is tried again as it was."""
@@ -90,7 +90,7 @@ class Memory:
     def vram(self, size: str | int | None) -> None:
         count = None if size is None else parse_size(size, "--vram")
         if self.device.type == "cuda" and count is not None and count < 2 * CONTEXT:
-            raise UsageError(f"--vram {count / 1e9:.3g} GB is less than any card's driver and a model take.")
+            raise UsageError(f"--vram {rounded_down(count)} is less than any card's driver and a model take.")
         self._vram = count
 
     @property

@@ -31,7 +31,7 @@ from .models.vae_bytes import host_bytes
 from .models.vae_bytes_cpu import this_processor
 from .precision import OFFICIAL
 from .sizes import Sizes
-from .units import as_option, rounded_up
+from .units import as_option, rounded_down, rounded_up
 
 CONTEXT = 850 << 20
 """Of a card's memory, what a process takes outside of torch's allocator: the driver's context and loaded kernels. On
@@ -323,7 +323,7 @@ def check_host(count: int | None) -> None:
     """
     if count is not None and count < PROGRAM:
         raise UsageError(
-            f"--host-ram (or ${HOST_RAM}) is {count / 1e9:.3g} GB, and the program itself takes "
+            f"--host-ram (or ${HOST_RAM}) is {rounded_down(count)}, and the program itself takes "
             f"{rounded_up(PROGRAM)} of host memory; give {as_option(PROGRAM)} at least, and more for what waits there."
         )
 
@@ -379,7 +379,7 @@ def _refusal(
         own = f", {limits.context / 1e9:.2g} of them outside of torch" if limits.context else ""
         return SolostepError(
             f"The stage {stage.name!r} takes {rounded_up(device + limits.context)} at least for {clip}{own}, and "
-            f"there are {(limits.device + limits.context) / 1e9:.3g} GB; {more}, or make a smaller or shorter clip "
+            f"there are {rounded_down(limits.device + limits.context)}; {more}, or make a smaller or shorter clip "
             "(--height, --width, --frames)."
         )
     host = least(lambda count: _fits(within, limits.device, count))
@@ -394,6 +394,6 @@ def _refusal(
         ways.append("convert the model first (`solostep quantize`), so that its blocks can come from files")
     return SolostepError(
         f"{rounded_up(host + limits.program)} of host memory{own} are needed, and there are "
-        f"{(limits.host + limits.program) / 1e9:.3g} GB, for {clip} within "
-        f"{(limits.device + limits.context) / 1e9:.3g} GB of {where}; {', or '.join(ways)}."
+        f"{rounded_down(limits.host + limits.program)}, for {clip} within "
+        f"{rounded_down(limits.device + limits.context)} of {where}; {', or '.join(ways)}."
     )

@@ -144,6 +144,8 @@ def test_sizes() -> None:
         "0.5 T": GB * 500,
         "9000K": 9 * 10**6,
         "2 Gib": 2**31,
+        "1TiB": 2**40,
+        "2TB": 2 * 10**12,
     }.items():
         assert parse_size(text, "--vram") == count
     assert parse_size(24 * GB, "--vram") == 24 * GB
@@ -541,7 +543,7 @@ def test_what_is_kept_is_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = StepVideoPipeline.from_pretrained(device="cpu", vram=budgets()[0], keep_loaded=True)
     pipe.memory.networks["vae"] = torch.nn.Linear(1000, 1000, bias=False)
     assert pipe.memory.room() == 40 * GB - 4_000_000
-    with pytest.raises(SolostepError, match="there are 40 GB; give --vram more"):
+    with pytest.raises(SolostepError, match="there are 39.9 GB; give --vram more"):
         pipe.plan(**SETTINGS | {"num_frames": 17 * 600, "height": 1600, "width": 1600})
     monkeypatch.setattr(memory, "free_memory", lambda device: 30_000_000)
     assert pipe.memory.room() == 30_000_000

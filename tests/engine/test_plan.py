@@ -36,7 +36,7 @@ from solostep.engine.precision import choose_mode
 from solostep.engine.runtime import Stage
 from solostep.engine.sizes import as_stored
 from solostep.engine.text import llm_bytes
-from solostep.engine.units import parse_size
+from solostep.engine.units import as_option, parse_size, rounded_down, rounded_up
 from solostep.offload.planner import Savings, activation_bytes
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -112,6 +112,17 @@ def test_the_least_of_the_card_is_in_units_of_the_option(vram: int) -> None:
     with pytest.raises(SolostepError):
         asked("bf16", "int8").plan(least - 2 * 10**7)
     assert least <= asked("bf16", "int8").smallest() <= least + 10**8
+
+
+def test_sizes_in_messages_are_ones_that_options_take() -> None:
+    assert (rounded_up(1_487_000_000_000), rounded_down(1_487_000_000_000)) == ("1490 GB", "1480 GB")
+    for count in (10**6, 12_345_678, 5_465_300_000, 999_500_000_000, 10**12, 123_456_789_012_345):
+        assert parse_size(as_option(count), "--vram") >= count
+        assert float(rounded_down(count).split()[0]) * 1e9 <= count <= float(rounded_up(count).split()[0]) * 1e9
+    made = asked("bf16", "int8")
+    made = replace(made, settings=replace(made.settings, num_frames=17))
+    with pytest.raises(SolostepError, match=r"takes 3\.55 GB at least .* there are 3\.54 GB"):
+        made.plan(3_547_000_000)  # the nearest of three digits is what would be enough
 
 
 @pytest.mark.parametrize(("precision", "converts"), [("bf16", False), ("fp8", True)])
