@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -187,7 +187,8 @@ class Memory:
         self, settings: GenerationSettings, room: int | None = None, rated: bool = False, moves: bool = False,
         texts: Sequence[str] | None = None, to_file: bool = True,
     ) -> Plan:  # fmt: skip
-        """How a clip is made in the room that there is; with ``moves``, also in that of the loaded transformer.
+        """How a clip is made in the room that there is; with ``moves``, also in that of the loaded transformer. A VAE
+        that an earlier video left goes, if nothing fits beside it.
 
         ``texts`` are its prompts, by default the longest that the encoders read. ``to_file``: a video file is written
         while it is decoded, which takes time. ``rated`` has a card's rates measured where they are not known.
@@ -195,6 +196,19 @@ class Memory:
         Raises:
             SolostepError: nothing fits.
         """
+        make = partial(self._plan, settings, room, rated, moves, texts, to_file)
+        try:
+            return make()
+        except SolostepError:
+            if room is not None or "vae" not in self.networks:
+                raise
+        self.free("vae", always=True)
+        return make()
+
+    def _plan(
+        self, settings: GenerationSettings, room: int | None, rated: bool, moves: bool, texts: Sequence[str] | None,
+        to_file: bool,
+    ) -> Plan:  # fmt: skip
         held, speed = self.placed if moves else None, self._rated(measure=rated)  # before room is looked at
         itemsize = 4 if self.dtype == torch.float32 else 2
         given = self.vram is not None
