@@ -33,6 +33,7 @@ from .plan import (
     Use,
     as_placed,
     check_host,
+    first_frame,
     make_plan,
     smallest,
 )
@@ -178,7 +179,12 @@ class Memory:
             return None
         if self.device.type == "cuda":
             return self.vram - CONTEXT - torch.cuda.memory_allocated(self.device)
-        return self.vram - sum(
+        return self.vram - self._held
+
+    @property
+    def _held(self) -> int:
+        """Bytes of the device that loaded networks take."""
+        return sum(
             n.device_bytes if isinstance(n, PlacedTransformer) else sum(p.nbytes for p in n.parameters())
             for n in self.networks.values()
         )
@@ -281,9 +287,15 @@ class Memory:
         return None
 
     def make_room(self, needed: int) -> None:
-        """Lets a kept transformer go if a stage that comes before it has no room beside it."""
-        if self.is_planned and self.placed is not None and needed > self.room():
-            self.free("transformer", always=True)
+        """Lets kept networks go if a stage that comes before them has no room beside them."""
+        for name in ("vae", "transformer"):
+            if self.is_planned and needed > self.room():
+                self.free(name, always=True)
+
+    def first_frame(self, settings: GenerationSettings) -> tuple[int, int]:
+        """Strips for the first frame, and the bytes that it takes so: as many as where no other network is loaded, so
+        that a clip is the same whatever was made before it."""
+        return first_frame(self.sizes, settings, self.room() + self._held, self.dtype.itemsize)
 
     def decoding(
         self, settings: GenerationSettings, room: int, dtype: torch.dtype | None = None,

@@ -23,7 +23,6 @@ from .errors import OutputError
 from .failures import steps_are_kept
 from .memory import PATIENCE, Memory
 from .models.vae import decode_chunks
-from .plan import first_frame
 from .precision import Mode
 from .progress import Progress, stage_of
 from .request import FrameSink, Job
@@ -70,7 +69,7 @@ class Stages:
         if image is None:
             return
         if self.memory.is_planned:
-            self.memory.make_room(self._frame_in_strips(job)[1])
+            self.memory.make_room(self.memory.first_frame(settings)[1])
 
         def smaller(how: str) -> None:
             job.event(f"Out of memory while the first frame was encoded; going on {how}.")
@@ -78,7 +77,7 @@ class Stages:
         def encode() -> Tensor:
             with measured("first frame", self.device, job.stages):
                 say("first frame", 0, 1)
-                strips = self._frame_in_strips(job)[0] if self.memory.is_planned else 1
+                strips = self.memory.first_frame(settings)[0] if self.memory.is_planned else 1
                 if strips > 1:
                     said = f"The first frame is encoded in {strips} strips, for want of memory."
                     job.event(said, quiet=self.memory.vram is not None)
@@ -90,10 +89,6 @@ class Stages:
         job.condition = self._again(encode, lambda: job.event(alone))
         release_memory(self.device)
         say("first frame", 1, 1)
-
-    def _frame_in_strips(self, job: Job) -> tuple[int, int]:
-        """Strips for the first frame, and the bytes that it takes so."""
-        return first_frame(self.memory.sizes, job.request.settings, self.memory.room(), self.dtype.itemsize)
 
     def _again(self, work: Callable[[], T], failed: Callable[[], None]) -> T:
         """Where other programs took memory: again with nothing else of ours on the device, and then twice more, after a

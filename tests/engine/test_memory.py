@@ -304,6 +304,20 @@ def test_a_first_frame_is_encoded_in_strips(monkeypatch: pytest.MonkeyPatch) -> 
     assert record["events"] == [] and record["plan"]["frame_strips"] == 1 and torch.equal(found, want)
 
 
+def test_a_first_frame_is_encoded_alike_in_a_batch() -> None:
+    """A transformer that is left makes way, where the first frame has no room as a whole beside it."""
+    pipe = StepVideoPipeline.from_pretrained(Path(plan_of.__file__).parent / "demo/ti2v", device="cpu", vram="40GB")
+    settings = SETTINGS | {"height": 192, "width": 192}
+    image = torch.zeros(192, 192, 3, dtype=torch.uint8).numpy()
+    requests = [pipe.request(PROMPT, image=image, seed=seed, **settings) for seed in (1, 2)]
+    plan = pipe.memory.plan(requests[0].settings, texts=requests[0].texts)
+    pipe.vram = plan.stage("denoise").device
+    assert plan.stage("first frame").device + plan.stage("load transformer").device > pipe.vram
+    records = [record for record, _ in pipe.generate(requests, None)]
+    assert [record["plan"]["frame_strips"] for record in records] == [1, 1]
+    assert not any("first frame" in event for record in records for event in record["events"])
+
+
 def test_what_cannot_be_pinned_comes_from_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model whose files hold what is computed with: half of what was refused is tried."""
     want, record = make(budgets()[2])
