@@ -54,6 +54,13 @@ Modes = Callable[[], tuple[Mode, Mode, str]]
 """How the transformer and Step-LLM run, and the transformer's attention; to be measured, perhaps, when first asked."""
 
 
+HOST_ALONE = (
+    "--host-ram (host_ram) counts on a card, or together with --vram (vram): without that, a run on a CPU takes the "
+    "memory that it needs."
+)
+"""Said where a budget is given that holds nothing back."""
+
+
 def read_budgets(vram: str | int | None, host_ram: str | int | None) -> tuple[int | None, int | None]:
     """Bytes of what was given, or stands in the environment.
 
@@ -225,7 +232,7 @@ class Memory:
         context, program = (CONTEXT, PROGRAM) if self.device.type == "cuda" else (0, 0)
         host = self.host_room(held)
         both = None
-        if self.device.type != "cuda" and self.host_ram is None:
+        if self.device.type != "cuda" and (self.host_ram is None or self.vram is None):
             both = free_memory(self.device) + (0 if held is None else held.device_bytes + held.host_bytes)
         limits = Limits(room, host, context, program, given, self.pinned, both)
         use = Use(self.text_tokens(texts) if texts else LONGEST_TEXT, to_file)
@@ -450,7 +457,7 @@ class Memory:
         try:
             plan = self._plan_of(job, room)
         except SolostepError:
-            if self.sizes.streams and not self.sizes.from_files:
+            if self.sizes.could_be_converted:
                 more = "convert the model first (`solostep quantize`), so that its blocks can come from files"
                 raise NotPinned(f"{str(refused).removesuffix('.')}; or {more}.") from None
             raise refused from None

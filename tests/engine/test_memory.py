@@ -586,10 +586,18 @@ def test_what_is_kept_is_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe.memory.networks["vae"] = torch.nn.Linear(1000, 1000, bias=False)
     assert pipe.memory.room() == 40 * GB - 4_000_000
     with pytest.raises(SolostepError, match="there are 40 GB; give --vram more"):  # nor without it
-        pipe.plan(**SETTINGS | {"num_frames": 17 * 600, "height": 1600, "width": 1600})
+        pipe.plan(**SETTINGS | {"num_frames": 17 * 400, "height": 1600, "width": 1600})
     monkeypatch.setattr(memory, "free_memory", lambda device: 30_000_000)
     assert pipe.memory.room() == 30_000_000
-    with pytest.raises(SolostepError, match="there are 0.03 GB; close other programs"):
+    with pytest.raises(SolostepError, match="0.03 GB are free; close other programs"):
+        pipe.plan(**SETTINGS)
+
+
+def test_one_memory_is_counted_once_whatever_the_host_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = budgets()[2]
+    pipe = StepVideoPipeline.from_pretrained(device="cpu", host_ram="1GB")  # which counts beside a budget only
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    with pytest.raises(SolostepError, match="GB are free; close other programs"):
         pipe.plan(**SETTINGS)
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from plan_command import Run, plan_command
 from rich.console import Console
 
 import solostep.engine.asked
-from solostep.engine import cached, cards, rates
+from solostep.engine import cached, cards, rates, runtime
 from solostep.engine.asked import Asked, ask
 from solostep.engine.checkpoint import open_model
 from solostep.engine.convert import quantize_model
@@ -38,6 +39,7 @@ from solostep.engine.sizes import as_stored
 from solostep.engine.text import llm_bytes
 from solostep.engine.units import as_option, parse_size, rounded_down, rounded_up
 from solostep.offload.planner import Savings, activation_bytes
+from solostep.quant import foreign
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 T2V = Path(__file__).parents[1] / "golden" / "tiny-stepvideo-t2v"
@@ -354,6 +356,57 @@ def test_the_command_prints_the_plan_s_own_table(run: Run) -> None:
     assert code == 0 and "none stored of h200 for this mode" in err
 
 
+def test_json_has_what_the_text_says(run: Run) -> None:
+    arguments = ("t2v", "--vram", "12GB", "--precision", "fp8", "--converted", "--host-ram", "8GB", "--like", "h200")
+    text, found = run(*arguments)[1], json.loads(run(*arguments, "--json")[1])
+    assert f"{found['precision']}, attention {found['attention']}" in text and found["text_precision"] == "bf16"
+    whole = found["device_bytes"] + found["context_bytes"]
+    assert whole <= found["vram_bytes"] == found["budget_bytes"] + found["context_bytes"]
+    assert re.search(rf"whole run +{whole / 1e9:.1f} GB", text)
+    assert f"of the disk {found['disk_bytes_per_second'] / 1e9:.3g} GB/s" in text
+    (row, *_) = json.loads(run("t2v", "--vram", "12GB", "--precision", "fp8", "--sweep", "--json")[1])
+    assert (row["precision"], row["attention"]) == ("fp8", "int8")
+
+
+def test_a_sweep_on_a_cpu_ends_with_what_is_free(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "free_memory", lambda device: 30 * GB)
+    arguments = ("t2v", "--device", "cpu", "--precision", "int8", "--frames", "17", "--sweep")
+    rows = json.loads(run(*arguments, "--json")[1])
+    assert len(rows) > 3 and max(row["vram_bytes"] for row in rows) <= 27 * GB
+    assert {row["refused"].partition(" of memory")[0] for row in rows} == {"33.5 GB"}
+    assert "beside" in run(*arguments)[1]
+    rows = json.loads(run(*arguments, "--vram", "40GB", "--host-ram", "40GB", "--json")[1])  # of another machine
+    assert rows[-1]["vram_bytes"] == 40 * GB and rows[-1]["resident_blocks"] == 48
+
+
+def test_host_memory_alone_is_no_budget_of_a_plan_for_a_cpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is none of a run: see test_on_a_cpu_host_memory_alone_is_no_budget."""
+    monkeypatch.setattr(runtime, "free_memory", lambda device: 100 * GB)
+    code, out, err = run("t2v", "--device", "cpu", "--frames", "17", "--host-ram", "1MB")
+    assert code == 0 and "48 of 48 blocks stay in memory" in out and "--host-ram (host_ram) counts on a card" in err
+    code, out, err = run("t2v", "--device", "cpu", "--frames", "17", "--vram", "90GB", "--host-ram", "1MB")
+    assert code == 1 and "raise --host-ram" in err
+
+
+def test_what_is_rounded_is_said(run: Run) -> None:
+    code, _, err = run("t2v", "--vram", "24GB", "--frames", "100", "--height", "550")
+    assert code == 0 and "num_frames 100 rounded down to 85" in err and "height 550 rounded down to 544" in err
+    with pytest.warns(UserWarning, match="num_frames 40 rounded down to 34"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="34 frames are more")
+        StepVideoPipeline.from_pretrained(device="cpu").plan(num_frames=40)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "torchao:int8"])
+def test_what_cannot_be_converted_is_not_planned_so(precision: str, run: Run) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(foreign, "check", lambda name: None)  # as if its package was here
+        code, _, err = run("t2v", "--vram", "60GB", "--precision", precision, "--converted")
+    assert code == 2 and f"--precision {precision} is" in err and "choose one of int8" in err
+    if precision == "fp32":  # nor is it advised
+        code, _, err = run("t2v", "--vram", "60GB", "--host-ram", "4GB", "--precision", precision)
+        assert code == 1 and "raise --host-ram" in err and "convert" not in err
+
+
 def test_a_sweep_tells_what_it_refuses(run: Run) -> None:
     arguments = (
         "t2v",
@@ -577,5 +630,30 @@ def test_a_cpu_s_memory_is_one() -> None:
     assert 19e9 < less.device < 24e9 and together(less) <= 24e9
     host = 8 * 10**9  # which is asked for in addition
     assert together(replace(found, room=24 * 10**9).plan(20 * 10**9, host)) > 24e9
-    with pytest.raises(SolostepError, match="GB of host memory are needed, and there are 0 GB"):
+    with pytest.raises(SolostepError, match=r"of memory are needed .* 9 GB are free; close other programs") as refused:
         plan(20 * 10**9, 9 * 10**9)
+    assert "--vram" not in str(refused.value) and "--host-ram" not in str(refused.value), "neither would help"
+    needed = parse_size(str(refused.value).partition(" of memory")[0], "")
+    assert together(plan(needed, needed)) <= needed
+    with pytest.raises(SolostepError):
+        plan(needed, int(0.99 * needed))
+    with pytest.raises(SolostepError, match=r"takes [\d.]+ GB at least .* give --vram more") as refused:
+        plan(10**9, 24 * 10**9)
+    enough = parse_size(re.findall(r"takes ([\d.]+ GB)", str(refused.value))[0], "")
+    assert together(plan(enough, 24 * 10**9)) <= 24 * 10**9
+    with pytest.raises(SolostepError):
+        plan(int(0.99 * enough), 24 * 10**9)
+
+
+def test_a_conversion_is_advised_with_what_it_takes() -> None:
+    made, converted = asked("int8", "int8"), asked("int8", "int8", converted=True)
+    assert made.sizes.could_be_converted and not converted.sizes.could_be_converted
+    with pytest.raises(SolostepError, match=r"convert the model first .* can come from files\.$"):
+        made.plan(24 * GB, 6 * GB)
+    assert converted.plan(24 * GB, 6 * GB).host <= 6 * GB
+    with pytest.raises(SolostepError, match="convert the model first .* and raise --host-ram to") as refused:
+        made.plan(24 * GB, 2 * GB)
+    then = parse_size(re.findall(r"--host-ram to (\S+GB)\b", str(refused.value))[-1], "")
+    assert converted.plan(24 * GB, then).host <= then
+    with pytest.raises(SolostepError):
+        converted.plan(24 * GB, int(0.99 * then))
