@@ -31,6 +31,7 @@ from .sampling import GuidedVelocity, first_frame_condition, initial_noise, to_u
 from .scheduler import euler_step, make_sigmas
 from .streaming import PlacedTransformer
 from .text import PromptEmbedding, encode_prompts
+from .units import rounded_down, rounded_up
 
 log = logging.getLogger("solostep")
 T = TypeVar("T")
@@ -170,9 +171,11 @@ class Stages:
             room, done = self.memory.room(), 0
             (slices, strips), needed = self.memory.decoding(job.request.settings, room, dtype)
             if needed > room:
+                left = rounded_down(max(0, room))  # of a budget that the VAE alone is over, less than nothing
                 log.warning(
-                    "Decoding may run out of memory: it takes %.3g GB at least, of %.3g.", needed / 1e9, room / 1e9
-                )
+                    "Decoding may run out of memory: beside the VAE it takes %s at least, and %s are left.",
+                    rounded_up(needed), left,
+                )  # fmt: skip
             if (slices, strips) != self.memory.decodes_at_best:
                 asked = self.memory.vram is not None
                 job.event(f"Decoding {how_decoded(slices, strips)}, for want of memory.", quiet=asked)

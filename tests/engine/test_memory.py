@@ -601,6 +601,18 @@ def test_one_memory_is_counted_once_whatever_the_host_was_given(monkeypatch: pyt
         pipe.plan(**SETTINGS)
 
 
+def test_decoding_beyond_a_budget_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that the VAE alone is over nothing is left, and no less than nothing."""
+    _, record = make()
+    said: list[str] = []
+    monkeypatch.setattr(stages.log, "warning", lambda text, *of: said.append(text % of))
+    saved = storage.read_latents(Path(record["latents_file"]))
+    pipe = StepVideoPipeline.from_pretrained(device="cpu", vram="1MB")
+    pipe.decode(saved, lambda *_: contextlib.nullcontext(Collect()))
+    assert len(said) == 1
+    assert re.fullmatch(r"Decoding may .*: beside the VAE it takes 0\.0\d+ GB at least, and 0 GB are left\.", said[0])
+
+
 def test_half_of_a_transformer_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = StepVideoPipeline.from_pretrained(device="cpu", vram=budgets()[1] + 1, keep_loaded=True)
     pipe("a red circle", seed=1, output_type="latent", **SMALL)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import json
 import logging
 import os
@@ -32,7 +34,7 @@ from solostep.engine.interfaces.plan import sweep_table
 from solostep.engine.memory import report
 from solostep.engine.models.vae_bytes import decode_bytes
 from solostep.engine.pipeline import StepVideoPipeline
-from solostep.engine.plan import CONTEXT, PROGRAM, Plan, clip_of
+from solostep.engine.plan import CONTEXT, PINNING, PROGRAM, Plan, clip_of
 from solostep.engine.precision import choose_mode
 from solostep.engine.runtime import Stage
 from solostep.engine.sizes import as_stored
@@ -114,6 +116,71 @@ def test_the_least_of_the_card_is_in_units_of_the_option(vram: int) -> None:
     with pytest.raises(SolostepError):
         asked("bf16", "int8").plan(least - 2 * 10**7)
     assert least <= asked("bf16", "int8").smallest() <= least + 10**8
+
+
+@pytest.mark.parametrize(
+    ("precision", "frames", "guided"), [("bf16", 51, True), ("int8", 204, True), ("nf4", 340, True), ("fp8", 17, False)]
+)
+def test_more_memory_is_never_worse(precision: str, frames: int, guided: bool) -> None:
+    """Of the card or of the host: no plan is refused or slower that had one with less. What a run may lose by more host
+    memory is the time that pinning it takes, which spares reading blocks from files at every step."""
+    made = asked(precision, None, frames != 204, True)
+    clip = replace(made.settings, num_frames=frames, guidance_scale=made.settings.guidance_scale if guided else 1.0)
+    made = replace(made, settings=clip)
+    hosts = [*(int(gb * GB) for gb in (1.8, 2.6, 3, 4, 6, 8, 12, 20, 35, 70)), None]
+    vrams = [int(gb * GB) for gb in (3, 3.5, 4.5, 5.5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80)]
+    plans: dict[tuple[int, int | None], Plan] = {}
+    for vram, host in itertools.product(vrams, hosts):
+        with contextlib.suppress(SolostepError):
+            plan = plans[vram, host] = made.plan(vram, host)
+            assert plan.device + CONTEXT <= vram and (host is None or plan.host <= host)
+            assert plan.host == max(stage.host for stage in plan.stages) and plan.program == PROGRAM
+            assert plan.stage("denoise").host == plan.stage("load transformer").host == PROGRAM + plan.blocks.host
+            streamed = plan.network.blocks - plan.blocks.resident
+            assert plan.blocks.disk <= streamed and (plan.blocks.slots > 0) == (streamed > 0)
+            if plan.seconds is not None:
+                assert plan.seconds == pytest.approx(sum(stage.seconds or 0.0 for stage in plan.stages))
+    assert len(plans) > 60
+    for vram, host in itertools.product(vrams, hosts):
+        plan = plans.get((vram, host))
+        more_card = [plans.get((other, host)) for other in vrams if other > vram]
+        more_host = [plans.get((vram, other)) for other in hosts[hosts.index(host) + 1 :]]
+        assert plan is None or all(more_card + more_host)
+        for card, other in [(True, p) for p in more_card] + [(False, p) for p in more_host]:
+            if plan is None or plan.step_seconds is None:
+                continue
+            assert other is not None and other.step_seconds is not None
+            assert other.step_seconds <= plan.step_seconds * (1 + 1e-9)
+            if plan.seconds is not None:
+                pinned = max(0, other.blocks.host - plan.blocks.host) * PINNING
+                assert other.seconds is not None and other.seconds <= plan.seconds + (0 if card else pinned) + 1e-6
+
+
+@pytest.mark.parametrize(("precision", "frames"), [("bf16", 204), ("int8", 51)])
+def test_what_is_refused_is_refused_with_what_is_enough(precision: str, frames: int) -> None:
+    made = asked(precision, None, frames == 51)
+    made = replace(made, settings=replace(made.settings, num_frames=frames))
+    refusals = 0
+    for vram, host in itertools.product((2, 4, 5, 7, 12, 24), (None, 1.8, 2.4, 3.5, 6)):
+        budgets = [vram * GB, None if host is None else int(host * GB)]
+        with contextlib.suppress(SolostepError):
+            made.plan(*budgets)
+            continue
+        with pytest.raises(SolostepError) as refused:
+            made.plan(*budgets)
+        refusals += 1
+        said = str(refused.value)
+        card, of_host = re.findall(r"takes ([\d.]+ GB) at least", said), re.findall(r"--host-ram to ([\d.]+GB)", said)
+        which, text = (0, card[0]) if card else (1, of_host[0])
+        if card:
+            budgets[1] = None  # it is told first; what the host then takes may be refused next
+        enough = parse_size(text, "")
+        budgets[which] = enough
+        made.plan(*budgets)
+        budgets[which] = int(0.99 * enough)
+        with pytest.raises(SolostepError):
+            made.plan(*budgets)
+    assert refusals > 8
 
 
 def test_sizes_in_messages_are_ones_that_options_take() -> None:
