@@ -112,7 +112,7 @@ def plan(
     if sweep:
         rows = [about | row for row in _sweep(asked, budget, host)]
         print(json.dumps(rows, indent=1)) if as_json else sweep_table(out, rows, asked.on_card)
-        if any("refused" in row for row in rows) and asked.sizes.could_be_converted:
+        if any("convert the model" in row.get("refused", "") for row in rows):  # which the table leaves out
             say(console, "note", "A converted model (`solostep quantize`) takes less host memory: see --converted.")
         return
     if budget is None:

@@ -493,6 +493,10 @@ def test_a_sweep_tells_what_it_refuses(run: Run) -> None:
     refused = [row for row in rows if "refused" in row]
     assert code == 0 and 9 * GB in [row["vram_bytes"] for row in rows]
     assert len(refused) == len(rows) - 1 and "of host memory" in refused[0]["refused"] and "see --converted" in err
+    code, out, err = run("t2v", "--sweep", "--vram", "5GB", "--precision", "fp8", "--text-precision", "int8")
+    assert "takes 5.47 GB at least" in " ".join(out.split()) and "--converted" not in err, (
+        "it takes as much of the card"
+    )
     rows = json.loads(run(*arguments, "--converted")[1])
     assert {row["vram_bytes"] for row in rows if "refused" not in row} >= {n * GB for n in (9, 12, 24, 40)}
     assert "not possible: 4." in run(*arguments[:-1], "--converted")[1].replace("│", " ")
