@@ -347,8 +347,8 @@ def check_host(count: int | None) -> None:
 
 # --- what does not fit --------------------------------------------------------------------------------------------
 
-MOST = 10**13
-"""Bytes that no machine has."""
+MOST = 10**30
+"""Bytes that no machine has, and no clip takes that anybody asks for."""
 
 
 def least(fits: Callable[[int], bool], exact: float = 5e-4) -> int | None:

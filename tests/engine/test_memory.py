@@ -805,6 +805,9 @@ def test_the_command(run: Callable[..., tuple[int, str, str]]) -> None:
     assert [row["vram_bytes"] for row in rows] == sorted(row["vram_bytes"] for row in rows)
 
 
+HUGE = ["--frames", "1000000", "--height", "2000", "--width", "2000"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -812,6 +815,8 @@ def test_the_command(run: Callable[..., tuple[int, str, str]]) -> None:
         (["t2v", "--vram", "24"], "--vram 24 is no size"),
         (["nothing-here", "--vram", "24GB", "--host-ram", "1MB"], "give 1.79GB at least"),  # before it is looked for
         (["t2v", "--vram", "2GB"], "at least for 204 frames of 544x992"),
+        (["t2v", "--vram", "12GB", *HUGE], "takes 111000 GB at least for 999991 frames of 2000x2000"),
+        (["demo", "--vram", "12GB", "--device", "cpu", *HUGE], "of memory are needed beside the program itself"),
         (["nothing-here"], "neither a folder nor a Hugging Face id"),
         (["t2v", "--vram", "24GB", "--precision", "fp5"], "--precision fp5 is unknown"),
     ],
