@@ -116,8 +116,8 @@ def plan(
             say(console, "note", "A converted model (`solostep quantize`) takes less host memory: see --converted.")
         return
     if budget is None:
-        assert there is not None
-        budget = free_memory(there) + (0 if on_cpu else CONTEXT)
+        assert there is not None and asked.room is not None
+        budget = asked.room if on_cpu else free_memory(there) + CONTEXT
     found = asked.plan(budget, host)
     if as_json:
         print(json.dumps({**about, "vram_bytes": budget, **found.as_dict()}, indent=1))

@@ -451,6 +451,7 @@ def test_host_memory_alone_is_no_budget_of_a_plan_for_a_cpu(run: Run, monkeypatc
     monkeypatch.setattr(runtime, "free_memory", lambda device: 100 * GB)
     code, out, err = run("t2v", "--device", "cpu", "--frames", "17", "--host-ram", "1MB")
     assert code == 0 and "48 of 48 blocks stay in memory" in out and "--host-ram (host_ram) counts on a card" in err
+    assert "within 90.0 GB of memory" in out, "what is planned with"
     code, out, err = run("t2v", "--device", "cpu", "--frames", "17", "--vram", "90GB", "--host-ram", "1MB")
     assert code == 1 and "raise --host-ram" in err
 
