@@ -50,8 +50,8 @@ def quantize_model(
         OutputError: the folder cannot be written, or its disk is full; finished shards are kept.
     """
     chosen = pick_device(device)
-    _check_format(precision, "--precision")
-    _check_format(text_precision, "--text-precision")
+    check_format(precision, "--precision")
+    check_format(text_precision, "--text-precision")
     asked = read_recipe_option(recipe, precision)
     if isinstance(asked, Recipe) and not asked.storable:
         raise UsageError(f"--recipe {recipe}: formats of other packages cannot be written to a file; use our own.")
@@ -81,7 +81,7 @@ def quantize_model(
     return write_model(folder, place, networks, chosen, link, progress, kept)
 
 
-def _check_format(name: str | None, option: str) -> None:
+def check_format(name: str | None, option: str) -> None:
     """Raises UsageError for what is no format, or cannot be stored."""
     if name in (None, "bf16"):
         return

@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from .plan import (
     Use,
     as_placed,
     check_host,
+    first_frame,
     make_plan,
     smallest,
 )
@@ -43,7 +44,7 @@ from .runtime import free_memory, host_room, measured, release_memory, require_m
 from .sizes import Sizes, sizes_of
 from .streaming import NotPinned, PlacedTransformer, place
 from .text import LLMTokenizer
-from .units import parse_size
+from .units import parse_size, rounded_down
 
 PATIENCE = 3.0
 """Seconds before what has run out of memory is tried again as it was."""
@@ -51,6 +52,13 @@ SPARE = 200 << 20
 """Of a card's free memory, what is not planned with: kernels take some when they are first used."""
 Modes = Callable[[], tuple[Mode, Mode, str]]
 """How the transformer and Step-LLM run, and the transformer's attention; to be measured, perhaps, when first asked."""
+
+
+HOST_ALONE = (
+    "--host-ram (host_ram) counts on a card, or together with --vram (vram): without that, a run on a CPU takes the "
+    "memory that it needs."
+)
+"""Said where a budget is given that holds nothing back."""
 
 
 def read_budgets(vram: str | int | None, host_ram: str | int | None) -> tuple[int | None, int | None]:
@@ -90,7 +98,7 @@ class Memory:
     def vram(self, size: str | int | None) -> None:
         count = None if size is None else parse_size(size, "--vram")
         if self.device.type == "cuda" and count is not None and count < 2 * CONTEXT:
-            raise UsageError(f"--vram {count / 1e9:.3g} GB is less than any card's driver and a model take.")
+            raise UsageError(f"--vram {rounded_down(count)} is less than any card's driver and a model take.")
         self._vram = count
 
     @property
@@ -178,7 +186,12 @@ class Memory:
             return None
         if self.device.type == "cuda":
             return self.vram - CONTEXT - torch.cuda.memory_allocated(self.device)
-        return self.vram - sum(
+        return self.vram - self._held
+
+    @property
+    def _held(self) -> int:
+        """Bytes of the device that loaded networks take."""
+        return sum(
             n.device_bytes if isinstance(n, PlacedTransformer) else sum(p.nbytes for p in n.parameters())
             for n in self.networks.values()
         )
@@ -187,7 +200,8 @@ class Memory:
         self, settings: GenerationSettings, room: int | None = None, rated: bool = False, moves: bool = False,
         texts: Sequence[str] | None = None, to_file: bool = True,
     ) -> Plan:  # fmt: skip
-        """How a clip is made in the room that there is; with ``moves``, also in that of the loaded transformer.
+        """How a clip is made in the room that there is; with ``moves``, also in that of the loaded transformer. A VAE
+        that an earlier video left goes, if nothing fits beside it.
 
         ``texts`` are its prompts, by default the longest that the encoders read. ``to_file``: a video file is written
         while it is decoded, which takes time. ``rated`` has a card's rates measured where they are not known.
@@ -195,6 +209,19 @@ class Memory:
         Raises:
             SolostepError: nothing fits.
         """
+        make = partial(self._plan, settings, room, rated, moves, texts, to_file)
+        try:
+            return make()
+        except SolostepError:
+            if room is not None or "vae" not in self.networks:
+                raise
+        self.free("vae", always=True)
+        return make()
+
+    def _plan(
+        self, settings: GenerationSettings, room: int | None, rated: bool, moves: bool, texts: Sequence[str] | None,
+        to_file: bool,
+    ) -> Plan:  # fmt: skip
         held, speed = self.placed if moves else None, self._rated(measure=rated)  # before room is looked at
         itemsize = 4 if self.dtype == torch.float32 else 2
         given = self.vram is not None
@@ -205,7 +232,7 @@ class Memory:
         context, program = (CONTEXT, PROGRAM) if self.device.type == "cuda" else (0, 0)
         host = self.host_room(held)
         both = None
-        if self.device.type != "cuda" and self.host_ram is None:
+        if self.device.type != "cuda" and (self.host_ram is None or self.vram is None):
             both = free_memory(self.device) + (0 if held is None else held.device_bytes + held.host_bytes)
         limits = Limits(room, host, context, program, given, self.pinned, both)
         use = Use(self.text_tokens(texts) if texts else LONGEST_TEXT, to_file)
@@ -267,9 +294,15 @@ class Memory:
         return None
 
     def make_room(self, needed: int) -> None:
-        """Lets a kept transformer go if a stage that comes before it has no room beside it."""
-        if self.is_planned and self.placed is not None and needed > self.room():
-            self.free("transformer", always=True)
+        """Lets kept networks go if a stage that comes before them has no room beside them."""
+        for name in ("vae", "transformer"):
+            if self.is_planned and needed > self.room():
+                self.free(name, always=True)
+
+    def first_frame(self, settings: GenerationSettings) -> tuple[int, int]:
+        """Strips for the first frame, and the bytes that it takes so: as many as where no other network is loaded, so
+        that a clip is the same whatever was made before it."""
+        return first_frame(self.sizes, settings, self.room() + self._held, self.dtype.itemsize)
 
     def decoding(
         self, settings: GenerationSettings, room: int, dtype: torch.dtype | None = None,
@@ -424,7 +457,7 @@ class Memory:
         try:
             plan = self._plan_of(job, room)
         except SolostepError:
-            if self.sizes.streams and not self.sizes.from_files:
+            if self.sizes.could_be_converted:
                 more = "convert the model first (`solostep quantize`), so that its blocks can come from files"
                 raise NotPinned(f"{str(refused).removesuffix('.')}; or {more}.") from None
             raise refused from None

@@ -27,7 +27,7 @@ from .errors import UsageError
 from .failures import latents_are_kept, nothing_left_of, readable_errors
 from .hub import DEMO, image_model
 from .latents import SavedLatents
-from .memory import Memory, read_budgets, report
+from .memory import HOST_ALONE, Memory, read_budgets, report
 from .plan import Plan
 from .precision import (
     AUTO,
@@ -222,6 +222,7 @@ class StepVideoPipeline:
             raise UsageError("A plan counts the longest prompt; leave prompt out, and give settings of the clip alone.")
         check_asked("any", **settings)
         made = filled_in(self.model.preset, settings, self.model.is_image_to_video)
+        made.warn()
         with self.memory.capped(), readable_errors(self.device):
             return self.memory.plan(made, rated=True, moves=True)
 
@@ -247,10 +248,7 @@ class StepVideoPipeline:
         """Says once that a budget is given that holds nothing back."""
         if self.host_ram is not None and not self.memory.is_planned and not self._noted:
             self._noted = True
-            log.warning(
-                "--host-ram (host_ram) counts on a card, or together with --vram (vram): without that, a run on a CPU "
-                "takes the memory that it needs."
-            )
+            log.warning(HOST_ALONE)
 
     @property
     def keep_loaded(self) -> bool:

@@ -31,7 +31,7 @@ from .models.vae_bytes import host_bytes
 from .models.vae_bytes_cpu import this_processor
 from .precision import OFFICIAL
 from .sizes import Sizes
-from .units import as_option, rounded_up
+from .units import as_option, rounded_down, rounded_up
 
 CONTEXT = 850 << 20
 """Of a card's memory, what a process takes outside of torch's allocator: the driver's context and loaded kernels. On
@@ -149,9 +149,11 @@ class Plan:
             "seconds": self.seconds,
             "device_bytes": self.device,
             "host_bytes": self.host,
+            "context_bytes": self.context,
             "program_bytes": self.program,
             "rates": None if self.rated is None else self.rated.source,
             "disk_rate": None if self.rated is None else self.rated.disk,
+            "disk_bytes_per_second": None if self.rated is None else self.rated.blocks.disk,
             "stages": [asdict(stage) for stage in self.stages],
         }
 
@@ -189,7 +191,9 @@ class Use:
     file: bool = True
 
 
-SHARES = (1.0, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2)
+Within = Callable[[int, "int | None"], Plan]
+"""A plan for bytes of the card and of the host, beside what is taken already; raises BudgetError."""
+SHARES = tuple(n / 20 for n in range(20, 0, -1))
 """Of memory that is the card's and the host's in one: parts that are tried for what would be the card's."""
 
 
@@ -203,18 +207,31 @@ def make_plan(
         SolostepError: nothing fits; it names the stage and the least that would do.
     """
     within = partial(_plan_within, sizes, settings, attention, rated, itemsize, limits, use)
-    try:
-        plan = within(limits.device, limits.host)
-    except BudgetError:
-        raise _refusal(within, sizes, settings, limits) from None
-    if limits.both is None or _together(plan) <= limits.both:
-        return plan
-    for part in SHARES:
-        device = min(limits.device, int(part * limits.both))
+    if limits.both is None:
         with contextlib.suppress(BudgetError):
-            left = limits.both - device
-            return within(device, left if limits.host is None else min(left, limits.host))
-    raise _refusal(within, sizes, settings, replace(limits, host=max(0, limits.both - limits.device)))
+            return within(limits.device, limits.host)
+    else:
+        found = _in_one_memory(within, limits.device, limits.host, limits.both)
+        if found is not None:
+            return found
+    converted = None
+    if sizes.could_be_converted:
+        from_files = replace(sizes, from_files=True)
+        converted = partial(_plan_within, from_files, settings, attention, rated, itemsize, limits, use)
+    raise _refusal(within, converted, settings, limits)
+
+
+def _in_one_memory(within: Within, device: int, host: int | None, both: int) -> Plan | None:
+    """A plan for device and host in one memory, with ``device`` bytes or else with less; None where nothing fits."""
+    with contextlib.suppress(BudgetError):
+        plan = within(device, host)
+        if _together(plan) <= both:
+            return plan
+    for part in SHARES:
+        mine = min(device, int(part * both))
+        with contextlib.suppress(BudgetError):
+            return within(mine, both - mine if host is None else min(both - mine, host))
+    return None
 
 
 def _together(plan: Plan) -> int:
@@ -323,17 +340,15 @@ def check_host(count: int | None) -> None:
     """
     if count is not None and count < PROGRAM:
         raise UsageError(
-            f"--host-ram (or ${HOST_RAM}) is {count / 1e9:.3g} GB, and the program itself takes "
+            f"--host-ram (or ${HOST_RAM}) is {rounded_down(count)}, and the program itself takes "
             f"{rounded_up(PROGRAM)} of host memory; give {as_option(PROGRAM)} at least, and more for what waits there."
         )
 
 
 # --- what does not fit --------------------------------------------------------------------------------------------
 
-Within = Callable[[int, "int | None"], Plan]
-"""A plan for bytes of the card and of the host, beside what is taken already; raises BudgetError."""
-MOST = 10**13
-"""Bytes that no machine has."""
+MOST = 10**30
+"""Bytes that no machine has, and no clip takes that anybody asks for."""
 
 
 def least(fits: Callable[[int], bool], exact: float = 5e-4) -> int | None:
@@ -367,33 +382,60 @@ def _fits(within: Within, device: int, host: int | None) -> bool:
 
 
 def _refusal(
-    within: Within, sizes: Sizes, settings: GenerationSettings, limits: Limits
+    within: Within, converted: Within | None, settings: GenerationSettings, limits: Limits
 ) -> SolostepError:  # fmt: skip
-    """The error for limits that nothing fits in, in the units of --vram and --host-ram."""
+    """The error for limits that nothing fits in, in the units of --vram and --host-ram; ``converted`` is of the model
+    as it would be after a conversion, where there could be one."""
     clip = f"{settings.num_frames} frames of {settings.height}x{settings.width}"
-    if not _fits(within, limits.device, None):
-        device = least(lambda count: _fits(within, count, None))
-        assert device is not None
-        stage = max(within(device, None).stages, key=lambda one: one.device)
+    smaller = "or make a smaller or shorter clip (--height, --width, --frames)"
+    convert = "convert the model first (`solostep quantize`), so that its blocks can come from files"
+    both, host = limits.both, limits.host
+
+    def planned(device: int, of: Within = within) -> Plan | None:
+        """With so much of the device, and any host memory; or with what both have."""
+        if both is not None:
+            return _in_one_memory(of, device, host, both)
+        with contextlib.suppress(BudgetError):
+            return of(device, None)
+        return None
+
+    if planned(limits.device) is None:
+        device = least(lambda count: planned(count) is not None)
+        if device is None:
+            assert both is not None
+            needed = least(lambda total: _in_one_memory(within, total, None, total) is not None)
+            assert needed is not None
+            ways = ["close other programs"]
+            if converted is not None and _in_one_memory(converted, both, host, both) is not None:
+                ways.append(f"or {convert}")
+            return SolostepError(
+                f"{rounded_up(needed)} of memory are needed beside the program itself, for {clip}, and "
+                f"{rounded_down(both)} are free; {', '.join(ways)}, {smaller}."
+            )
+        plan = planned(device)
+        assert plan is not None
+        stage = max(plan.stages, key=lambda one: one.device)
         more = "give --vram more" if limits.given else "close other programs"
         own = f", {limits.context / 1e9:.2g} of them outside of torch" if limits.context else ""
         return SolostepError(
             f"The stage {stage.name!r} takes {rounded_up(device + limits.context)} at least for {clip}{own}, and "
-            f"there are {(limits.device + limits.context) / 1e9:.3g} GB; {more}, or make a smaller or shorter clip "
-            "(--height, --width, --frames)."
+            f"there are {rounded_down(limits.device + limits.context)}; {more}, {smaller}."
         )
-    host = least(lambda count: _fits(within, limits.device, count))
-    device = least(lambda count: _fits(within, count, limits.host))
-    assert host is not None and limits.host is not None
+    needed = least(lambda count: _fits(within, limits.device, count))
+    device = least(lambda count: _fits(within, count, host))
+    assert needed is not None and host is not None
     own = f" ({limits.program / 1e9:.2g} of them for the program itself)" if limits.program else ""
     where = "the card" if limits.on_card else "memory (--vram)"
-    ways = [f"raise --host-ram to {as_option(host + limits.program)} or close other programs"]
+    ways = [f"raise --host-ram to {as_option(needed + limits.program)} or close other programs"]
     if device is not None:
         ways.append(f"give --vram {as_option(device + limits.context)}")
-    if sizes.streams and not sizes.from_files:
-        ways.append("convert the model first (`solostep quantize`), so that its blocks can come from files")
+    if converted is not None:
+        then = least(lambda count: _fits(converted, limits.device, count))
+        if then is not None and then < needed:
+            more = f", and raise --host-ram to {as_option(then + limits.program)}" if then > host else ""
+            ways.append(convert + more)
     return SolostepError(
-        f"{rounded_up(host + limits.program)} of host memory{own} are needed, and there are "
-        f"{(limits.host + limits.program) / 1e9:.3g} GB, for {clip} within "
-        f"{(limits.device + limits.context) / 1e9:.3g} GB of {where}; {', or '.join(ways)}."
+        f"{rounded_up(needed + limits.program)} of host memory{own} are needed, and there are "
+        f"{rounded_down(host + limits.program)}, for {clip} within "
+        f"{rounded_down(limits.device + limits.context)} of {where}; {', or '.join(ways)}."
     )

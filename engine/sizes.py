@@ -50,6 +50,13 @@ class Sizes:
     """Whether they are stored as they are used."""
     rotates: bool = False
     """Whether weights are rotated and rounded while the transformer is loaded."""
+    on_load: bool = False
+    """Whether weights are quantized while the transformer is loaded, by this package or another."""
+
+    @property
+    def could_be_converted(self) -> bool:
+        """Whether blocks would come from files if the model was converted first (`solostep quantize`)."""
+        return self.streams and self.on_load and not self.from_files
 
 
 @functools.cache
@@ -122,7 +129,7 @@ def sizes_of(
         nbytes(vae.encoder, vae_dtype), max(text, clip), stored_bytes(llm, EMBEDDINGS["step_llm"]), disk,
         streams=streams,
         from_files=converted or (mode.on_load is None and _as_used(transformer, dit, mode.dtype)),
-        rotates=not converted and "int8" in kinds.values(),
+        rotates=not converted and "int8" in kinds.values(), on_load=not converted and mode.on_load is not None,
     )  # fmt: skip
 
 

@@ -23,7 +23,6 @@ from .errors import OutputError
 from .failures import steps_are_kept
 from .memory import PATIENCE, Memory
 from .models.vae import decode_chunks
-from .plan import first_frame
 from .precision import Mode
 from .progress import Progress, stage_of
 from .request import FrameSink, Job
@@ -32,6 +31,7 @@ from .sampling import GuidedVelocity, first_frame_condition, initial_noise, to_u
 from .scheduler import euler_step, make_sigmas
 from .streaming import PlacedTransformer
 from .text import PromptEmbedding, encode_prompts
+from .units import rounded_down, rounded_up
 
 log = logging.getLogger("solostep")
 T = TypeVar("T")
@@ -70,7 +70,7 @@ class Stages:
         if image is None:
             return
         if self.memory.is_planned:
-            self.memory.make_room(self._frame_in_strips(job)[1])
+            self.memory.make_room(self.memory.first_frame(settings)[1])
 
         def smaller(how: str) -> None:
             job.event(f"Out of memory while the first frame was encoded; going on {how}.")
@@ -78,7 +78,7 @@ class Stages:
         def encode() -> Tensor:
             with measured("first frame", self.device, job.stages):
                 say("first frame", 0, 1)
-                strips = self._frame_in_strips(job)[0] if self.memory.is_planned else 1
+                strips = self.memory.first_frame(settings)[0] if self.memory.is_planned else 1
                 if strips > 1:
                     said = f"The first frame is encoded in {strips} strips, for want of memory."
                     job.event(said, quiet=self.memory.vram is not None)
@@ -90,10 +90,6 @@ class Stages:
         job.condition = self._again(encode, lambda: job.event(alone))
         release_memory(self.device)
         say("first frame", 1, 1)
-
-    def _frame_in_strips(self, job: Job) -> tuple[int, int]:
-        """Strips for the first frame, and the bytes that it takes so."""
-        return first_frame(self.memory.sizes, job.request.settings, self.memory.room(), self.dtype.itemsize)
 
     def _again(self, work: Callable[[], T], failed: Callable[[], None]) -> T:
         """Where other programs took memory: again with nothing else of ours on the device, and then twice more, after a
@@ -175,9 +171,11 @@ class Stages:
             room, done = self.memory.room(), 0
             (slices, strips), needed = self.memory.decoding(job.request.settings, room, dtype)
             if needed > room:
+                left = rounded_down(max(0, room))  # of a budget that the VAE alone is over, less than nothing
                 log.warning(
-                    "Decoding may run out of memory: it takes %.3g GB at least, of %.3g.", needed / 1e9, room / 1e9
-                )
+                    "Decoding may run out of memory: beside the VAE it takes %s at least, and %s are left.",
+                    rounded_up(needed), left,
+                )  # fmt: skip
             if (slices, strips) != self.memory.decodes_at_best:
                 asked = self.memory.vram is not None
                 job.event(f"Decoding {how_decoded(slices, strips)}, for want of memory.", quiet=asked)

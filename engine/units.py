@@ -7,7 +7,10 @@ import re
 
 from .errors import UsageError
 
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {
+    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
 
 
 def parse_size(value: str | int | float, option: str) -> int:
@@ -40,10 +43,24 @@ def size(count: int) -> str:
 
 def rounded_up(count: int) -> str:
     """Bytes in GB, rounded up to three digits, so that as much is enough."""
-    digit = 10 ** max(0, int(math.log10(max(count, 1))) - 2)
-    return f"{-(-count // digit) * digit / 1e9:.3g} GB"
+    digit = _third_digit(count)
+    return _in_gb(-(-count // digit) * digit)
+
+
+def rounded_down(count: int) -> str:
+    """Bytes in GB, rounded down to three digits: what is too little never looks like what would be enough."""
+    digit = _third_digit(count)
+    return _in_gb(count // digit * digit)
 
 
 def as_option(count: int) -> str:
-    """The same as one writes it behind an option."""
+    """As much, rounded up, as one writes it behind an option."""
     return rounded_up(count).replace(" ", "")
+
+
+def _third_digit(count: int) -> int:
+    return 10 ** max(0, int(math.log10(max(count, 1))) - 2)
+
+
+def _in_gb(count: int) -> str:
+    return f"{count / 1e9:.6g} GB"  # three digits are left, and a thousand GB are no 1e+03

@@ -71,7 +71,8 @@ def plan(
     import torch
 
     from ..asked import ask
-    from ..memory import read_budgets
+    from ..convert import check_format
+    from ..memory import HOST_ALONE, read_budgets
     from ..plan import CONTEXT, check_host
     from ..runtime import free_memory, pick_device
 
@@ -82,10 +83,18 @@ def plan(
         raise UsageError("--like gives times of a card, and --device cpu plans for a CPU; leave one of them out.")
     if not on_cpu:
         check_host(host)
+    elif host is not None and budget is None and not sweep:
+        say(console, "note", HOST_ALONE)
+        host = None
+    if converted:
+        check_format(precision, "--precision")
+        check_format(text_precision, "--text-precision")
     asked = ask(
         model, precision, text_precision, attention, there, converted=converted, like=like, num_frames=frames,
         height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
     )  # fmt: skip
+    for note in asked.settings.notes:
+        say(console, "note", note)
     if there is None and budget is None and not sweep:
         raise UsageError(
             "There is no CUDA card here; say with --vram which memory to plan for, or give --sweep, or --device cpu."
@@ -99,18 +108,19 @@ def plan(
     if not out.is_terminal:
         out.width = 160  # a file has no width; cut names help nobody
     title = f"{asked.mode.name}, attention {asked.attention}"
+    about = {"precision": asked.mode.name, "text_precision": asked.text_mode.name, "attention": asked.attention}
     if sweep:
-        rows = _sweep(asked, budget, host)
-        print(json.dumps(rows, indent=1)) if as_json else sweep_table(out, rows)
-        if any("refused" in row for row in rows) and asked.sizes.streams and not asked.sizes.from_files:
+        rows = [about | row for row in _sweep(asked, budget, host)]
+        print(json.dumps(rows, indent=1)) if as_json else sweep_table(out, rows, asked.on_card)
+        if any("convert the model" in row.get("refused", "") for row in rows):  # which the table leaves out
             say(console, "note", "A converted model (`solostep quantize`) takes less host memory: see --converted.")
         return
     if budget is None:
-        assert there is not None
-        budget = free_memory(there) + (0 if on_cpu else CONTEXT)
+        assert there is not None and asked.room is not None
+        budget = asked.room if on_cpu else free_memory(there) + CONTEXT
     found = asked.plan(budget, host)
     if as_json:
-        print(json.dumps({"vram_bytes": budget, "attention": asked.attention, **found.as_dict()}, indent=1))
+        print(json.dumps({**about, "vram_bytes": budget, **found.as_dict()}, indent=1))
     else:
         out.print(
             f"[bold]within {size(budget)} of {'memory' if on_cpu else 'the card'}, {escape(title)}[/bold]",
@@ -126,7 +136,10 @@ def _sweep(asked: Asked, vram: int | None, host: int | None) -> list[dict[str, A
     rows = []
     best = first_choice(by_speed(asked.on_card, asked.attention))
     least = asked.smallest()
-    wanted = {least, *(gb * GB for gb in SWEEP if gb * GB > least), *([] if vram is None else [vram])}
+    # Where both are one memory, a budget beyond what is free is none.
+    most = asked.room if host is None and not asked.on_card else None
+    sizes = [gb * GB for gb in SWEEP if gb * GB > least and (most is None or gb * GB <= most)]
+    wanted = {least, *sizes, *([] if vram is None else [vram])}
     for budget in sorted(wanted):
         try:
             found = asked.plan(budget, host)
@@ -139,12 +152,12 @@ def _sweep(asked: Asked, vram: int | None, host: int | None) -> list[dict[str, A
     return rows
 
 
-def sweep_table(out: Console, rows: list[dict[str, Any]]) -> None:
-    """A row for each budget, which fits 80 columns."""
+def sweep_table(out: Console, rows: list[dict[str, Any]], on_card: bool = True) -> None:
+    """A row for each budget, which fits 80 columns; of a card, or of a CPU's memory."""
     from ..forecast import in_short, time_text
 
     table = Table(show_edge=False, pad_edge=False)
-    for heading in ("--vram", "blocks\nstay", "host", "a step", "whole\nrun"):
+    for heading in ("--vram", "blocks\nstay", "host" if on_card else "beside\nit", "a step", "whole\nrun"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("what is done", overflow="fold")
     for row in rows:

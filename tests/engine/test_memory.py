@@ -29,7 +29,7 @@ from solostep.engine.interfaces import cli
 from solostep.engine.latents import SavedLatents
 from solostep.engine.models import vae
 from solostep.engine.plan import CONTEXT, MOST, Limits, Plan, Rated, smallest
-from solostep.engine.request import Collect, Job
+from solostep.engine.request import Collect, Job, Request
 from solostep.engine.sampling import GuidedVelocity
 from solostep.engine.streaming import more_of
 from solostep.engine.units import parse_size
@@ -144,6 +144,8 @@ def test_sizes() -> None:
         "0.5 T": GB * 500,
         "9000K": 9 * 10**6,
         "2 Gib": 2**31,
+        "1TiB": 2**40,
+        "2TB": 2 * 10**12,
     }.items():
         assert parse_size(text, "--vram") == count
     assert parse_size(24 * GB, "--vram") == 24 * GB
@@ -300,6 +302,20 @@ def test_a_first_frame_is_encoded_in_strips(monkeypatch: pytest.MonkeyPatch) -> 
     assert "the first frame encoded in 4 strips" in described(record["plan"])
     found, record = with_image(10 * GB)
     assert record["events"] == [] and record["plan"]["frame_strips"] == 1 and torch.equal(found, want)
+
+
+def test_a_first_frame_is_encoded_alike_in_a_batch() -> None:
+    """A transformer that is left makes way, where the first frame has no room as a whole beside it."""
+    pipe = StepVideoPipeline.from_pretrained(Path(plan_of.__file__).parent / "demo/ti2v", device="cpu", vram="40GB")
+    settings = SETTINGS | {"height": 192, "width": 192}
+    image = torch.zeros(192, 192, 3, dtype=torch.uint8).numpy()
+    requests = [pipe.request(PROMPT, image=image, seed=seed, **settings) for seed in (1, 2)]
+    plan = pipe.memory.plan(requests[0].settings, texts=requests[0].texts)
+    pipe.vram = plan.stage("denoise").device
+    assert plan.stage("first frame").device + plan.stage("load transformer").device > pipe.vram
+    records = [record for record, _ in pipe.generate(requests, None)]
+    assert [record["plan"]["frame_strips"] for record in records] == [1, 1]
+    assert not any("first frame" in event for record in records for event in record["events"])
 
 
 def test_what_cannot_be_pinned_comes_from_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,6 +532,34 @@ def test_a_second_video_counts_what_the_first_one_holds(monkeypatch: pytest.Monk
     assert len(records) == 2 and len(loads) == 1
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_vae_that_is_left_makes_way_for_a_plan(keep: bool) -> None:
+    """Of a batch in the least memory; and of a call after the other, where all is kept that there is room for."""
+    pipe = StepVideoPipeline.from_pretrained(device="cpu", vram="40GB", keep_loaded=keep)
+    requests = [pipe.request(PROMPT, seed=seed, **SETTINGS) for seed in (1, 2)]
+    texts = requests[0].texts
+    whole = pipe.memory.plan(requests[0].settings, texts=texts)
+    pipe.vram = next(
+        budget for budget in range(whole.device // 2, whole.device, 10**5) if planned(pipe, budget, requests[0])
+    )
+    assert not planned(pipe, pipe.vram - whole.stage("load vae").device, requests[0])
+
+    def sink(*_: Any) -> Any:
+        return contextlib.nullcontext(Collect())
+
+    assert len(list(pipe.generate(requests, sink))) == 2
+    assert len(list(pipe.generate(requests[:1], sink))) == 1
+
+
+def planned(pipe: StepVideoPipeline, budget: int, request: Request) -> bool:
+    """Whether there is a plan for a request within a budget."""
+    try:
+        pipe.memory.plan(request.settings, budget, texts=request.texts)
+    except SolostepError:
+        return False
+    return True
+
+
 def test_a_kept_transformer_moves_on() -> None:
     """What streams goes on doing so; more of it leaves, to files too; and the numbers stay."""
     vram = budgets()[2]
@@ -541,12 +585,32 @@ def test_what_is_kept_is_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = StepVideoPipeline.from_pretrained(device="cpu", vram=budgets()[0], keep_loaded=True)
     pipe.memory.networks["vae"] = torch.nn.Linear(1000, 1000, bias=False)
     assert pipe.memory.room() == 40 * GB - 4_000_000
-    with pytest.raises(SolostepError, match="there are 40 GB; give --vram more"):
-        pipe.plan(**SETTINGS | {"num_frames": 17 * 600, "height": 1600, "width": 1600})
+    with pytest.raises(SolostepError, match="there are 40 GB; give --vram more"):  # nor without it
+        pipe.plan(**SETTINGS | {"num_frames": 17 * 400, "height": 1600, "width": 1600})
     monkeypatch.setattr(memory, "free_memory", lambda device: 30_000_000)
     assert pipe.memory.room() == 30_000_000
-    with pytest.raises(SolostepError, match="there are 0.03 GB; close other programs"):
+    with pytest.raises(SolostepError, match="0.03 GB are free; close other programs"):
         pipe.plan(**SETTINGS)
+
+
+def test_one_memory_is_counted_once_whatever_the_host_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = budgets()[2]
+    pipe = StepVideoPipeline.from_pretrained(device="cpu", host_ram="1GB")  # which counts beside a budget only
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    with pytest.raises(SolostepError, match="GB are free; close other programs"):
+        pipe.plan(**SETTINGS)
+
+
+def test_decoding_beyond_a_budget_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that the VAE alone is over nothing is left, and no less than nothing."""
+    _, record = make()
+    said: list[str] = []
+    monkeypatch.setattr(stages.log, "warning", lambda text, *of: said.append(text % of))
+    saved = storage.read_latents(Path(record["latents_file"]))
+    pipe = StepVideoPipeline.from_pretrained(device="cpu", vram="1MB")
+    pipe.decode(saved, lambda *_: contextlib.nullcontext(Collect()))
+    assert len(said) == 1
+    assert re.fullmatch(r"Decoding may .*: beside the VAE it takes 0\.0\d+ GB at least, and 0 GB are left\.", said[0])
 
 
 def test_half_of_a_transformer_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -741,6 +805,9 @@ def test_the_command(run: Callable[..., tuple[int, str, str]]) -> None:
     assert [row["vram_bytes"] for row in rows] == sorted(row["vram_bytes"] for row in rows)
 
 
+HUGE = ["--frames", "1000000", "--height", "2000", "--width", "2000"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -748,6 +815,8 @@ def test_the_command(run: Callable[..., tuple[int, str, str]]) -> None:
         (["t2v", "--vram", "24"], "--vram 24 is no size"),
         (["nothing-here", "--vram", "24GB", "--host-ram", "1MB"], "give 1.79GB at least"),  # before it is looked for
         (["t2v", "--vram", "2GB"], "at least for 204 frames of 544x992"),
+        (["t2v", "--vram", "12GB", *HUGE], "takes 111000 GB at least for 999991 frames of 2000x2000"),
+        (["demo", "--vram", "12GB", "--device", "cpu", *HUGE], "of memory are needed beside the program itself"),
         (["nothing-here"], "neither a folder nor a Hugging Face id"),
         (["t2v", "--vram", "24GB", "--precision", "fp5"], "--precision fp5 is unknown"),
     ],

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import json
 import logging
 import os
 import re
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +22,7 @@ from plan_command import Run, plan_command
 from rich.console import Console
 
 import solostep.engine.asked
-from solostep.engine import cached, cards, rates
+from solostep.engine import cached, cards, rates, runtime
 from solostep.engine.asked import Asked, ask
 from solostep.engine.checkpoint import open_model
 from solostep.engine.convert import quantize_model
@@ -31,13 +34,14 @@ from solostep.engine.interfaces.plan import sweep_table
 from solostep.engine.memory import report
 from solostep.engine.models.vae_bytes import decode_bytes
 from solostep.engine.pipeline import StepVideoPipeline
-from solostep.engine.plan import CONTEXT, PROGRAM, Plan, clip_of
+from solostep.engine.plan import CONTEXT, PINNING, PROGRAM, Plan, clip_of
 from solostep.engine.precision import choose_mode
 from solostep.engine.runtime import Stage
 from solostep.engine.sizes import as_stored
 from solostep.engine.text import llm_bytes
-from solostep.engine.units import parse_size
+from solostep.engine.units import as_option, parse_size, rounded_down, rounded_up
 from solostep.offload.planner import Savings, activation_bytes
+from solostep.quant import foreign
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 T2V = Path(__file__).parents[1] / "golden" / "tiny-stepvideo-t2v"
@@ -112,6 +116,82 @@ def test_the_least_of_the_card_is_in_units_of_the_option(vram: int) -> None:
     with pytest.raises(SolostepError):
         asked("bf16", "int8").plan(least - 2 * 10**7)
     assert least <= asked("bf16", "int8").smallest() <= least + 10**8
+
+
+@pytest.mark.parametrize(
+    ("precision", "frames", "guided"), [("bf16", 51, True), ("int8", 204, True), ("nf4", 340, True), ("fp8", 17, False)]
+)
+def test_more_memory_is_never_worse(precision: str, frames: int, guided: bool) -> None:
+    """Of the card or of the host: no plan is refused or slower that had one with less. What a run may lose by more host
+    memory is the time that pinning it takes, which spares reading blocks from files at every step."""
+    made = asked(precision, None, frames != 204, True)
+    clip = replace(made.settings, num_frames=frames, guidance_scale=made.settings.guidance_scale if guided else 1.0)
+    made = replace(made, settings=clip)
+    hosts = [*(int(gb * GB) for gb in (1.8, 2.6, 3, 4, 6, 8, 12, 20, 35, 70)), None]
+    vrams = [int(gb * GB) for gb in (3, 3.5, 4.5, 5.5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80)]
+    plans: dict[tuple[int, int | None], Plan] = {}
+    for vram, host in itertools.product(vrams, hosts):
+        with contextlib.suppress(SolostepError):
+            plan = plans[vram, host] = made.plan(vram, host)
+            assert plan.device + CONTEXT <= vram and (host is None or plan.host <= host)
+            assert plan.host == max(stage.host for stage in plan.stages) and plan.program == PROGRAM
+            assert plan.stage("denoise").host == plan.stage("load transformer").host == PROGRAM + plan.blocks.host
+            streamed = plan.network.blocks - plan.blocks.resident
+            assert plan.blocks.disk <= streamed and (plan.blocks.slots > 0) == (streamed > 0)
+            if plan.seconds is not None:
+                assert plan.seconds == pytest.approx(sum(stage.seconds or 0.0 for stage in plan.stages))
+    assert len(plans) > 60
+    for vram, host in itertools.product(vrams, hosts):
+        plan = plans.get((vram, host))
+        more_card = [plans.get((other, host)) for other in vrams if other > vram]
+        more_host = [plans.get((vram, other)) for other in hosts[hosts.index(host) + 1 :]]
+        assert plan is None or all(more_card + more_host)
+        for card, other in [(True, p) for p in more_card] + [(False, p) for p in more_host]:
+            if plan is None or plan.step_seconds is None:
+                continue
+            assert other is not None and other.step_seconds is not None
+            assert other.step_seconds <= plan.step_seconds * (1 + 1e-9)
+            if plan.seconds is not None:
+                pinned = max(0, other.blocks.host - plan.blocks.host) * PINNING
+                assert other.seconds is not None and other.seconds <= plan.seconds + (0 if card else pinned) + 1e-6
+
+
+@pytest.mark.parametrize(("precision", "frames"), [("bf16", 204), ("int8", 51)])
+def test_what_is_refused_is_refused_with_what_is_enough(precision: str, frames: int) -> None:
+    made = asked(precision, None, frames == 51)
+    made = replace(made, settings=replace(made.settings, num_frames=frames))
+    refusals = 0
+    for vram, host in itertools.product((2, 4, 5, 7, 12, 24), (None, 1.8, 2.4, 3.5, 6)):
+        budgets = [vram * GB, None if host is None else int(host * GB)]
+        with contextlib.suppress(SolostepError):
+            made.plan(*budgets)
+            continue
+        with pytest.raises(SolostepError) as refused:
+            made.plan(*budgets)
+        refusals += 1
+        said = str(refused.value)
+        card, of_host = re.findall(r"takes ([\d.]+ GB) at least", said), re.findall(r"--host-ram to ([\d.]+GB)", said)
+        which, text = (0, card[0]) if card else (1, of_host[0])
+        if card:
+            budgets[1] = None  # it is told first; what the host then takes may be refused next
+        enough = parse_size(text, "")
+        budgets[which] = enough
+        made.plan(*budgets)
+        budgets[which] = int(0.99 * enough)
+        with pytest.raises(SolostepError):
+            made.plan(*budgets)
+    assert refusals > 8
+
+
+def test_sizes_in_messages_are_ones_that_options_take() -> None:
+    assert (rounded_up(1_487_000_000_000), rounded_down(1_487_000_000_000)) == ("1490 GB", "1480 GB")
+    for count in (10**6, 12_345_678, 5_465_300_000, 999_500_000_000, 10**12, 123_456_789_012_345):
+        assert parse_size(as_option(count), "--vram") >= count
+        assert float(rounded_down(count).split()[0]) * 1e9 <= count <= float(rounded_up(count).split()[0]) * 1e9
+    made = asked("bf16", "int8")
+    made = replace(made, settings=replace(made.settings, num_frames=17))
+    with pytest.raises(SolostepError, match=r"takes 3\.55 GB at least .* there are 3\.54 GB"):
+        made.plan(3_547_000_000)  # the nearest of three digits is what would be enough
 
 
 @pytest.mark.parametrize(("precision", "converts"), [("bf16", False), ("fp8", True)])
@@ -343,6 +423,58 @@ def test_the_command_prints_the_plan_s_own_table(run: Run) -> None:
     assert code == 0 and "none stored of h200 for this mode" in err
 
 
+def test_json_has_what_the_text_says(run: Run) -> None:
+    arguments = ("t2v", "--vram", "12GB", "--precision", "fp8", "--converted", "--host-ram", "8GB", "--like", "h200")
+    text, found = run(*arguments)[1], json.loads(run(*arguments, "--json")[1])
+    assert f"{found['precision']}, attention {found['attention']}" in text and found["text_precision"] == "bf16"
+    whole = found["device_bytes"] + found["context_bytes"]
+    assert whole <= found["vram_bytes"] == found["budget_bytes"] + found["context_bytes"]
+    assert re.search(rf"whole run +{whole / 1e9:.1f} GB", text)
+    assert f"of the disk {found['disk_bytes_per_second'] / 1e9:.3g} GB/s" in text
+    (row, *_) = json.loads(run("t2v", "--vram", "12GB", "--precision", "fp8", "--sweep", "--json")[1])
+    assert (row["precision"], row["attention"]) == ("fp8", "int8")
+
+
+def test_a_sweep_on_a_cpu_ends_with_what_is_free(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "free_memory", lambda device: 30 * GB)
+    arguments = ("t2v", "--device", "cpu", "--precision", "int8", "--frames", "17", "--sweep")
+    rows = json.loads(run(*arguments, "--json")[1])
+    assert len(rows) > 3 and max(row["vram_bytes"] for row in rows) <= 27 * GB
+    assert {row["refused"].partition(" of memory")[0] for row in rows} == {"33.5 GB"}
+    assert "beside" in run(*arguments)[1]
+    rows = json.loads(run(*arguments, "--vram", "40GB", "--host-ram", "40GB", "--json")[1])  # of another machine
+    assert rows[-1]["vram_bytes"] == 40 * GB and rows[-1]["resident_blocks"] == 48
+
+
+def test_host_memory_alone_is_no_budget_of_a_plan_for_a_cpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is none of a run: see test_on_a_cpu_host_memory_alone_is_no_budget."""
+    monkeypatch.setattr(runtime, "free_memory", lambda device: 100 * GB)
+    code, out, err = run("t2v", "--device", "cpu", "--frames", "17", "--host-ram", "1MB")
+    assert code == 0 and "48 of 48 blocks stay in memory" in out and "--host-ram (host_ram) counts on a card" in err
+    assert "within 90.0 GB of memory" in out, "what is planned with"
+    code, out, err = run("t2v", "--device", "cpu", "--frames", "17", "--vram", "90GB", "--host-ram", "1MB")
+    assert code == 1 and "raise --host-ram" in err
+
+
+def test_what_is_rounded_is_said(run: Run) -> None:
+    code, _, err = run("t2v", "--vram", "24GB", "--frames", "100", "--height", "550")
+    assert code == 0 and "num_frames 100 rounded down to 85" in err and "height 550 rounded down to 544" in err
+    with pytest.warns(UserWarning, match="num_frames 40 rounded down to 34"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="34 frames are more")
+        StepVideoPipeline.from_pretrained(device="cpu").plan(num_frames=40)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "torchao:int8"])
+def test_what_cannot_be_converted_is_not_planned_so(precision: str, run: Run) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(foreign, "check", lambda name: None)  # as if its package was here
+        code, _, err = run("t2v", "--vram", "60GB", "--precision", precision, "--converted")
+    assert code == 2 and f"--precision {precision} is" in err and "choose one of int8" in err
+    if precision == "fp32":  # nor is it advised
+        code, _, err = run("t2v", "--vram", "60GB", "--host-ram", "4GB", "--precision", precision)
+        assert code == 1 and "raise --host-ram" in err and "convert" not in err
+
+
 def test_a_sweep_tells_what_it_refuses(run: Run) -> None:
     arguments = (
         "t2v",
@@ -362,6 +494,10 @@ def test_a_sweep_tells_what_it_refuses(run: Run) -> None:
     refused = [row for row in rows if "refused" in row]
     assert code == 0 and 9 * GB in [row["vram_bytes"] for row in rows]
     assert len(refused) == len(rows) - 1 and "of host memory" in refused[0]["refused"] and "see --converted" in err
+    code, out, err = run("t2v", "--sweep", "--vram", "5GB", "--precision", "fp8", "--text-precision", "int8")
+    assert "takes 5.47 GB at least" in " ".join(out.split()) and "--converted" not in err, (
+        "it takes as much of the card"
+    )
     rows = json.loads(run(*arguments, "--converted")[1])
     assert {row["vram_bytes"] for row in rows if "refused" not in row} >= {n * GB for n in (9, 12, 24, 40)}
     assert "not possible: 4." in run(*arguments[:-1], "--converted")[1].replace("│", " ")
@@ -566,5 +702,30 @@ def test_a_cpu_s_memory_is_one() -> None:
     assert 19e9 < less.device < 24e9 and together(less) <= 24e9
     host = 8 * 10**9  # which is asked for in addition
     assert together(replace(found, room=24 * 10**9).plan(20 * 10**9, host)) > 24e9
-    with pytest.raises(SolostepError, match="GB of host memory are needed, and there are 0 GB"):
+    with pytest.raises(SolostepError, match=r"of memory are needed .* 9 GB are free; close other programs") as refused:
         plan(20 * 10**9, 9 * 10**9)
+    assert "--vram" not in str(refused.value) and "--host-ram" not in str(refused.value), "neither would help"
+    needed = parse_size(str(refused.value).partition(" of memory")[0], "")
+    assert together(plan(needed, needed)) <= needed
+    with pytest.raises(SolostepError):
+        plan(needed, int(0.99 * needed))
+    with pytest.raises(SolostepError, match=r"takes [\d.]+ GB at least .* give --vram more") as refused:
+        plan(10**9, 24 * 10**9)
+    enough = parse_size(re.findall(r"takes ([\d.]+ GB)", str(refused.value))[0], "")
+    assert together(plan(enough, 24 * 10**9)) <= 24 * 10**9
+    with pytest.raises(SolostepError):
+        plan(int(0.99 * enough), 24 * 10**9)
+
+
+def test_a_conversion_is_advised_with_what_it_takes() -> None:
+    made, converted = asked("int8", "int8"), asked("int8", "int8", converted=True)
+    assert made.sizes.could_be_converted and not converted.sizes.could_be_converted
+    with pytest.raises(SolostepError, match=r"convert the model first .* can come from files\.$"):
+        made.plan(24 * GB, 6 * GB)
+    assert converted.plan(24 * GB, 6 * GB).host <= 6 * GB
+    with pytest.raises(SolostepError, match="convert the model first .* and raise --host-ram to") as refused:
+        made.plan(24 * GB, 2 * GB)
+    then = parse_size(re.findall(r"--host-ram to (\S+GB)\b", str(refused.value))[-1], "")
+    assert converted.plan(24 * GB, then).host <= then
+    with pytest.raises(SolostepError):
+        converted.plan(24 * GB, int(0.99 * then))
