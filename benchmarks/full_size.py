@@ -311,6 +311,12 @@ def drift(args: argparse.Namespace) -> list[Path]:
     """Measures and writes one result for each mode and floor; returns the files."""
     device, say = pick_device(args.device), Told()
     check_numbers(args)
+    whole = args.model is None and args.heads is None and args.layers is None and args.blocks is None
+    if whole and device.type == "cpu" and args.device is None:
+        raise UsageError(
+            "There is no CUDA card here, and the released size takes days on a CPU; give --model demo, a smaller one "
+            "(--heads 2 --layers 4), or --device cpu if that is meant."
+        )
     modes = list(dict.fromkeys(map(Mode.parse, args.mode or MODES)))
     modes = [*([] if args.no_floors else FLOORS), *modes]
     root: Path = args.output

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from solostep.benchmarks import full_size, synthetic, synthetic_table
 from solostep.benchmarks.entry import exit_code
@@ -30,6 +31,9 @@ def test_wrong_calls_are_told(
     there = str(tmp_path)
     assert full_size.main(["drift", "--device", "cpu", "--times", "99", "-o", there]) == 2
     assert capsys.readouterr().err.startswith("error: --times has to be")
+    monkeypatch.setattr(full_size, "pick_device", lambda name: torch.device("cpu"))
+    assert full_size.main(["drift", "-o", there]) == 2
+    assert "takes days on a CPU; give --model demo" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["synthetic", there, "--device", "cpu"])
     assert synthetic.main() == 2
     assert capsys.readouterr().err == f"error: {there} is there already; give a new folder.\n"
