@@ -24,6 +24,7 @@ from solostep.benchmarks.report_tables import (
     Table,
     commands,
     environment_line,
+    environment_lines,
     environments,
     files,
     measured_steps,
@@ -81,11 +82,10 @@ def document(title: str, body: str) -> str:
 
 
 def _header(title: str, results: Sequence[Result], groups: Sequence[Group], with_budgets: bool) -> str:
-    lines = list(dict.fromkeys(environment_line(r.environment) for r in results))
+    lines, count = environment_lines(results), len(environments(results))
     made = f"<h1>{escape(title)}</h1>\n" + "".join(f'<p class="env">{escape(line)}</p>\n' for line in lines[:3])
-    count = len(environments(results))
-    if count > len(lines[:3]):
-        made += f'<p class="env">and {count - len(lines[:3])} more, <a href="#origin">below</a></p>\n'
+    if len(lines) > 3:
+        made += f'<p class="env">and {len(lines) - 3} more, <a href="#origin">below</a></p>\n'
     if count > 1:
         made += (
             f'<p class="warn">These results come from {count} environments. Times of different cards never stand '

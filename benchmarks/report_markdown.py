@@ -22,6 +22,7 @@ from solostep.benchmarks.report_tables import (
     Table,
     commands,
     environment_line,
+    environment_lines,
     environments,
     files,
 )
@@ -33,7 +34,7 @@ def markdown(
 ) -> tuple[str, dict[str, Plot]]:
     """The text, and the plots that it shows by file name; none without ``plots``."""
     lines = [f"# {plain(title)}", ""]
-    lines += [f"{plain(line)}  " for line in dict.fromkeys(environment_line(r.environment) for r in results)] + [""]
+    lines += [f"{plain(line)}  " for line in environment_lines(results)] + [""]
     lines += [f"> Not on this page: {plain(line)}\n" for line in failed]
     drawn: dict[str, Plot] = {}
     shown = [group for group in groups if not only_budgets(group)]

@@ -323,7 +323,12 @@ def test_environments_are_counted_once(tmp_path: Path):
     assert facts["variables CUDA VISIBLE DEVICES"] == "0 or 1"
     text = page("t", read_ones, make_groups(read_ones))
     assert "These results come from 3 environments." in text and text.count("<h3>Testcard 9000") == 3
-    assert "and 1 more, " in text
+    assert ", commits def5678 and abc1234</p>" in text  # in the order of the files
+    assert " more, <a" not in text
+    for n, result in enumerate(results):
+        result["environment"]["driver"] = f"580.{n}"
+    others = [Result.from_dict(result) for result in results]
+    assert "and 1 more, <a" in page("t", others, make_groups(others))
 
 
 def test_a_budget_of_the_environment_is_one(tmp_path: Path):
