@@ -119,8 +119,8 @@ def take_pages(memory: Tensor) -> None:
     """Has the system give all pages of host memory that are not there yet; what they hold stays.
 
     It clears each page first, which is most of what pinning new memory takes, and several threads do that beside one
-    another. A driver does it with one: 5 GB/s on an H200's machine, and 0.2 to 0.4 GB/s where that is a virtual one
-    whose host has to find the memory first. Where the system has no such call, pinning takes the pages as before.
+    another. A driver does it with one: 5 GB/s on an H200's machine; 0.3 GB/s were seen on a virtual one, whose host had
+    to find the memory first. Where the system has no such call, pinning takes the pages as before.
     """
     if sys.platform != "linux" or memory.numel() == 0:
         return
