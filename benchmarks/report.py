@@ -50,7 +50,10 @@ def report(
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(help="Compare two files or folders of results, before and after, in place of a report."),
+        typer.Option(
+            metavar="<Path> <Path>",
+            help="Compare two files or folders of results, before and after, in place of a report.",
+        ),
     ] = None,
     title: Annotated[str | None, typer.Option(help=f"Title of the page. Default: {TITLE}.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
@@ -58,7 +61,10 @@ def report(
     """Make a page of results: which precision mode to use, its speed, memory and drift beside the noise floor."""
     if compare is not None:
         if results:
-            raise UsageError(f"--compare takes two places and no more; leave {results[0]} out.")
+            raise UsageError(
+                f"--compare takes two places with a space between, here {compare[0]} and {compare[1]}; leave "
+                f"{results[0]} out."
+            )
         if title is not None:
             raise UsageError("--title is of a report; a comparison names what it compares, so leave one of them out.")
         _compare(compare, output, markdown, overwrite)

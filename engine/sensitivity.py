@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -63,13 +64,24 @@ def auto_recipe(
     budget = check_budget(budget)
     study = Study(model, network, conditions, device, torch.bfloat16, progress)
     try:
-        return choose_recipe(study, budget, candidates)
+        recipe, error = _chosen(study, budget, candidates)
+        if recipe.rules:
+            counts = Counter(study.mix_of(recipe).values())
+            named = ", ".join(f"{name} for {count}" for name, count in counts.most_common())
+            log.warning("%s: %s of %d linears; the velocity is off by %.2g %%.", recipe.name, named, len(study.paths),
+                        100 * error)  # fmt: skip
+        return recipe
     finally:
         study.close()
 
 
 def choose_recipe(study: Study, budget: float, candidates: Sequence[str] = CANDIDATES) -> Recipe:
     """As :func:`auto_recipe`, in a study that is already there."""
+    return _chosen(study, budget, candidates)[0]
+
+
+def _chosen(study: Study, budget: float, candidates: Sequence[str]) -> tuple[Recipe, float]:
+    """The recipe, and its measured error."""
     budget = check_budget(budget)
     for name in candidates:
         checked_format(name)
@@ -89,10 +101,10 @@ def choose_recipe(study: Study, budget: float, candidates: Sequence[str] = CANDI
             "No linear can be quantized within an error of %g: all stay bf16. The least that was reached is %.2g, as "
             "even a small change makes bf16 round differently everywhere.", budget, found.reachable,
         )  # fmt: skip
-        return Recipe(name)
+        return Recipe(name), 0.0
     recipe = Recipe(name, compress(mix, study.paths, study.network))
     assert study.mix_of(recipe) == mix
-    return recipe
+    return recipe, found.error
 
 
 # --- report -------------------------------------------------------------------------------------------------------

@@ -435,8 +435,12 @@ def _print_result(path: Path, record: dict[str, Any] | None, as_json: bool) -> N
 @guarded
 def decode(
     latents: Annotated[Path, typer.Argument(help="A file of latents, finished or not (unfinished ones look noisy).")],
-    model: Model = None,
-    output: Output = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="As in generate. Default: the model that made the latents.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write. Default: beside the latents.")
+    ] = None,
     precision: Annotated[
         str | None,
         typer.Option(help="Of the VAE: bf16 or fp32. Default: fp32 after a run in fp32, else bf16."),

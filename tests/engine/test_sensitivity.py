@@ -308,7 +308,10 @@ def test_planted_outliers_are_found_and_stay_bf16(planted: Path) -> None:
     assert own.end_to_end([mix])[0].error <= budget
 
 
-def test_auto_recipe_meets_its_budget(t2v: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_recipe_meets_its_budget(
+    t2v: ModelFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And says what it chose."""
     own = Study(t2v, conditions=small(t2v), device=CPU)
     cheapest = own.end_to_end([dict.fromkeys(own.paths, "fp8")])[0].error
     last = 0
@@ -323,6 +326,9 @@ def test_auto_recipe_meets_its_budget(t2v: ModelFolder, monkeypatch: pytest.Monk
             patch.setattr(study, "make_samples", None)
             assert auto_recipe(t2v, budget, CPU, conditions=small(t2v), candidates=["fp8"]) == recipe
     assert recipe.rules == (("transformer_blocks.*", "fp8"),)
+    said = caplog.records[-1].getMessage()
+    assert said.startswith(f"auto:10: fp8 for {len(mix)} of {len(own.paths)} linears; the velocity is off by ")
+    assert float(said.split(" by ")[1].split()[0]) == pytest.approx(100 * cheapest, rel=0.05)
 
 
 def test_a_budget_that_nothing_meets(tiny: Study, caplog: pytest.LogCaptureFixture) -> None:
