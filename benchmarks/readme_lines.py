@@ -122,7 +122,7 @@ def memory_table(root: Path) -> list[str]:
             f"{took['host_peak_bytes'] / 1e9:.1f} GB", line["commit"],
         ])  # fmt: skip
     heads = ["`--vram`", "DiT", "frames", "blocks that stay, of 48", "the second step", "planned",
-             "card, driver's count", "torch, denoising: planned / taken", "host", "commit"]  # fmt: skip
+             "card, driver's count", "torch, denoising: planned / taken", "host, denoising", "commit"]  # fmt: skip
     told = {REPEATED: any(row[4].endswith("*") for row in rows), CHANGED: any(row[-1].endswith("+") for row in rows)}
     notes = [note for note, stands in told.items() if stands]
     return [*_table(heads, rows), *(part for note in notes for part in ("", note))]

@@ -85,7 +85,7 @@ def modes_table(root: Path) -> list[str]:
             "seconds a step",
             "50 steps",
             "15 steps (Turbo)",
-            "GPU peak",
+            "GPU peak (torch)",
             "host peak",
             "teacher-forced error",
         ]
@@ -159,7 +159,7 @@ def budgets_table(root: Path) -> list[str]:
                 Cell(gigabytes(row.host)),
             ]
         )
-    heads = ["mode", "frames", "`--vram`", "seconds a step", "50 steps", "GPU peak", "host peak"]
+    heads = ["mode", "frames", "`--vram`", "seconds a step", "50 steps", "GPU peak (torch)", "host peak"]
     made = _plain("budgets", heads, rows)
     notes = calculated(named) + [RESUMED] * any(row.resumed for _, row in named) + text_precisions(named)
     notes = [line for note in notes for line in ("", plain(note))]
@@ -185,7 +185,7 @@ def choice_table(root: Path) -> list[str]:
         ]
         for result, row in ((r, row_of([r])) for r in chosen)
     ]
-    heads = ["`--vram`", "a step", "of the card", "of host memory"]
+    heads = ["`--vram`", "a step", "of the card (torch)", "of host memory"]
     return _plain("choice", heads, rows)
 
 
