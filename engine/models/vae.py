@@ -237,13 +237,7 @@ class GroupNorm(nn.GroupNorm):
             scale, shift = self.scales(x)
             return torch.addcmul(shift, x, scale, out=torch.empty_like(x))
         frames = x.transpose(1, 2)
-        return self._norm_frames(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).transpose(1, 2)
-
-    def _norm_frames(self, x: Tensor) -> Tensor:
-        if _rounds_once(self, x):
-            normed = F.group_norm(x.float(), GROUPS, self.weight.float(), self.bias.float(), self.eps)
-            return normed.to(x.dtype)
-        return super().forward(x)
+        return super().forward(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).transpose(1, 2)
 
     def in_place(self, x: Tensor) -> Tensor:
         """norm(x) over ``x``, with hardly any memory beside it. Not for training."""
