@@ -375,14 +375,17 @@ def reported(folder: Path, done: Sequence[Outcome]) -> list[Path]:
     """What the page of a folder is made of: the results of this run, and those of earlier ones that can be read."""
     from solostep.benchmarks.results import read_result, results_below
 
-    found = [outcome.path for outcome in done]
+    own = [outcome.path for outcome in done]
+    earlier = []
     for path in results_below(folder):
+        if path in own:
+            continue
         try:
             read_result(path)
-            found.append(path)
+            earlier.append(path)
         except UsageError as error:
             say(console, "note", f"Not in the report: {error}")
-    return list(dict.fromkeys(found))
+    return [*own, *earlier]
 
 
 def write_report(results: Sequence[Path], page: Path, overwrite: bool = False) -> Path | None:

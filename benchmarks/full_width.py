@@ -510,7 +510,9 @@ def main() -> None:
     parser.add_argument("--variant", action="append", help="of `block`: linears/attention, such as int8/int8-fp8")
     parser.add_argument("--layers", type=int, help="blocks of the DiT: default 4 for `load`, 48 for `step`")
     parser.add_argument(
-        "--precision", default="bf16", help="of `load` and `step`: bf16, int8, fp8 ...; of `vae`: bf16 or fp32"
+        "--precision",
+        default="bf16",
+        help="of `load` and `step`: bf16, int8, fp8 ...; of `vae` and `vae-encode`: bf16 or fp32",
     )
     parser.add_argument("--attention", default="official", help="of `step`: official, bf16, int8, int8-fp8")
     parser.add_argument("--resident", type=int, help="of `step`: stream all blocks but so many")

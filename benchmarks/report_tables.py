@@ -465,13 +465,9 @@ def environment_lines(results: Sequence[Result]) -> list[str]:
         own = commits.setdefault(environment_line({**result.environment, "commit": None}), {})
         if commit := result.environment.get("commit"):
             own[str(commit)] = None
-    return [line + _named("commit", list(own)) for line, own in commits.items()]
-
-
-def _named(what: str, names: Sequence[str]) -> str:
-    if not names:
-        return ""
-    return f", {what} {names[0]}" if len(names) == 1 else f", {what}s {', '.join(names[:-1])} and {names[-1]}"
+    return [
+        f"{line}, commit{'s' * (len(own) > 1)} {listed(list(own))}" if own else line for line, own in commits.items()
+    ]
 
 
 def flat(environment: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

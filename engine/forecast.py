@@ -32,15 +32,18 @@ def described(values: dict[str, Any], stay: str = "on the card") -> str:
     streamed = values["streamed_blocks"]
     parts = [f"{values['resident_blocks']} of {values['resident_blocks'] + streamed} blocks stay {stay}"]
     if streamed:
-        slots = "1 slot" if values["slots"] == 1 else f"{values['slots']} slots"
         tier = f", {values['blocks_from_disk']} of them from disk" if values["blocks_from_disk"] else ""
-        parts.append(f"{streamed} are streamed through {slots}{tier}")
+        parts.append(f"{streamed} are streamed through {_slots(values)}{tier}")
     parts += spared(values)
     if values.get("frame_strips", 1) > 1:  # records of earlier versions do not say it
         parts.append(f"the first frame encoded in {values['frame_strips']} strips")
     if values["decode_frames"] is not None:
         parts.append(f"decoding {how_decoded(values['decode_frames'], values['decode_strips'])}")
     return "; ".join(parts)
+
+
+def _slots(values: dict[str, Any]) -> str:
+    return "1 slot" if values["slots"] == 1 else f"{values['slots']} slots"
 
 
 def spared(values: dict[str, Any]) -> list[str]:
@@ -57,7 +60,7 @@ def spared(values: dict[str, Any]) -> list[str]:
 
 def in_short(values: dict[str, Any]) -> str:
     """What a plan does beside keeping blocks, in a few words; from Plan.as_dict()."""
-    parts = [] if not values["streamed_blocks"] else ["1 slot" if values["slots"] == 1 else f"{values['slots']} slots"]
+    parts = [_slots(values)] if values["streamed_blocks"] else []
     if values["blocks_from_disk"]:
         parts.append(f"{values['blocks_from_disk']} blocks from disk")
     if values["head_groups"] > 1:

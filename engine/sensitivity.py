@@ -64,10 +64,9 @@ def auto_recipe(
     budget = check_budget(budget)
     study = Study(model, network, conditions, device, torch.bfloat16, progress)
     try:
-        recipe, error = _chosen(study, budget, candidates)
-        if recipe.rules:
-            counts = Counter(study.mix_of(recipe).values())
-            named = ", ".join(f"{name} for {count}" for name, count in counts.most_common())
+        recipe, mix, error = _chosen(study, budget, candidates)
+        if mix:
+            named = ", ".join(f"{name} for {count}" for name, count in Counter(mix.values()).most_common())
             log.warning("%s: %s of %d linears; the velocity is off by %.2g %%.", recipe.name, named, len(study.paths),
                         100 * error)  # fmt: skip
         return recipe
@@ -80,8 +79,8 @@ def choose_recipe(study: Study, budget: float, candidates: Sequence[str] = CANDI
     return _chosen(study, budget, candidates)[0]
 
 
-def _chosen(study: Study, budget: float, candidates: Sequence[str]) -> tuple[Recipe, float]:
-    """The recipe, and its measured error."""
+def _chosen(study: Study, budget: float, candidates: Sequence[str]) -> tuple[Recipe, dict[str, str], float]:
+    """The recipe, the format of each linear that it quantizes, and its measured error."""
     budget = check_budget(budget)
     for name in candidates:
         checked_format(name)
@@ -101,10 +100,10 @@ def _chosen(study: Study, budget: float, candidates: Sequence[str]) -> tuple[Rec
             "No linear can be quantized within an error of %g: all stay bf16. The least that was reached is %.2g, as "
             "even a small change makes bf16 round differently everywhere.", budget, found.reachable,
         )  # fmt: skip
-        return Recipe(name), 0.0
+        return Recipe(name), mix, 0.0
     recipe = Recipe(name, compress(mix, study.paths, study.network))
     assert study.mix_of(recipe) == mix
-    return recipe, found.error
+    return recipe, mix, found.error
 
 
 # --- report -------------------------------------------------------------------------------------------------------
