@@ -169,15 +169,22 @@ def _emulate(x: Operands, mode: str, scale: float | None, out: Tensor | None) ->
     """An 8-bit mode in fp32: the operands' rounding, but not that of P."""
     if x.q.is_cuda:
         warn_once("attention: no 8-bit kernel for this card, plain torch in fp32 instead")
-    assert x.q_scale is not None and x.k_scale is not None
-    q = x.q.float() * x.q_scale.t()[..., None]
-    k = x.k.float() * scale_of_keys(x.k_scale, len(x.k)).t()[..., None]
-    if x.v_scale is None:
-        return _sdpa(q, k, x.v.float(), scale).bfloat16()
-    v = x.v.float() * x.v_scale[..., None]
-    v = v.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)  # the keys back from where permute_keys put them
-    result = _sdpa(q, k, v[..., : len(x.k)].permute(2, 0, 1), scale)
+    q, k, v = dequantized(x)
+    result = _sdpa(q, k, v, scale)
     return (result if x.v_mean is None else result + x.v_mean).bfloat16()
+
+
+def dequantized(x: Operands, heads: slice | list[int] = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+    """What the operands of some heads stand for, in fp32, each ``[S, h, D]``; values without ``v_mean``."""
+    q, k = x.q[:, heads].float(), x.k[:, heads].float()
+    if x.q_scale is not None and x.k_scale is not None:
+        q = q * x.q_scale[heads].t()[..., None]
+        k = k * scale_of_keys(x.k_scale[heads], len(k)).t()[..., None]
+    if x.v_scale is None:
+        return q, k, x.v[:, heads].float()
+    v = x.v[heads].float() * x.v_scale[heads][..., None]
+    v = v.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)  # the keys back from where permute_keys put them
+    return q, k, v[..., : len(k)].permute(2, 0, 1)
 
 
 BACKENDS: dict[str, Backend] = {

@@ -335,6 +335,21 @@ def test_examination_on_a_cpu(mode: str) -> None:
             examine(CPU, **({"mode": mode, "tokens": 9} | more))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("mode", ["int8", "int8-fp8"])
+def test_what_rounding_the_operands_costs_is_no_fault(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As where a few keys decide, and the formats cost more than they mostly do.
+    monkeypatch.setitem(check.LIMITS, mode, check.LIMITS[mode] | {"normal": 1e-3, "outliers": 1e-3})
+    real = BACKENDS["torch"].run
+
+    def off(x: Operands, mode: str, scale: float | None, out: Tensor | None) -> Tensor:
+        return 1.1 * real(x, mode, scale, out)
+
+    monkeypatch.setitem(BACKENDS, "off", Backend("off", (mode,), lambda device, mode: None, off))
+    found = {v.backend: v for v in examine(CPU, mode, tokens=200, heads=2, budget_ms=1, backends=["torch", "off"])}
+    assert found["torch"].status == "ok" and found["torch"].errors["outliers"] > 1e-3
+    assert found["off"].status == "wrong" and "allowed" in found["off"].reason
+
+
 def test_rows_that_are_compared() -> None:
     for tokens in (1, 64, 1003, 75_888):
         rows = check.sampled_rows(tokens, CPU).tolist()
