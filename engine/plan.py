@@ -46,9 +46,13 @@ LONGEST_TEXT = LLM_TOKENS + CLIP_TOKENS
 IN_MEMORY = 18e9
 """Bytes a second of files in the system's cache, on their way to the card: the DiT in bf16 in 2.4 to 4.1 s."""
 PINNING = 2.1e-10
-"""Seconds a byte of host memory in which blocks wait: 3 to 6 s for 16 to 27 GB."""
-ROTATING = 5.1e-11
-"""Seconds a stored byte of weights that are rotated and rounded to int8 meanwhile: 3 s of a DiT in bf16."""
+"""Seconds a byte of host memory in which blocks wait, in the mean: 1 to 1.5 where the memory had been in use before, 3
+where a virtual machine's host had to find it first."""
+ROUNDING = {"int8": 1.4e-10, "int4-weight": 4.4e-10}
+"""Seconds a number of weights that are rounded meanwhile: of the DiT 3 s to int8, which rotates them, and 13 s to int4,
+whose scales are searched for. Other formats take none that could be told from reading."""
+FIRST_FRAME = 0.5
+"""Seconds of encoding the first frame of image-to-video."""
 TEXTS = 2.0
 """Seconds of encoding the texts of one video, beside the reading of Step-LLM."""
 
@@ -266,13 +270,13 @@ def _plan_within(
             takes = disk * ((1 - kept) / rates.disk + kept / IN_MEMORY) + more
         return StageForecast(name, on_card, program + on_host, disk, takes)
 
-    rotating = ROTATING * sizes.on_disk["transformer"] if sizes.rotates else 0.0
+    rounding = sum(ROUNDING.get(kind, 0.0) * numbers for kind, numbers in sizes.rounded.items())
     loaded = network.rest + (blocks.resident + blocks.slots) * network.block
     decoded = decode_seconds(None if rated is None else rated.decode, decode, settings, use.file)
     strips = host_bytes(sizes.vae_config, *size, decode[1], itemsize)
     stages = [
         stage("text", sizes.text, sizes.table, "text", TEXTS),
-        stage("load transformer", loaded, blocks.host, "transformer", rotating + PINNING * blocks.host),
+        stage("load transformer", loaded, blocks.host, "transformer", rounding + PINNING * blocks.host),
         StageForecast("denoise", blocks.device, program + blocks.host, _read_by_steps(network, blocks, steps),
                       None if seconds is None else seconds * steps),
         stage("load vae", sizes.vae, 0, "decoder"),
@@ -281,7 +285,7 @@ def _plan_within(
     frame_strips = 1
     if settings.image_to_video:
         frame_strips, needed = first_frame(sizes, settings, device, itemsize)
-        stages.insert(1, stage("first frame", needed, 0, "encoder"))
+        stages.insert(1, stage("first frame", needed, 0, "encoder", FIRST_FRAME))
     for one in stages:
         if one.device > device:
             raise BudgetError(device, one.device)

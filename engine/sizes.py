@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,8 @@ class Sizes:
     """Whether blocks can leave the card: those of other packages cannot."""
     from_files: bool
     """Whether they are stored as they are used."""
-    rotates: bool = False
-    """Whether weights are rotated and rounded while the transformer is loaded."""
+    rounded: Mapping[str, int] = field(default_factory=dict)
+    """Numbers of the transformer that are rounded to each format while it is loaded."""
     on_load: bool = False
     """Whether weights are quantized while the transformer is loaded, by this package or another."""
 
@@ -129,8 +129,17 @@ def sizes_of(
         nbytes(vae.encoder, vae_dtype), max(text, clip), stored_bytes(llm, EMBEDDINGS["step_llm"]), disk,
         streams=streams,
         from_files=converted or (mode.on_load is None and _as_used(transformer, dit, mode.dtype)),
-        rotates=not converted and "int8" in kinds.values(), on_load=not converted and mode.on_load is not None,
+        rounded={} if converted else _numbers(dit, kinds), on_load=not converted and mode.on_load is not None,
     )  # fmt: skip
+
+
+def _numbers(network: nn.Module, kinds: Mapping[str, str]) -> dict[str, int]:
+    """Of the linears at these paths, by format."""
+    numbers: dict[str, int] = {}
+    for path, kind in kinds.items():
+        layer: Any = network.get_submodule(path)
+        numbers[kind] = numbers.get(kind, 0) + layer.in_features * layer.out_features
+    return numbers
 
 
 def as_stored(component: Component, mode: Mode) -> Component:

@@ -385,10 +385,29 @@ def test_a_whole_run_takes_what_is_planned(n: int) -> None:
     kept = dict.fromkeys(("text", "transformer", "decoder"), 1.0)
     made = replace(made, settings=settings, rated=replace(rated, kept=kept))
     plan = made.plan(140 * GB if cell["vram"] is None else parse_size(cell["vram"], ""), 60 * GB)
-    assert plan.seconds == pytest.approx(speed["video_seconds"], rel=0.08)
     took, planned = speed["stages"], {stage.name: stage.seconds for stage in plan.stages}
-    assert planned["load transformer"] == pytest.approx(took["load transformer"], rel=0.2, abs=1.4)
+    # They were the first of their machine: no kernel was compiled, and no memory had been in use yet.
+    first = "first frame" in took
+    assert plan.seconds == pytest.approx(speed["video_seconds"], rel=0.16 if first else 0.08)
+    # The same memory was pinned at half and at one and a half times the rate.
+    pinned = 1.1e-10 * plan.blocks.host
+    assert planned["load transformer"] == pytest.approx(took["load transformer"], rel=0.2, abs=1.4 + pinned)
     assert planned["denoise"] == pytest.approx(took["denoise"], rel=0.08)
+
+
+FOUR_BITS = [cell for cell in CELLS if cell["cell"]["precision"] in ("int4-weight", "nf4")]
+
+
+@pytest.mark.parametrize("cell", FOUR_BITS, ids=lambda cell: cell["id"])
+def test_rounding_to_four_bits_is_in_the_time_of_loading(cell: dict[str, Any]) -> None:
+    """Of runs on an H200, whatever a step takes there: for int4-weight, scales are searched for."""
+    rated = cards.H200.rated("fp8", "bf16")
+    assert rated is not None
+    made = asked(cell["cell"]["precision"], "bf16")
+    made = replace(made, rated=replace(rated, kept={"transformer": 1.0}))
+    plan = made.plan(140 * GB if cell["cell"]["vram"] is None else parse_size(cell["cell"]["vram"], ""), 60 * GB)
+    took = cell["speed"]["stages"]["load transformer"]
+    assert plan.stage("load transformer").seconds == pytest.approx(took, rel=0.12)
 
 
 def test_what_was_not_measured_has_no_time() -> None:
