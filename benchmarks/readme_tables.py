@@ -4,8 +4,8 @@
     python -m solostep.benchmarks.readme_tables --check    # exit code 1 where one is not, or the page of results is not
 
 A region is what stands between `<!-- table: NAME -->` and `<!-- /table -->`; NAME is one of `choice` (the mode to take
-first, in budgets), `modes` (the full size on one card), `budgets` (the same, in memory budgets), `drift` (the demo
-model), and those of readme_lines.py: `block`, `attention`, `decoding`, `memory`.
+first, in budgets), `modes` (the full size on one card), `budgets` (the same, in memory budgets), `texts` (its drift
+over several texts), `drift` (the demo model), and those of readme_lines.py: `block`, `attention`, `decoding`, `memory`.
 What was not measured is a dash.
 """
 
@@ -14,19 +14,18 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from solostep.benchmarks.readme_lines import attention_table, block_table, decoding_table, memory_table
 from solostep.benchmarks.report_data import Group, Row, make_groups, model_name, results_of, row_of
 from solostep.benchmarks.report_markdown import plain, table
 from solostep.benchmarks.report_measures import MISSING, cell_text, gigabytes, number
-from solostep.benchmarks.report_origins import mixed
+from solostep.benchmarks.report_origins import facts, mixed
 from solostep.benchmarks.report_tables import (
     RESUMED,
     Cell,
     Table,
-    calculated,
     environment_lines,
     gigabytes_of,
     mode_text,
@@ -37,6 +36,7 @@ from solostep.benchmarks.report_tables import (
     whole_video,
 )
 from solostep.benchmarks.results import Result, read_results, results_below
+from solostep.benchmarks.statistics import fewest
 from solostep.engine.errors import SolostepError, UsageError, first_line
 from solostep.engine.files import replacing
 
@@ -140,30 +140,87 @@ def drift_table(root: Path) -> list[str]:
     return lines
 
 
+def texts_table(root: Path) -> list[str]:
+    """The real shape over enough prompts for an interval: the error of one step, and times the floor."""
+    groups = [g for g in make_groups(results_in(root / RESULTS / FULL)) if g.measured and g.prompts >= fewest()]
+    if not groups:
+        raise UsageError(f"{RESULTS / FULL} has no drift of {fewest()} prompts, which the table texts is made from.")
+    lines: list[str] = []
+    for group in groups:
+        drifted = [row for row in group.rows if row.drift]
+        order = sorted(drifted, key=lambda r: (r.role == "mode", (r.verdict and r.verdict.ratio) or 0.0, r.name))
+        rows = [[Cell(r.name), Cell(cell_text("teacher", r.drift)), times_cell(r.verdict)] for r in order]
+        marks = ["" if r.role == "mode" else "floor" for r in order]
+        notes = [n for n in summary(group).footnotes if not n.startswith(TIMES)]
+        heads = [("", head) for head in ("mode", "teacher-forced error", "times the floor")]
+        lines += _titled(group, Table("texts", "", heads, rows, marks, notes))
+    return lines
+
+
 def budgets_table(root: Path) -> list[str]:
-    """The full size in memory budgets and clip lengths."""
-    results = [r for r in results_in(root / RESULTS / FULL) if r.cell.vram is not None and r.speed]
-    if not results:
+    """The full size in memory budgets and clip lengths: a row for each mode and length, a column for each budget."""
+    results = [r for r in results_in(root / RESULTS / FULL) if r.speed and r.role == "mode"]
+    if not any(r.cell.vram for r in results):
         raise UsageError(f"{RESULTS / FULL} has no result with a --vram budget, which the table budgets is made from.")
-    results.sort(key=lambda r: (mode_text(r), -r.cell.num_frames, gigabytes_of(r.cell.vram) or 0.0))
-    rows, named = [], [(run_title(result), row_of([result])) for result in results]
-    for result, (_, row) in zip(results, named, strict=True):
-        rows.append(
-            [
-                Cell(mode_text(result)),
-                Cell(str(result.cell.num_frames)),
-                Cell(str(result.cell.vram)),
-                Cell(number(row.step)),
-                whole_video(row, "50"),
-                Cell(gigabytes(row.gpu)),
-                Cell(gigabytes(row.host)),
-            ]
-        )
-    heads = ["mode", "frames", "`--vram`", "seconds a step", "50 steps", "GPU peak (torch)", "host peak"]
-    made = _plain("budgets", heads, rows)
-    notes = calculated(named) + [RESUMED] * any(row.resumed for _, row in named) + text_precisions(named)
-    notes = [line for note in notes for line in ("", plain(note))]
-    return [*made, *notes, "", f"{_about(results)}.", *_apart([(run_title(r), [r]) for r in results])]
+    results.sort(key=lambda r: str(r.environment.get("date")))  # of two measurements of one cell, the later
+    columns = sorted({_budget(r) for r in results}, key=_from_large_to_small)
+    named: dict[tuple[str, int], dict[Budget, Result]] = {}
+    for result in results:
+        named.setdefault((mode_text(result), result.cell.num_frames), {})[_budget(result)] = result
+    order = sorted(named, key=lambda name: (name[0], -name[1]))
+    shown = [result for name in order for result in named[name].values()]
+    rows = [
+        [Cell(mode), Cell(str(frames)), *(_step_and_peaks(named[mode, frames].get(column)) for column in columns)]
+        for mode, frames in order
+    ]
+    heads = ["mode", "frames", *(_budget_text(column, "`--vram {}`", "`--host-ram {}`") for column in columns)]
+    told = [(run_title(result), row_of([result])) for result in shown]
+    notes = [STEP_AND_PEAKS, *[RESUMED] * any(row.resumed for _, row in told), *text_precisions(told)]
+    lines = [line for note in notes for line in ("", plain(note))]
+    return [*_plain("budgets", heads, rows), *lines, "", f"{_about(shown)}.", *_apart(_by_origin(named, order))]
+
+
+STEP_AND_PEAKS = "Seconds a step, and the peaks of memory: the card's as torch counts + the host's."
+Budget = tuple[str | None, str | None]
+"""Of the card and of the host."""
+
+
+def _budget(result: Result) -> Budget:
+    return result.cell.vram, result.cell.host_ram
+
+
+def _from_large_to_small(budget: Budget) -> tuple[float, ...]:
+    return tuple(-(gigabytes_of(size) or 1e9) for size in budget)
+
+
+def _budget_text(budget: Budget, vram: str = "{}", host: str = "{} of the host") -> str:
+    words = [form.format(size) for form, size in zip((vram, host), budget, strict=True) if size]
+    return ", ".join(words) or "no budget"
+
+
+def _step_and_peaks(result: Result | None) -> Cell:
+    if result is None:
+        return Cell(MISSING)
+    row = row_of([result])
+    if row.gpu is None or row.host is None:
+        return Cell(f"{number(row.step)} s")
+    return Cell(f"{number(row.step)} s, {gigabytes(row.gpu).removesuffix(' GB')} + {gigabytes(row.host)}")
+
+
+def _by_origin(
+    named: Mapping[tuple[str, int], Mapping[Budget, Result]], order: Sequence[tuple[str, int]]
+) -> list[tuple[str, list[Result]]]:
+    """Rows in words, each of the budgets that were measured alike."""
+    told: list[tuple[str, list[Result]]] = []
+    for mode, frames in order:
+        alike: dict[str, list[Result]] = {}
+        for budget in sorted(named[mode, frames], key=_from_large_to_small):
+            result = named[mode, frames][budget]
+            alike.setdefault(repr(facts(result.environment)), []).append(result)
+        for found in alike.values():
+            budgets = "; ".join(_budget_text(_budget(result)) for result in found)
+            told.append((f"{mode}, {frames} frames ({budgets})", found))
+    return told
 
 
 def choice_table(root: Path) -> list[str]:
@@ -190,7 +247,7 @@ def choice_table(root: Path) -> list[str]:
 
 
 TABLES: dict[str, Callable[[Path], list[str]]] = {
-    "modes": modes_table, "drift": drift_table, "budgets": budgets_table, "block": block_table,
+    "modes": modes_table, "drift": drift_table, "budgets": budgets_table, "texts": texts_table, "block": block_table,
     "decoding": decoding_table, "attention": attention_table, "memory": memory_table,
     "choice": choice_table,
 }  # fmt: skip

@@ -53,8 +53,12 @@ ROUNDING = {"int8": 1.4e-10, "int4-weight": 4.4e-10}
 whose scales are searched for. Other formats take none that could be told from reading."""
 FIRST_FRAME = 0.5
 """Seconds of encoding the first frame of image-to-video."""
-TEXTS = 2.0
+TEXTS = 2.3
 """Seconds of encoding the texts of one video, beside the reading of Step-LLM."""
+FIRST_STEP = 0.56
+"""Seconds that the first step takes on a card beside what all take: texts' keys and values, and what begins."""
+LOADING_VAE = 0.1
+"""Seconds of building the VAE's half, beside its reading."""
 
 
 @dataclass(frozen=True)
@@ -278,8 +282,8 @@ def _plan_within(
         stage("text", sizes.text, sizes.table, "text", TEXTS),
         stage("load transformer", loaded, blocks.host, "transformer", rounding + PINNING * blocks.host),
         StageForecast("denoise", blocks.device, program + blocks.host, _read_by_steps(network, blocks, steps),
-                      None if seconds is None else seconds * steps),
-        stage("load vae", sizes.vae, 0, "decoder"),
+                      None if seconds is None else seconds * steps + FIRST_STEP * limits.on_card),
+        stage("load vae", sizes.vae, 0, "decoder", LOADING_VAE),
         StageForecast("decode and write", sizes.vae + needed, program + strips, 0, decoded),
     ]  # fmt: skip
     frame_strips = 1

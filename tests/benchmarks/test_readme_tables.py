@@ -66,6 +66,12 @@ def root(tmp_path: Path) -> Path:
     made.full_size_set(results / "h200")
     small = made.make_result("int8 · int8 attention", steps=2, levels=("speed",), num_frames=204, vram="16GB")
     made.write_results(results / "h200", [small])
+    texts = [
+        made.make_result(name, steps=1, pairs=6, levels=("teacher",), num_frames=51, height=544, width=992,
+                         synthetic={"generator": "test data", "seed": 0})
+        for name in ("floor-backend", "int8 · int8 attention", "fp8 · int8 attention")
+    ]  # fmt: skip
+    made.write_results(results / "h200", texts)
     made.demo_set(results / "demo" / "some-card", frames=False)
     for name in (BLOCK, DECODING, WHOLE, FILES, *KERNELS):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -99,8 +105,23 @@ def test_what_the_tables_say(root: Path):
     (row,) = [line for line in drift.splitlines() if line.startswith("| nf4 · bf16 attention |")]
     assert "times the floor" in row and " of 8 [" in row and " dB " in row and "× [" in row
     assert "noise floor: another order" in drift and "another seed" in drift
-    rows = [line for line in budgets.splitlines() if line.startswith("| int8 · int8-fp8 attention |")]
-    assert [line.split(" | ")[1:3] for line in rows[:2]] == [["204", "8GB"], ["204", "12GB"]] and len(rows) == 12
+    (heads, _, *rows) = [line.strip("| ").split(" | ") for line in budgets.splitlines() if line.startswith("| ")]
+    sizes = ("48GB", "24GB", "16GB", "12GB", "8GB")
+    assert heads == ["mode", "frames", "no budget", *(f"`--vram {size}`" for size in sizes)]
+    found = {(row[0], row[1]): row[2:] for row in rows}
+    assert len(found) == len(rows) and [row[1] for row in rows if "int8-fp8" in row[0]] == ["204", "102", "51"]
+    cells = found["int8 · int8-fp8 attention", "204"]
+    assert cells[3] == "–" and cells[5].endswith(" s, 7.6 + 21.1 GB") and found["nf4 · bf16 attention", "204"][5] == "–"
+    assert found["int8 · int8-fp8 attention", "51"][0] == "–"
+    texts = text.split("<!-- table: texts -->")[1].split("<!-- /table -->")[0]
+    rows = [line.strip("| ").split(" | ") for line in texts.splitlines() if line.startswith("| ")][2:]
+    assert [row[0] for row in rows] == [
+        "*noise floor: another back end*",
+        "int8 · int8 attention",
+        "fp8 · int8 attention",
+    ]
+    assert all(re.fullmatch(r"[\d.]+ % \[[\d.]+, [\d.]+\]", row[1]) for row in rows) and "6 prompts" in texts
+    assert rows[0][2] == "–" and "× [" in rows[1][2] and "synthetic weights: " in texts
     choice = text.split("<!-- table: choice -->")[1].split("<!-- /table -->")[0].splitlines()
     assert [line.split(" | ")[0] for line in choice if line.startswith("| 1")] == ["| 16GB"]
 
@@ -120,9 +141,8 @@ def test_what_numbers_rest_on_stands_below_the_tables(root: Path):
         results.append(result)
     made.write_results(folder, results)
     modes, budgets = (updated(f"<!-- table: {name} -->\n<!-- /table -->\n", root) for name in ("modes", "budgets"))
-    for text in (modes, budgets):
-        assert "so many times the one step that was timed after the first" in text
-        assert "Step-LLM in int8 in all rows" in text
+    assert "so many times the one step that was timed after the first" in modes
+    assert "Step-LLM in int8 in all rows" in modes and "Step-LLM in int8 in all rows" in budgets
     assert "Drift: of 1 prompt at 1 of 50 steps (sigma 0.47): no interval, so small differences" in modes
     drift = updated("<!-- table: drift -->\n<!-- /table -->\n", root)
     assert "†" not in drift and "Step-LLM" not in drift
@@ -158,6 +178,30 @@ def test_drawn_weights_for_image_to_video_are_a_model_of_their_own(root: Path):
     assert rows == ["| int8 · int8 attention", "| int8 · int8 attention, image-to-video"]
     assert "synthetic (synthetic weights), synthetic, image-to-video (synthetic weights): " in budgets
     assert modes.count("\n| int8 · int8 attention") == 2 and "synthetic, image-to-video, 204 frames" in modes
+
+
+def test_what_was_measured_twice_in_one_budget_is_the_later(root: Path):
+    """And a budget of the host is a column of its own; rows name the budgets that were measured otherwise."""
+    folder = root / "benchmarks" / "results" / "h200"
+    for path in folder.iterdir():
+        path.unlink()
+    results = []
+    for day, seconds, vram, host, commit in (
+        ("11", 2.0, "12GB", None, "b"), ("10", 1.0, "12GB", None, "a"), ("09", 3.0, "12GB", "4GB", "a"),
+        ("08", 4.0, "24GB", None, "a"), ("07", 5.0, None, None, "b"),
+    ):  # fmt: skip
+        result = made.make_result("int8 · int8 attention", levels=("speed",), num_frames=204, vram=vram)
+        result["cell"]["host_ram"] = host
+        result["environment"] |= {"commit": 7 * commit, "date": f"2026-10-{day}T00:00:00+00:00"}
+        result["speed"]["step_seconds"] = [seconds]
+        results.append(result | {"id": f"{day:>016}"})
+    made.write_results(folder, results)
+    text = updated("<!-- table: budgets -->\n<!-- /table -->\n", root)
+    (heads, _, row) = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert heads[2:] == ["no budget", "`--vram 24GB`", "`--vram 12GB`", "`--vram 12GB`, `--host-ram 4GB`"]
+    assert [cell.split(" s, ")[0] for cell in row[2:]] == ["5.00", "4.00", "2.00", "3.00"]
+    assert "With commit bbbbbbb: int8 · int8 attention, 204 frames (no budget; 12GB)." in text
+    assert "With commit aaaaaaa: int8 · int8 attention, 204 frames (24GB; 12GB, 4GB of the host)." in text
 
 
 def test_a_run_that_was_made_is_not_told_as_calculated(root: Path):

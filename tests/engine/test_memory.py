@@ -28,7 +28,7 @@ from solostep.engine.forecast import described
 from solostep.engine.interfaces import cli
 from solostep.engine.latents import SavedLatents
 from solostep.engine.models import vae
-from solostep.engine.plan import CONTEXT, MOST, Limits, Plan, Rated, smallest
+from solostep.engine.plan import CONTEXT, FIRST_STEP, MOST, Limits, Plan, Rated, smallest
 from solostep.engine.request import Collect, Job, Request
 from solostep.engine.sampling import GuidedVelocity
 from solostep.engine.streaming import more_of
@@ -871,6 +871,6 @@ def test_rates_make_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked.plan(48 * GB).seconds is None
     timed = replace(asked, rated=Rated(Rates(835e12, 1120e12, 55e9, 2e9), 11.5e6)).plan(48 * GB)
     assert timed.step_seconds == pytest.approx(23.6, rel=0.1)
-    assert timed.stage("denoise").seconds == pytest.approx(2 * (timed.step_seconds or 0))
+    assert timed.stage("denoise").seconds == pytest.approx(2 * (timed.step_seconds or 0) + FIRST_STEP)
     assert timed.stage("decode and write").seconds == pytest.approx(10.8, rel=0.2)
     assert timed.seconds == pytest.approx(sum(s.seconds or 0 for s in timed.stages))
