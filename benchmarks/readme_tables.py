@@ -1,4 +1,4 @@
-"""Tables of README.md that are made from the results under benchmarks/results/, never typed.
+"""Tables of README.md and benchmarks/README.md that are made from the results under benchmarks/results/, never typed.
 
     python -m solostep.benchmarks.readme_tables            # brings every region up to date
     python -m solostep.benchmarks.readme_tables --check    # exit code 1 where one is not, or the page of results is not
@@ -43,6 +43,8 @@ from solostep.engine.files import replacing
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results")
 PAGE = RESULTS / "report.html"
+PAGES = ("README.md", "benchmarks/README.md")
+"""What holds the tables."""
 FULL, DEMO = "h200", "demo"
 FULL_FRAMES = 204
 CHOICE = ("int8", "int8")
@@ -291,30 +293,28 @@ def _verdict(row: Row) -> str:
     return row.verdict.text if row.verdict and row.role == "mode" else MISSING
 
 
-# --- README.md ----------------------------------------------------------------------------------------------------
+# --- the pages ----------------------------------------------------------------------------------------------------
 
 
-def updated(readme: str, root: Path) -> str:
-    """The README with every region made anew.
+def updated(readme: str, root: Path, page: str = "README.md") -> str:
+    """A page with every region made anew.
 
     Raises:
         UsageError: a region is of no known table, not closed, or its results are missing.
     """
     found = REGION.findall(readme)
     if len(found) != len(OPENING.findall(readme)) or any(OPENING.search(inside) for _, _, inside, _ in found):
-        raise UsageError(
-            "README.md: a `<!-- table: NAME -->` is not closed by a `<!-- /table -->` before the next one."
-        )
+        raise UsageError(f"{page}: a `<!-- table: NAME -->` is not closed by a `<!-- /table -->` before the next one.")
     for _, name, _, _ in found:
         if name not in TABLES:
-            raise UsageError(f"README.md: there is no table {name}; there are {', '.join(TABLES)}.")
+            raise UsageError(f"{page}: there is no table {name}; there are {', '.join(TABLES)}.")
     made = {name: "\n".join(TABLES[name](root)).strip() for name in dict.fromkeys(name for _, name, _, _ in found)}
     return REGION.sub(lambda m: f"{m[1]}\n{made[m[2]]}\n\n{m[4]}", readme)
 
 
-def stale(readme: str, root: Path) -> list[str]:
+def stale(readme: str, root: Path, page: str = "README.md") -> list[str]:
     """The names of the regions that are not what the results make."""
-    fresh = updated(readme, root)
+    fresh = updated(readme, root, page)
     before, after = REGION.findall(readme), REGION.findall(fresh)
     return [name for (_, name, old, _), (_, _, new, _) in zip(before, after, strict=True) if old != new]
 
@@ -334,26 +334,28 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(prog="readme_tables", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where a table is stale")
     args = parser.parse_args(arguments)
-    path = root / "README.md"
     try:
-        readme = path.read_text(encoding="utf-8")
-        old = stale(readme, root)
+        there = [name for name in PAGES if name == PAGES[0] or (root / name).exists()]
+        texts = {name: (root / name).read_text(encoding="utf-8") for name in there}
+        old = {name: stale(text, root, name) for name, text in texts.items()}
         if args.check:
-            for name in old:
-                print(
-                    f"README.md: the table {name} is stale; run python -m solostep.benchmarks.readme_tables.",
-                    file=sys.stderr,
-                )
+            for name, tables in old.items():
+                for table in tables:
+                    print(
+                        f"{name}: the table {table} is stale; run python -m solostep.benchmarks.readme_tables.",
+                        file=sys.stderr,
+                    )
             if stale_page := page_is_stale(root):
                 print(
                     f"{PAGE} is stale; run solostep report on the folders of results, with -o {PAGE} --overwrite.",
                     file=sys.stderr,
                 )
-            return int(bool(old) or stale_page)
-        if old:
-            with replacing(path) as temporary:
-                temporary.write_text(updated(readme, root), encoding="utf-8")
-            print(f"README.md: {', '.join(old)} brought up to date.")
+            return int(any(old.values()) or stale_page)
+        for name, tables in old.items():
+            if tables:
+                with replacing(root / name) as temporary:
+                    temporary.write_text(updated(texts[name], root, name), encoding="utf-8")
+                print(f"{name}: {', '.join(tables)} brought up to date.")
     except (SolostepError, OSError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
         return 2

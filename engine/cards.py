@@ -57,7 +57,7 @@ H200 = Card(
     decode=0.9076, bus=55.5e9, disk=2.06e9,
 )  # fmt: skip
 """Blocks: block-h200.jsonl; attention: kernels-h200.md (the official one: torch's); decoding: vae-h200.jsonl; bus and
-disk: the README's table of loading."""
+disk: the table of loading in benchmarks/README.md."""
 CARDS = {"h200": H200}
 
 

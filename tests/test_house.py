@@ -382,6 +382,23 @@ def test_readme_has_the_commands():
     assert "torch==" in _readme_command("cpu-torch")
 
 
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md"])
+def test_links_of_pages_lead_somewhere(page: str):
+    """To files that are there, and to headings of pages, as GitHub names them."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert links
+    for link in links:
+        path, _, heading = link.partition("#")
+        if path.startswith("http"):
+            continue
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if heading:
+            heads = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}, link
+
+
 def _run_ci(root: Path, readme: str) -> subprocess.CompletedProcess[str]:
     """.ci/run in a made-up checkout, with a python3 whose environments hold commands that only say their name."""
     _grow(

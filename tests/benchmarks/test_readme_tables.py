@@ -25,7 +25,7 @@ from solostep.benchmarks.readme_lines import (
     decoding_table,
     memory_table,
 )
-from solostep.benchmarks.readme_tables import PAGE, ROOT, TABLES, main, page_is_stale, results_in, stale, updated
+from solostep.benchmarks.readme_tables import PAGE, PAGES, ROOT, TABLES, main, page_is_stale, results_in, stale, updated
 from solostep.benchmarks.report_html import table
 from solostep.benchmarks.report_tables import files
 from solostep.benchmarks.synthetic import marked
@@ -45,15 +45,16 @@ README = "# x\n\nbefore\n\n" + "".join(
 
 def test_the_readme_is_up_to_date():
     """Run `python -m solostep.benchmarks.readme_tables` where this fails."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme, more = ((ROOT / name).read_text(encoding="utf-8") for name in PAGES)
     assert readme.count("<!-- table: ") >= 2 and stale(readme, ROOT) == []
+    assert more.count("<!-- table: ") >= 2 and stale(more, ROOT) == []
     assert (ROOT / PAGE).exists() and not page_is_stale(ROOT)
     page = (ROOT / PAGE).read_text(encoding="utf-8")
     assert "<h3>Seconds against drift</h3><figure>" in page
     maps = re.findall(r'<svg class="plot wide"[^>]*aria-label="Error of each block\..*?</svg>', page, re.DOTALL)
     cells = [plot.partition("QuadMesh")[2].partition("</g>")[0].count("<path") for plot in maps]
     assert any(n and n % 48 == 0 for n in cells)  # of the real shape: a cell a block, a row a mode
-    cheap = re.sub(r"<!-- table: (?:drift|modes) -->.*?<!-- /table -->", "", readme, flags=re.DOTALL)
+    cheap = re.sub(r"<!-- table: budgets -->.*?<!-- /table -->", "", more, flags=re.DOTALL)
     assert stale(cheap.replace(" GiB |", " GB |"), ROOT) == ["decoding", "block"]
     assert stale(cheap.replace("| int8, hopper | 1", "| int8, hopper | 2"), ROOT) == ["attention"]
     assert stale(cheap.replace("| 12 GB | fp8 | 204 | 3 ", "| 12 GB | fp8 | 204 | 2 "), ROOT) == ["memory"]
@@ -88,6 +89,15 @@ def test_regions_are_made_and_kept(root: Path, capsys: pytest.CaptureFixture[str
     assert text.startswith("# x\n\nbefore\n\n") and text.count("\nbetween\n") == len(TABLES) and "old" not in text
     assert main(["--check"], root) == 0 and main([], root) == 0
     assert (root / "README.md").read_text(encoding="utf-8") == text
+
+
+def test_both_pages_are_made(root: Path, capsys: pytest.CaptureFixture[str]):
+    page = root / PAGES[1]
+    page.write_text("# more\n\n<!-- table: choice -->\n<!-- /table -->\n", encoding="utf-8")
+    assert main([], root) == 0 and f"{PAGES[1]}: choice brought up to date." in capsys.readouterr().out
+    assert "| 16GB |" in page.read_text(encoding="utf-8") and main(["--check"], root) == 0
+    page.write_text("<!-- table: other -->\n<!-- /table -->\n", encoding="utf-8")
+    assert main(["--check"], root) == 2 and f"{PAGES[1]}: there is no table other" in capsys.readouterr().err
 
 
 def test_what_the_tables_say(root: Path):
@@ -335,7 +345,7 @@ def test_decoding_tells_both_distances(root: Path):
 
 
 def test_what_is_said_of_streaming_is_in_the_lines():
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    readme = " ".join(" ".join((ROOT / name).read_text(encoding="utf-8").split()) for name in PAGES)
     lines = [json.loads(line) for line in (ROOT / WHOLE).read_text().splitlines()]
     runs = {
         (line["settings"]["num_frames"], line["vram"], line["host_ram"]): line
