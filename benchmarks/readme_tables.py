@@ -182,6 +182,33 @@ def budgets_table(root: Path) -> list[str]:
     return [*_plain("budgets", heads, rows), *lines, "", f"{_about(shown)}.", *_apart(_by_origin(named, order))]
 
 
+def plans_table(root: Path) -> list[str]:
+    """Whole runs at the full size beside what their plans had said, those that took longest first."""
+    found = []
+    for result in results_in(root / RESULTS / FULL):
+        planned = (result.plan or {}).get("seconds")
+        took = (result.speed or {}).get("video_seconds")
+        if planned and took and result.role == "mode":
+            found.append((took / planned - 1, planned, took, result))
+    if not found:
+        raise UsageError(f"{RESULTS / FULL} has no run with a plan's seconds, which the table plans is made from.")
+    rows = [
+        [
+            Cell(mode_text(result)),
+            Cell(str(result.cell.num_frames)),
+            Cell(_budget_text(_budget(result))),
+            Cell(str(result.cell.num_inference_steps)),
+            Cell(f"{planned:.1f} s"),
+            Cell(f"{took:.1f} s"),
+            Cell(f"{100 * off:+.1f} %"),
+            Cell(str(result.environment.get("commit"))),
+        ]
+        for off, planned, took, result in sorted(found, key=lambda entry: (-entry[0], run_title(entry[3])))
+    ]
+    heads = ["mode", "frames", "`--vram`", "steps", "planned beforehand", "took, prompt to mp4", "off", "commit"]
+    return _plain("plans", heads, rows)
+
+
 STEP_AND_PEAKS = "Seconds a step, and the peaks of memory: the card's as torch counts + the host's."
 Budget = tuple[str | None, str | None]
 """Of the card and of the host."""
@@ -250,6 +277,7 @@ def choice_table(root: Path) -> list[str]:
 
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     "modes": modes_table, "drift": drift_table, "budgets": budgets_table, "texts": texts_table, "block": block_table,
+    "plans": plans_table,
     "decoding": decoding_table, "attention": attention_table, "memory": memory_table,
     "choice": choice_table,
 }  # fmt: skip

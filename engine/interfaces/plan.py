@@ -107,11 +107,22 @@ def plan(
     out = Console(emoji=False)
     if not out.is_terminal:
         out.width = 160  # a file has no width; cut names help nobody
-    title = f"{asked.mode.name}, attention {asked.attention}"
+    clip = asked.settings
+    title = (
+        f"{clip.num_frames} frames of {clip.height}x{clip.width}, {clip.num_inference_steps} steps, {asked.mode.name}, "
+        f"attention {asked.attention}"
+    )
     about = {"precision": asked.mode.name, "text_precision": asked.text_mode.name, "attention": asked.attention}
     if sweep:
         rows = [about | row for row in _sweep(asked, budget, host)]
-        print(json.dumps(rows, indent=1)) if as_json else sweep_table(out, rows, asked.on_card)
+        if as_json:
+            print(json.dumps(rows, indent=1))
+        else:
+            out.print(f"[bold]{escape(title)}[/bold]", highlight=False)
+            sweep_table(out, rows, asked.on_card)
+            rates = next((row["rates"] for row in rows if row.get("seconds") is not None), None)
+            if rates is not None:
+                out.print(f"Rates: {rates}.", highlight=False, markup=False)
         if any("convert the model" in row.get("refused", "") for row in rows):  # which the table leaves out
             say(console, "note", "A converted model (`solostep quantize`) takes less host memory: see --converted.")
         return
@@ -123,7 +134,7 @@ def plan(
         print(json.dumps({**about, "vram_bytes": budget, **found.as_dict()}, indent=1))
     else:
         out.print(
-            f"[bold]within {size(budget)} of {'memory' if on_cpu else 'the card'}, {escape(title)}[/bold]",
+            f"[bold]within {size(budget)} of {'memory' if on_cpu else 'the card'}: {escape(title)}[/bold]",
             highlight=False,
         )
         out.print(str(found), soft_wrap=True, highlight=False, markup=False)

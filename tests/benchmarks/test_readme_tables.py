@@ -132,6 +132,11 @@ def test_what_the_tables_say(root: Path):
     ]
     assert all(re.fullmatch(r"[\d.]+ % \[[\d.]+, [\d.]+\]", row[1]) for row in rows) and "6 prompts" in texts
     assert rows[0][2] == "–" and "× [" in rows[1][2] and "synthetic weights: " in texts
+    plans = text.split("<!-- table: plans -->")[1].split("<!-- /table -->")[0]
+    rows = [line.strip("| ").split(" | ") for line in plans.splitlines() if line.startswith("| ")][2:]
+    planned, took, off = ([float(row[i].split()[0]) for row in rows] for i in (4, 5, 6))
+    assert len(rows) > 10 and off == sorted(off, reverse=True)
+    assert all(abs(100 * (b / a - 1) - c) < 0.2 for a, b, c in zip(planned, took, off, strict=True))
     choice = text.split("<!-- table: choice -->")[1].split("<!-- /table -->")[0].splitlines()
     assert [line.split(" | ")[0] for line in choice if line.startswith("| 1")] == ["| 16GB"]
 

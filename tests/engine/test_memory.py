@@ -794,7 +794,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 def test_the_command(run: Callable[..., tuple[int, str, str]]) -> None:
     code, out, err = run("t2v", "--vram", "24GB", "--precision", "fp8", "--frames", "204")
     assert code == 0, err
-    assert "within 24.0 GB of the card, fp8, attention int8" in out
+    assert "within 24.0 GB of the card: 204 frames of 544x992, 50 steps, fp8, attention int8" in out
     assert "blocks stay on the card" in out and "denoise" in out
     found = json.loads(run("t2v", "--vram", "24GB", "--precision", "fp8", "--json")[1])
     assert found["resident_blocks"] + found["streamed_blocks"] == 48 and found["device_bytes"] < 24e9
