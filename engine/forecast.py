@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 
+TOLD = 1_000_000
+"""Bytes beside a CPU's memory from which on they are told in a line."""
+
+
 def time_text(seconds: float | None) -> str:
     """Seconds in the unit that one would say."""
     if seconds is None:
@@ -134,7 +138,11 @@ def plan_line(plan: Plan, given: bool) -> str:
     """What a run is going to take, in one line; ``given`` is whether a user set the budget."""
     of = f" of {size(plan.budget + plan.context)}" + ("" if given else " free")
     where, beside = places(plan)
-    parts = [f"{where} {size(plan.device + plan.context)}{of}", f"{beside} {size(plan.host)}"]
+    parts = [f"{where} {size(plan.device + plan.context)}{of}"]
+    if plan.on_card or plan.host >= TOLD:
+        parts.append(f"{beside} {size(plan.host)}")
+    if not plan.on_card:
+        parts.append("the program itself not counted")
     if plan.step_seconds is not None:
         parts.append(f"{time_text(plan.step_seconds)} a step")
     if plan.seconds is not None:

@@ -695,7 +695,8 @@ def test_the_line_before_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         show(pipe.plan(**SETTINGS))
     said = capsys.readouterr().err
-    assert said.startswith("plan: memory ") and " of 40.0 GB, beside it " in said and len(said.splitlines()) == 1
+    assert said.startswith("plan: memory ") and " of 40.0 GB, " in said and len(said.splitlines()) == 1
+    assert ", the program itself not counted" in said
     assert "blocks stay in memory" in said
 
 
