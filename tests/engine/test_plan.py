@@ -494,6 +494,20 @@ def test_what_cannot_be_converted_is_not_planned_so(precision: str, run: Run) ->
         assert code == 1 and "raise --host-ram" in err and "convert" not in err
 
 
+def test_a_refusal_in_16_bits_names_8(run: Run) -> None:
+    """Where they need less of the card."""
+    least = {}
+    for precision in ("bf16", "int8"):
+        code, out, err = run("t2v", "--precision", precision, "--vram", "4GB")
+        assert code and ("compute in 8 bits (--precision int8), or make a smaller" in " ".join(err.split())) == (
+            precision == "bf16"
+        )
+        found = re.search(r"takes ([\d.]+) GB at least", err)
+        assert found
+        least[precision] = float(found[1])
+    assert least["int8"] < 0.95 * least["bf16"]
+
+
 def test_a_sweep_tells_what_it_refuses(run: Run) -> None:
     arguments = (
         "t2v",
