@@ -306,8 +306,15 @@ def _apart(told: Sequence[tuple[str, Sequence[Result]]]) -> list[str]:
 
 
 def _about(results: Sequence[Result]) -> str:
-    models = ", ".join(dict.fromkeys(model_name(r) + (" (synthetic weights)" if r.synthetic else "") for r in results))
+    models = "; ".join(dict.fromkeys(_model_text(result) for result in results))
     return f"{models}: {' and '.join(environment_lines(results))}"
+
+
+def _model_text(result: Result) -> str:
+    name = model_name(result)
+    if not result.synthetic:
+        return name
+    return name.replace("synthetic", "synthetic weights", 1) if "synthetic" in name else f"{name} (synthetic weights)"
 
 
 def _followed(row: Row) -> str:

@@ -191,7 +191,7 @@ def test_drawn_weights_for_image_to_video_are_a_model_of_their_own(root: Path):
     budgets, modes = (updated(f"<!-- table: {name} -->\n<!-- /table -->\n", root) for name in ("budgets", "modes"))
     rows = [line.split(" | ")[0] for line in budgets.splitlines() if line.startswith("| int8")]
     assert rows == ["| int8 · int8 attention", "| int8 · int8 attention, image-to-video"]
-    assert "synthetic (synthetic weights), synthetic, image-to-video (synthetic weights): " in budgets
+    assert "synthetic weights; synthetic weights, image-to-video: " in budgets
     assert modes.count("\n| int8 · int8 attention") == 2 and "synthetic, image-to-video, 204 frames" in modes
 
 
