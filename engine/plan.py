@@ -46,8 +46,8 @@ LONGEST_TEXT = LLM_TOKENS + CLIP_TOKENS
 IN_MEMORY = 18e9
 """Bytes a second of files in the system's cache, on their way to the card: the DiT in bf16 in 2.4 to 4.1 s."""
 PINNING = 2.1e-10
-"""Seconds a byte of host memory in which blocks wait, in the mean: 1 to 1.5e-10 where the memory had been in use before,
-3e-10 where a virtual machine's host had to find it first."""
+"""Seconds a byte of host memory in which blocks wait, in the mean: 1 to 1.5e-10 where the memory had been in use, 3e-10
+where a virtual machine's host had to find it first."""
 ROUNDING = {"int8": 1.4e-10, "int4-weight": 4.4e-10}
 """Seconds a number of weights that are rounded meanwhile: of the DiT 3 s to int8, which rotates them, and 13 s to int4,
 whose scales are searched for. Other formats take none that could be told from reading."""
