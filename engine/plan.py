@@ -226,8 +226,8 @@ def make_plan(
     if sizes.could_be_converted:
         from_files = replace(sizes, from_files=True)
         converted = partial(_plan_within, from_files, settings, attention, rated, itemsize, limits, use)
-    in_16_bits = limits.on_card and sizes.network.rows > 1 and attention != OFFICIAL
-    raise _refusal(within, converted, settings, limits, in_16_bits)
+    unquantized = limits.on_card and not sizes.quantized and attention != OFFICIAL
+    raise _refusal(within, converted, settings, limits, unquantized)
 
 
 def _in_one_memory(within: Within, device: int, host: int | None, both: int) -> Plan | None:
@@ -391,14 +391,14 @@ def _fits(within: Within, device: int, host: int | None) -> bool:
 
 
 def _refusal(
-    within: Within, converted: Within | None, settings: GenerationSettings, limits: Limits, in_16_bits: bool
+    within: Within, converted: Within | None, settings: GenerationSettings, limits: Limits, unquantized: bool
 ) -> SolostepError:  # fmt: skip
     """The error for limits that nothing fits in, in the units of --vram and --host-ram; ``converted`` is of the model
-    as it would be after a conversion, where there could be one. Products ``in_16_bits`` need more of a card than those
-    in 8."""
+    as it would be after a conversion, where there could be one. What is ``unquantized`` needs more of a card than what
+    computes in 8 bits; weights alone in 4 need less than that for a short clip."""
     clip = f"{settings.num_frames} frames of {settings.height}x{settings.width}"
     smaller = "or make a smaller or shorter clip (--height, --width, --frames)"
-    if in_16_bits:
+    if unquantized:
         smaller = f"compute in 8 bits (--precision int8), {smaller}"
     convert = "convert the model first (`solostep quantize`), so that its blocks can come from files"
     both, host = limits.both, limits.host

@@ -50,6 +50,8 @@ class Sizes:
     """Whether they are stored as they are used."""
     rounded: Mapping[str, int] = field(default_factory=dict)
     """Numbers of the transformer that are rounded to each format while it is loaded."""
+    quantized: bool = False
+    """Whether any weights of its blocks are, by this package or another."""
     on_load: bool = False
     """Whether weights are quantized while the transformer is loaded, by this package or another."""
 
@@ -129,7 +131,8 @@ def sizes_of(
         nbytes(vae.encoder, vae_dtype), max(text, clip), stored_bytes(llm, EMBEDDINGS["step_llm"]), disk,
         streams=streams,
         from_files=converted or (mode.on_load is None and _as_used(transformer, dit, mode.dtype)),
-        rounded={} if converted else _numbers(dit, kinds), on_load=not converted and mode.on_load is not None,
+        rounded={} if converted else _numbers(dit, kinds), quantized=bool(layers or kinds),
+        on_load=not converted and mode.on_load is not None,
     )  # fmt: skip
 
 

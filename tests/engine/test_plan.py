@@ -506,6 +506,7 @@ def test_a_refusal_in_16_bits_names_8(run: Run) -> None:
         assert found
         least[precision] = float(found[1])
     assert least["int8"] < 0.95 * least["bf16"]
+    assert "--precision int8" not in run("t2v", "--precision", "nf4", "--frames", "17", "--vram", "2GB")[2]
 
 
 def test_a_sweep_tells_what_it_refuses(run: Run) -> None:
