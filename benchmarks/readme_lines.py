@@ -1,5 +1,5 @@
-"""Tables of README.md made of recorded lines (benchmarks/results/*.jsonl, a measurement each): a block of the
-DiT, attention, decoding, and whole runs within budgets of memory. Of what was measured several times, the last line
+"""Tables of benchmarks/README.md made of recorded lines (benchmarks/results/*.jsonl, a measurement each): a block of
+the DiT, attention, decoding, and whole runs within budgets of memory. Of what was measured several times, the last line
 counts; each row names its commit."""
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from solostep.benchmarks.readme_lines import attention_table, block_table, decoding_table, memory_table
@@ -26,6 +26,7 @@ from solostep.benchmarks.report_tables import (
     RESUMED,
     Cell,
     Table,
+    budget_sizes,
     environment_lines,
     gigabytes_of,
     mode_text,
@@ -165,7 +166,7 @@ def budgets_table(root: Path) -> list[str]:
     if not any(r.cell.vram for r in results):
         raise UsageError(f"{RESULTS / FULL} has no result with a --vram budget, which the table budgets is made from.")
     results.sort(key=lambda r: str(r.environment.get("date")))  # of two measurements of one cell, the later
-    columns = sorted({_budget(r) for r in results}, key=_from_large_to_small)
+    columns = _from_large_to_small({_budget(r) for r in results})
     named: dict[tuple[str, int], dict[Budget, Result]] = {}
     for result in results:
         named.setdefault((mode_text(result), result.cell.num_frames), {})[_budget(result)] = result
@@ -218,8 +219,8 @@ def _budget(result: Result) -> Budget:
     return result.cell.vram, result.cell.host_ram
 
 
-def _from_large_to_small(budget: Budget) -> tuple[float, ...]:
-    return tuple(-(gigabytes_of(size) or 1e9) for size in budget)
+def _from_large_to_small(budgets: Iterable[Budget]) -> list[Budget]:
+    return sorted(budgets, key=lambda budget: budget_sizes(*budget), reverse=True)
 
 
 def _budget_text(budget: Budget, vram: str = "{}", host: str = "{} of the host") -> str:
@@ -243,7 +244,7 @@ def _by_origin(
     told: list[tuple[str, list[Result]]] = []
     for mode, frames in order:
         alike: dict[str, list[Result]] = {}
-        for budget in sorted(named[mode, frames], key=_from_large_to_small):
+        for budget in _from_large_to_small(named[mode, frames]):
             result = named[mode, frames][budget]
             alike.setdefault(repr(facts(result.environment)), []).append(result)
         for found in alike.values():

@@ -429,7 +429,12 @@ def mode_text(result: Result) -> str:
 
 def _budget_order(item: tuple[Result, Row]) -> tuple[Any, ...]:
     cell = item[0].cell
-    return mode_text(item[0]), -cell.num_frames, gigabytes_of(cell.vram) or 1e9, gigabytes_of(cell.host_ram) or 1e9
+    return mode_text(item[0]), -cell.num_frames, *budget_sizes(cell.vram, cell.host_ram)
+
+
+def budget_sizes(vram: str | None, host_ram: str | None) -> tuple[float, float]:
+    """Budgets of the card and of the host as numbers to sort by: none is the largest."""
+    return gigabytes_of(vram) or 1e9, gigabytes_of(host_ram) or 1e9
 
 
 def gigabytes_of(text: str | None) -> float | None:
